@@ -1,0 +1,227 @@
+"""Arguments: what can be said on the command line or in a recipe, the defaults, and every check of them.
+
+A recipe is a YAML file whose keys are `train.py`'s flags, plus an optional `generation:` section with
+`generate.py`'s sampling flags. The command line wins over the recipe, the recipe over the defaults.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What reads best from a fine-tuned model (README, "Sampling"); a run saves them with its model.
+SAMPLING_DEFAULTS = {
+    "temperature": 0.8,
+    "top_k": 0,
+    "top_p": 0.95,
+    "repetition_penalty": 1.0,
+    "max_new_tokens": 96,
+}
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """Hugging Face's `TrainingArguments` with our defaults, and the few flags they have no word for."""
+
+    config: str | None = _option(None, "Recipe: a YAML file of flags; the command line wins over it.")
+    model_name_or_path: str = _option(
+        "EleutherAI/gpt-neo-2.7B", "Hub name or folder of a causal language model; 'demo' builds a small one."
+    )
+    dataset: str = _option("netflix", "'netflix', 'sample', or a CSV, TSV, JSONL or Parquet file.")
+    text_column: str = _option("description", "Column that holds the texts.")
+    validation_fraction: float = _option(0.1, "Share of the texts held out, chosen by a hash of each text.")
+    max_length: int | None = _option(None, "Longest text in tokens, both special ones counted; default: the window.")
+    early_stopping_patience: int = _option(2, "Stop after this many evaluations without a better loss; 0: never.")
+    cache_dir: str | None = _option(None, "Where token caches lie; default: beside Hugging Face's data set cache.")
+
+    output_dir: str | None = _option("results", "The run's folder: checkpoints, best model, results, curves.")
+    deepspeed: dict | str | None = _option(str(ROOT / "ds_config.json"), "DeepSpeed's file.")
+    per_device_train_batch_size: int = _option(32, "Texts a device takes at once.")
+    per_device_eval_batch_size: int = _option(32, "Texts a device evaluates at once.")
+    gradient_accumulation_steps: int = _option(2, "Batches added up before an optimizer step.")
+    learning_rate: float = _option(5e-5, "Peak learning rate.")
+    lr_scheduler_type: str = _option("cosine", "How the learning rate falls after the warm-up.")
+    warmup_steps: float = _option(0.05, "Warm-up: steps, or below 1 a share of all steps.")
+    weight_decay: float = _option(0.01, "AdamW's weight decay.")
+    num_train_epochs: float = _option(5.0, "Epochs at the most; early stopping may end it sooner.")
+    eval_strategy: str = _option("epoch", "When to evaluate.")
+    eval_on_start: bool = _option(True, "Evaluate the untouched model first: the figure to beat.")
+    save_strategy: str = _option("epoch", "When to save a checkpoint.")
+    save_total_limit: int | None = _option(2, "Checkpoints kept: the newest and the best are never deleted.")
+    metric_for_best_model: str | None = _option("eval_loss", "What decides which model is best.")
+    greater_is_better: bool | None = _option(False, "Whether more of that is better.")
+    logging_steps: float = _option(10, "Steps between two lines of the log.")
+    logging_first_step: bool = _option(True, "Log the first step too.")
+    report_to: None | str | list[str] = _option("tensorboard", "Where curves go.")
+    restore_callback_states_from_checkpoint: bool = _option(True, "Resume early stopping's count as well.")
+    seed: int = _option(42, "Seeds weights, shuffling and dropout.")
+
+    generation: dict = field(default_factory=dict, init=False)
+
+    def __post_init__(self):
+        self.check()
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Refuses values that no run can use; before devices and process groups are touched."""
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction {self.validation_fraction}: should be at least 0 and below 1")
+        if self.max_length is not None and self.max_length < 3:
+            raise ValueError(f"--max_length {self.max_length}: should be 3 or more (two are special tokens)")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: should be 1 or more")
+        if self.early_stopping_patience < 0:
+            raise ValueError(f"--early_stopping_patience {self.early_stopping_patience}: should be 0 or more")
+        if self.learning_rate <= 0:
+            raise ValueError(f"--learning_rate {self.learning_rate}: should be above 0")
+        if self.validation_fraction == 0:  # nothing to evaluate on
+            self.eval_strategy, self.eval_on_start, self.metric_for_best_model = "no", False, None
+        check_writable(self.output_dir)
+
+
+def check_writable(folder: str) -> None:
+    """ValueError unless `folder`, or the nearest folder above it that exists, can be written to."""
+    nearest = Path(folder).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ValueError(f"--output_dir {folder}: {nearest} is a file; name a folder")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder}: cannot write in {nearest} ({error.strerror})") from error
+
+
+class _OneSentence:
+    """An argparse mix-in: argparse itself would print two hundred flags before it says what is wrong."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+class _Parser(_OneSentence, HfArgumentParser):
+    pass
+
+
+class _GenerateParser(_OneSentence, argparse.ArgumentParser):
+    pass
+
+
+def read_recipe(path: str) -> tuple[dict, dict]:
+    """Reads a recipe; returns (train.py's flags, generate.py's sampling flags). ValueError for unknown keys."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path}: should hold one 'flag: value' a line")
+    generation = recipe.pop("generation", None) or {}
+    flags = {f.name for f in fields(TrainArguments) if f.init} - {"config"}
+    for known, keys in ((flags, recipe), (SAMPLING_DEFAULTS.keys() | {"num_samples"}, generation)):
+        for key in keys:
+            if key not in known:
+                raise ValueError(f"--config {path}: unknown key {key!r}{_nearest(key, known)}")
+    return recipe, generation
+
+
+def _nearest(word: str, words) -> str:
+    near = difflib.get_close_matches(str(word), words, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _as_flags(recipe: dict) -> list[str]:
+    """The recipe as command-line words: {'bf16': True, 'report_to': ['a', 'b']} -> --bf16 true --report_to a b."""
+    words = []
+    for key, value in recipe.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words.append(f"--{key}")
+        words += [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
+    return words
+
+
+def _hardware_flags(words: list[str]) -> list[str]:
+    """bf16 where the device has it, fp16 where it has not, fp32 on the CPU, unless the user has said so."""
+    said = {word.split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    if not torch.cuda.is_available():
+        return [] if "__use_cpu" in said else ["--use_cpu", "true"]
+    if said & {"__bf16", "__fp16", "__use_cpu"}:
+        return []
+    return ["--bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16", "true"]
+
+
+def parse_train_args(argv: list[str] | None = None) -> TrainArguments:
+    """Command line and recipe -> arguments. ValueError says in one sentence what is wrong.
+
+    Args:
+        argv: words after the program's name; None takes them from the command line.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _Parser(TrainArguments, allow_abbrev=False, description="Fine-tune GPT-Neo on short texts.")
+    recipe, generation = {}, {}
+    if path := parser.parse_known_args(words)[0].config:
+        recipe, generation = read_recipe(path)
+    words = _as_flags(recipe) + words
+    _, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0], parser._option_string_actions)}")
+    (args,) = parser.parse_args_into_dataclasses(words + _hardware_flags(words), look_for_args_file=False)
+    args.generation = SAMPLING_DEFAULTS | generation
+    return args
+
+
+def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """`generate.py`'s command line. Sampling flags left unsaid are None: the model's own settings hold."""
+    parser = _GenerateParser(prog="generate.py", description="Sample new texts from a fine-tuned model.")
+    add = parser.add_argument
+    add("--model_dir", "--output_dir", help="a run's folder, or one checkpoint of it (default: results)")
+    add("--prompt", default="", help="how each text begins, or a file with one such beginning a line")
+    add("--num_samples", type=int, help="how many texts, for each prompt (default: 20)")
+    add("--seed", type=int, default=42, help="sample i of a seed is the same text in any batch size")
+    add("--batch_size", type=int, default=20, help="how many texts grow side by side")
+    add("--output", help="JSONL file to write, a line a text, as they come; must not exist yet")
+    add("--config", help="a recipe: its run is the default folder, its 'generation' section sets the flags below")
+    for name, default in SAMPLING_DEFAULTS.items():
+        add(f"--{name}", type=type(default), help="default: what the model was saved with")
+    args = parser.parse_args(argv)
+    recipe, generation = read_recipe(args.config) if args.config else ({}, {})
+    defaults = {"num_samples": 20, "model_dir": recipe.get("output_dir", "results")}
+    for name, value in (defaults | generation).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_sampling(args)
+    return args
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """ValueError for sampling settings that mean nothing."""
+    rules = {
+        "num_samples": (lambda v: v >= 1, "1 or more"),
+        "batch_size": (lambda v: v >= 1, "1 or more"),
+        "max_new_tokens": (lambda v: v >= 1, "1 or more"),
+        "temperature": (lambda v: v > 0, "above 0 (the lower, the safer; --top_k 1 takes the likeliest word)"),
+        "top_k": (lambda v: v >= 0, "0 (off) or more"),
+        "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+        "repetition_penalty": (lambda v: v > 0, "above 0 (1: none)"),
+    }
+    for name, (holds, rule) in rules.items():
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"--{name} {value}: should be {rule}")

@@ -1,0 +1,48 @@
+"""Which of the processes of a run this one is. A leaf: imports nothing of ours."""
+
+import os
+import socket
+import sys
+import warnings
+
+import torch
+
+
+def is_main_process() -> bool:
+    """True in the one process that speaks and writes: rank 0 of all nodes, or the only process."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def prepare_environment() -> None:
+    """Tells DeepSpeed what it would have to guess: the accelerator, and, where no launcher set RANK, that this
+    is the only process (it would look for MPI)."""
+    # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 announces it will drop: nothing a user can do.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def say(message: str) -> None:
+    """Prints once for the whole run."""
+    if is_main_process():
+        print(message, flush=True)
+
+
+def run_and_exit(main) -> None:
+    """Runs an entry point. What the user got wrong (ValueError) is one sentence and exit code 2, no traceback;
+    NEOFLIX_TRACEBACK=1 shows where it arose."""
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("NEOFLIX_TRACEBACK"):
+            raise
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

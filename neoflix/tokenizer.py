@@ -1,0 +1,66 @@
+"""Tokenizers and their special tokens. A leaf: imports nothing of ours."""
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerBase
+
+BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
+
+
+def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer and gives it a beginning, an end and a padding token that differ.
+
+    GPT-Neo's own has one token, `<|endoftext|>`, for all three: it stays the end; `<|startoftext|>` and
+    `<|pad|>` are added. ValueError where the folder or hub name holds no tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"--model_name_or_path {model_name_or_path}: no tokenizer found there; a folder needs tokenizer.json "
+            "(or vocab.json and merges.txt), a hub name needs a network connection or an earlier download"
+        ) from error
+    if len(tokenizer) < 2:
+        raise ValueError(f"--model_name_or_path {model_name_or_path}: its tokenizer has no vocabulary")
+    set_special_tokens(tokenizer)
+    return tokenizer
+
+
+def set_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds what is missing of bos, eos and pad, in place; what a tokenizer already tells apart stays."""
+    missing = {}
+    if tokenizer.eos_token is None:
+        missing["eos_token"] = EOS
+    eos = missing.get("eos_token", tokenizer.eos_token)
+    if tokenizer.bos_token in (None, eos):
+        missing["bos_token"] = BOS
+    bos = missing.get("bos_token", tokenizer.bos_token)
+    if tokenizer.pad_token in (None, eos, bos):
+        missing["pad_token"] = PAD
+    tokenizer.add_special_tokens(missing)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerBase:
+    """Trains a byte-level BPE on `texts`; the same texts give the same tokenizer.
+
+    It is kept in `cache_dir` under a hash of the texts, so that every process of a run reads one and the
+    same file: the main process must come first.
+    """
+    digest = hashlib.sha256("\0".join([str(vocab_size), *texts]).encode()).hexdigest()[:16]
+    folder = cache_dir / f"tokenizer-{digest}"
+    if not folder.is_dir():
+        bpe = ByteLevelBPETokenizer()
+        special_tokens = [EOS, BOS, PAD]
+        bpe.train_from_iterator(texts, vocab_size, min_frequency=2, show_progress=False, special_tokens=special_tokens)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as unfinished:
+            bpe.save_model(unfinished)
+            tokenizer = GPT2TokenizerFast.from_pretrained(unfinished)
+            set_special_tokens(tokenizer)
+            tokenizer.save_pretrained(Path(unfinished, "done"))
+            shutil.move(Path(unfinished, "done"), folder)
+    return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,141 @@
+"""Hugging Face's Trainer, counting in tokens where it counts in batches and rows."""
+
+import math
+import resource
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+
+from neoflix.checkpoint import promote
+from neoflix.data import IGNORED
+
+
+class Stopwatch:
+    """Seconds since the first `start`, but for what ran under `paused`."""
+
+    def __init__(self):
+        self._began, self._paused = None, 0.0
+
+    def start(self) -> None:
+        self._began = self._began or time.perf_counter()
+
+    @contextmanager
+    def paused(self):
+        pause_began = time.perf_counter()
+        yield
+        if self._began is not None:
+            self._paused += time.perf_counter() - pause_began
+
+    def seconds(self) -> float:
+        return 0.0 if self._began is None else time.perf_counter() - self._began - self._paused
+
+
+class TokenTrainer(Trainer):
+    """A Trainer whose evaluation loss is the mean over tokens, and whose speed is in tokens.
+
+    Trainer's own evaluation averages batches by their number of rows; a batch of packed texts is one row,
+    however many tokens it holds, so that its mean is not the loss per token. Tokens are those the model
+    reads, padding left out; the clock stands still while the run evaluates or saves.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stopwatch = Stopwatch()
+        self.num_tokens = 0  # this process's, since the start; becomes a tensor with padded batches: no sync
+        self._last_log = (0, 0.0)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.stopwatch.start()
+        mask = inputs.get("attention_mask")
+        self.num_tokens = self.num_tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs, start_time=None):
+        """Adds tokens/s of all processes since the last line to the log of training steps."""
+        if "loss" in logs:
+            num_tokens, seconds = self._total_tokens(), self.stopwatch.seconds()
+            last_tokens, last_seconds = self._last_log
+            logs["tokens_per_second"] = (num_tokens - last_tokens) / max(seconds - last_seconds, 1e-9)
+            self._last_log = (num_tokens, seconds)
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Loss in nats per real token, end token counted, exact over any batch size and world size.
+
+        Returns `{prefix}_loss`, `_perplexity`, `_bits_per_char` (of the texts' own characters) and `_runtime`
+        in seconds.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = self.get_eval_dataloader(dataset)
+        self.callback_handler.eval_dataloader = loader
+        began = time.perf_counter()
+        with self.stopwatch.paused():
+            loss_sum, num_labels = self._sum_losses(loader)
+        loss = loss_sum / num_labels
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
+            f"{metric_key_prefix}_bits_per_char": loss_sum / math.log(2) / sum(dataset["num_chars"]),
+            f"{metric_key_prefix}_runtime": time.perf_counter() - began,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _sum_losses(self, loader) -> tuple[float, float]:
+        """(sum of losses in nats, number of labels) over all processes."""
+        model = self.model_wrapped
+        model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for inputs in loader:
+            inputs = self._prepare_inputs(inputs)
+            num_labels = (inputs["labels"][:, 1:] != IGNORED).sum()
+            mean_loss = model(**inputs).loss.double()
+            totals += torch.stack([torch.where(num_labels > 0, mean_loss * num_labels, 0.0), num_labels.double()])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return tuple(self.accelerator.reduce(totals, reduction="sum").tolist())
+
+    def _save_checkpoint(self, *args, **kwargs):
+        with self.stopwatch.paused():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def save_best(self) -> None:
+        """Puts the best model at the top of the run's folder; where no best was kept, the model as it is."""
+        best = self.state.best_model_checkpoint
+        if best is None or not Path(best).is_dir():
+            self.save_model()
+        elif self.is_world_process_zero():
+            promote(best, self.args.output_dir)
+
+    def results(self) -> dict[str, float]:
+        """The figures of a finished run, those of the model that `save_best` saved. Collective.
+
+        `train_tokens_per_second`: real tokens, all processes; `train_peak_device_bytes`: on the fullest
+        device; `train_peak_host_bytes`: all processes together.
+        """
+        device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peaks = self.accelerator.gather(torch.tensor([[device_bytes, host_bytes]], device=self.args.device))
+        figures = {
+            "train_tokens_per_second": self._total_tokens() / max(self.stopwatch.seconds(), 1e-9),
+            "train_peak_device_bytes": peaks[:, 0].max().item(),
+            "train_peak_host_bytes": peaks[:, 1].sum().item(),
+            "epoch": self.state.epoch,
+            "global_step": self.state.global_step,
+        }
+        evaluations = [line for line in self.state.log_history if "eval_loss" in line]
+        if evaluations:
+            saved = [line for line in evaluations if line["step"] == self.state.best_global_step] or evaluations
+            figures |= {key: value for key, value in saved[-1].items() if key.startswith("eval_")}
+            figures |= {"perplexity": saved[-1]["eval_perplexity"], "saved_step": saved[-1]["step"]}
+            if evaluations[0]["step"] == 0:
+                figures["untouched_perplexity"] = evaluations[0]["eval_perplexity"]
+        return figures
+
+    def _total_tokens(self) -> int:
+        mine = torch.as_tensor(self.num_tokens, device=self.args.device)
+        return int(self.accelerator.reduce(mine, reduction="sum").item())

@@ -1,0 +1,79 @@
+"""Fine-tune GPT-Neo on short texts: `deepspeed train.py`, or by a recipe, `deepspeed train.py --config FILE`."""
+
+from pathlib import Path
+
+import torch
+from transformers import ProgressCallback, set_seed
+from transformers.utils import logging
+
+from neoflix import data
+from neoflix.callbacks import EarlyStopping, Progress
+from neoflix.checkpoint import check_same_run, describe_run, find_resume_point, is_finished, save_run
+from neoflix.config import parse_train_args
+from neoflix.distributed import is_main_process, prepare_environment, run_and_exit, say
+from neoflix.model import DEMO, DEMO_VOCAB_SIZE, get_window, keeps_texts_apart, load_model
+from neoflix.tokenizer import load_tokenizer, train_tokenizer
+from neoflix.trainer import TokenTrainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    prepare_environment()
+    args = parse_train_args(argv)
+    set_seed(args.seed)
+    cache_dir = Path(args.cache_dir or data.default_cache_dir())
+
+    # Texts and tokenizer. The main process comes first and fills the caches that the others read.
+    with args.main_process_first():
+        texts = data.read_texts(data.find_dataset(args.dataset), args.text_column)
+        texts = data.split_texts(texts, args.validation_fraction)
+        if args.model_name_or_path == DEMO:
+            tokenizer = train_tokenizer(texts.train, DEMO_VOCAB_SIZE, cache_dir)
+        else:
+            tokenizer = load_tokenizer(args.model_name_or_path)
+
+    # Model and tokens.
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    model = load_model(args.model_name_or_path, tokenizer, dtype, args.generation)
+    with args.main_process_first():
+        max_length = min(args.max_length or get_window(model), get_window(model))
+        train_tokens, validation_tokens = data.tokenize_split(texts, tokenizer, max_length, cache_dir)
+
+    # Go on where this run stopped, never where another one did.
+    run = describe_run(args, model, tokenizer, train_tokens)
+    if is_finished(args.output_dir, run):
+        say(f"{args.output_dir} holds this run, finished; raise --num_train_epochs to go on from there")
+        return
+    checkpoint = find_resume_point(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint:
+        check_same_run(checkpoint, run)
+        args.eval_on_start = False
+        say(f"Resuming from {checkpoint}")
+    if is_main_process():
+        save_run(args.output_dir, run)
+
+    packs = keeps_texts_apart(model)
+    train_multiple = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    trainer = TokenTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.fill_up(train_tokens, train_multiple, tokenizer.bos_token_id),
+        eval_dataset=data.fill_up(validation_tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
+        data_collator=data.PackedCollator() if packs else data.PaddedCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    if args.early_stopping_patience and args.eval_strategy != "no":
+        trainer.add_callback(EarlyStopping(args.early_stopping_patience))
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress())
+
+    logging.disable_progress_bar()  # transformers' own, one for each save
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_best()
+    results = trainer.results()
+    trainer.save_metrics("all", results, combined=False)
+    say(f"Best model in {args.output_dir}, perplexity {results.get('perplexity', float('nan')):.2f}")
+
+
+if __name__ == "__main__":
+    run_and_exit(main)
