@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         save_samples(samples, args.output, total=len(prompts) * args.num_samples)
     else:
         for number, sample in enumerate(samples, start=1):
-            print(f"{number:>3}. {sample.text}", flush=True)
+            print(f"{number:>3}. {' '.join(sample.text.split())}", flush=True)
 
 
 def read_prompts(prompt: str) -> list[str]:

@@ -71,7 +71,7 @@ if [[ -n "${HOSTFILE:-}" ]]; then
   launcher+=(--hostfile "$HOSTFILE")
 else
   num_processes=${NGPU:-$((num_gpus > 0 ? num_gpus : 1))}
-  launcher+=(--num_accelerators "$num_processes")
+  launcher+=(--num_accelerators "$num_processes" --master_port "${MASTER_PORT:-$((20000 + RANDOM % 10000))}")
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > num_processes ? $(nproc) / num_processes : 1))}
 fi
 ((num_gpus > 0)) || export DS_ACCELERATOR=cpu

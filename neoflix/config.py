@@ -16,6 +16,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from neoflix.ds_config import check_compiler, read_ds_config
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # What reads best from a fine-tuned model (README, "Sampling"); a run saves them with its model.
@@ -91,6 +93,7 @@ class TrainArguments(TrainingArguments):
         if self.validation_fraction == 0:  # nothing to evaluate on
             self.eval_strategy, self.eval_on_start, self.metric_for_best_model = "no", False, None
         check_writable(self.output_dir)
+        check_compiler(read_ds_config(self.deepspeed))
 
 
 def check_writable(folder: str) -> None:

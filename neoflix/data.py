@@ -8,6 +8,7 @@ import json
 import os
 import unicodedata
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ def download_netflix(path: Path, url: str = NETFLIX_URL) -> None:
         if len(read_texts(partial, "description", suffix=".csv")) < 1000:
             raise ValueError("the file is too short to be the catalogue")
         partial.replace(path)
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(
             f"--dataset netflix: could not be downloaded from {url} ({reason}); save that file as {path}, "

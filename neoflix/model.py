@@ -49,7 +49,9 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype) -> PreTrainedMo
     try:
         config = AutoConfig.from_pretrained(model_name_or_path)
         options = {"attn_implementation": ATTENTION_NAME} if config.model_type == "gpt_neo" else {}
-        return AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, dtype=dtype, output_loading_info=True, **options
+        )
     except (OSError, ValueError, SafetensorError) as error:
         if Path(model_name_or_path).is_dir():
             found = ", ".join(sorted(path.name for path in Path(model_name_or_path).iterdir())) or "nothing"
@@ -57,6 +59,12 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype) -> PreTrainedMo
         else:
             cure = "no such folder here, and the hub could not be reached or has no such model"
         raise ValueError(f"--model_name_or_path {model_name_or_path}: {cure}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
+        raise ValueError(
+            f"--model_name_or_path {model_name_or_path}: its weights lack {len(missing)} that config.json asks for, "
+            f"{missing[0]} among them; weights and config.json are not of one model"
+        )
+    return model
 
 
 def load_model(
@@ -89,7 +97,7 @@ def make_room_for_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     logit in the middle of all others, never a likely word. (An untouched random row would do neither, and in
     fp16 could overflow.)
     """
-    from deepspeed.zero import GatheredParameters  # seconds to import, and sampling never comes here
+    import deepspeed  # seconds to import, and sampling never comes here
 
     old_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) <= old_size and old_size % VOCAB_MULTIPLE == 0:
@@ -99,7 +107,7 @@ def make_room_for_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
     }
     for weight in weights.values():
-        with GatheredParameters(weight, modifier_rank=0), torch.no_grad():
+        with deepspeed.zero.GatheredParameters(weight, modifier_rank=0), torch.no_grad():
             if weight.numel() == 0:  # ZeRO-3: only the modifying rank holds the rows
                 continue
             weight[old_size:] = weight[:old_size].float().mean(0).to(weight.dtype)

@@ -1,0 +1,130 @@
+"""What the tests stand on: a small GPT-Neo of true architecture in a folder, a catalogue, and ways to run."""
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+DEEPSPEED = str(Path(PYTHON).with_name("deepspeed"))
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# Small matrices: threads that wait for each other cost more than they bring.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def titles() -> list[str]:
+    with open(ROOT / "data" / "sample_titles.csv", encoding="utf-8", newline="") as file:
+        return [row["description"] for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, titles) -> Path:
+    """A folder as the hub has it: GPT-Neo weights, and a tokenizer whose only control token is <|endoftext|>."""
+    folder = tmp_path_factory.mktemp("gpt-neo-tiny")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(titles, 500, show_progress=False, special_tokens=["<|endoftext|>"])
+    bpe.save_model(str(folder))
+    tokenizer = GPT2TokenizerFast.from_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    GPTNeoForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
+    return folder
+
+
+def tiny_config(**overrides) -> GPTNeoConfig:
+    """Two global and two local layers, a window of 16 tokens, no dropout."""
+    values = {
+        "vocab_size": 500,
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+        "max_position_embeddings": 256,
+        "window_size": 16,
+        "embed_dropout": 0.0,
+        "resid_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        # GPT-Neo's own 0.02 makes a small untrained model so flat that errors in attention hide in rounding.
+        "initializer_range": 0.2,
+    }
+    return GPTNeoConfig(**(values | overrides))
+
+
+@pytest.fixture
+def catalogue(tmp_path, titles) -> Path:
+    """A CSV with 60 texts."""
+    path = tmp_path / "catalogue.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["title", "description"])
+        writer.writerows([f"Title {i}", text] for i, text in enumerate(titles[:60]))
+    return path
+
+
+@pytest.fixture
+def train_words(model_dir, catalogue, tmp_path) -> list[str]:
+    """Flags of a run that takes seconds: fp32 on the CPU, 8 texts a step, no dropout, a curve nowhere."""
+    return [
+        *("--model_name_or_path", str(model_dir), "--dataset", str(catalogue)),
+        *("--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")),
+        *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"),
+        *("--learning_rate", "1e-3", "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true"),
+        *("--use_cpu", "true"),
+    ]
+
+
+def run_program(*words: str, expect: int = 0, env: dict | None = None, timeout: int = 600) -> str:
+    """Runs a command in the project's folder; returns stdout and stderr together, checks the exit code."""
+    # What train.main set for itself in this process would bind a program to this process's port.
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {key: value for key, value in os.environ.items() if key not in launcher}
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env={**inherited, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == expect, f"exit code {done.returncode}, expected {expect}:\n{done.stdout}"
+    return done.stdout
+
+
+def netflix_csv() -> Path | None:
+    """The real catalogue: NETFLIX_TITLES_CSV, or data/netflix_titles.csv once it was downloaded."""
+    path = Path(os.environ.get("NETFLIX_TITLES_CSV", ROOT / "data" / "netflix_titles.csv"))
+    return path if path.is_file() else None
+
+
+def gpt2_tokenizer_dir() -> Path | None:
+    """The real GPT-2 vocab.json and merges.txt, in the folder GPT2_TOKENIZER_DIR."""
+    path = Path(os.environ.get("GPT2_TOKENIZER_DIR", ROOT / "data" / "gpt2_tokenizer"))
+    return path if (path / "vocab.json").is_file() else None

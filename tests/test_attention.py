@@ -1,0 +1,159 @@
+"""Ours = transformers' eager attention, wherever eager is right."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch.utils.checkpoint import checkpoint
+from transformers import GPTNeoForCausalLM
+
+from neoflix.attention import ATTENTION_NAME, PackedTexts, locate_texts, register_attention
+
+TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """(eager model, the same model with our attention)"""
+    register_attention()
+    torch.manual_seed(1)
+    config = tiny_config(max_position_embeddings=2048)
+    eager = GPTNeoForCausalLM._from_config(config, attn_implementation="eager").eval()
+    ours = GPTNeoForCausalLM._from_config(tiny_config(max_position_embeddings=2048), attn_implementation=ATTENTION_NAME)
+    ours.load_state_dict(eager.state_dict())
+    return eager, ours.eval()
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 500, shape, generator=torch.Generator().manual_seed(7))
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 40, 200])
+def test_logits_below_and_above_the_window(pair, length):
+    eager, ours = pair
+    ids = random_ids(2, length)
+    torch.testing.assert_close(ours(ids).logits, eager(ids).logits, **TOLERANCE)
+
+
+def test_logits_at_full_length(pair):
+    eager, ours = pair
+    ids = random_ids(1, 2048)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, eager(ids).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [12, 40])
+def test_gradients(pair, length):
+    ids = random_ids(2, length)
+    theirs, mine = (gradients(model, model(ids, labels=ids).loss) for model in pair)
+    for name in theirs:
+        torch.testing.assert_close(mine[name], theirs[name], atol=2e-5, rtol=1e-3)
+
+
+# Lengths around the window (16), around a length class (16, 32), and of one token.
+@pytest.mark.parametrize("lengths", [[5, 40, 1, 17, 16, 30], [1, 1], [33], [16, 16, 16], [100, 2]])
+def test_packed_texts_are_texts_alone(pair, lengths):
+    eager, ours = pair
+    texts = random_ids(1, sum(lengths)).split(lengths, dim=1)
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    packed = ours(torch.cat(texts, 1), position_ids=position_ids, use_cache=False).logits
+    alone = torch.cat([eager(text).logits for text in texts], 1)
+    torch.testing.assert_close(packed, alone, **TOLERANCE)
+
+
+def test_packed_rows_of_a_batch_stay_apart(pair):
+    eager, ours = pair
+    ids = random_ids(2, 24)
+    position_ids = torch.stack(
+        [torch.cat([torch.arange(20), torch.arange(4)]), torch.cat([torch.arange(3), torch.arange(21)])]
+    )
+    packed = ours(ids, position_ids=position_ids, use_cache=False).logits
+    first = torch.cat([eager(ids[:1, :20]).logits, eager(ids[:1, 20:]).logits], 1)
+    second = torch.cat([eager(ids[1:, :3]).logits, eager(ids[1:, 3:]).logits], 1)
+    torch.testing.assert_close(packed, torch.cat([first, second]), **TOLERANCE)
+
+
+def test_packed_gradients_with_checkpointing(pair):
+    _, ours = pair
+    ids = random_ids(1, 60)
+    position_ids = torch.cat([torch.arange(20), torch.arange(40)]).unsqueeze(0)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": position_ids, "use_cache": False}
+    plain = gradients(ours, ours(**batch).loss)
+    for block in ours.transformer.h:  # what Trainer's --gradient_checkpointing switches on
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    ours.train()
+    checkpointed = gradients(ours, ours(**batch).loss)
+    ours.eval()
+    for block in ours.transformer.h:
+        block.gradient_checkpointing = False
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], **TOLERANCE)
+
+
+def test_left_padding(pair):
+    eager, ours = pair
+    ids, mask = random_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :25] = 0
+    batch = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    theirs, mine = eager(ids, **batch).logits, ours(ids, **batch).logits
+    assert mine.isfinite().all()
+    torch.testing.assert_close(mine[mask.bool()], theirs[mask.bool()], **TOLERANCE)
+
+
+def test_right_padding(pair):
+    eager, ours = pair
+    ids, mask = random_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, 25:] = 0
+    real = ours(ids, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(real, eager(ids, attention_mask=mask).logits[mask.bool()], **TOLERANCE)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("prompt_length", [1, 10, 30])
+def test_generation_past_the_window(pair, cache, prompt_length):
+    eager, ours = pair
+    ids, mask = random_ids(2, prompt_length), torch.ones(2, prompt_length, dtype=torch.long)
+    mask[0, : prompt_length // 2] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": 499}
+    theirs = eager.generate(ids, **options)
+    mine = ours.generate(ids, cache_implementation=cache, **options)
+    assert mine.tolist() == theirs.tolist()
+
+
+def test_no_position_squared_buffer(pair):
+    eager, ours = pair
+    assert any(buffer.numel() == 2048**2 for buffer in eager.buffers())
+    assert not any(buffer.numel() >= 2048**2 for buffer in ours.buffers())
+
+
+def test_locate_texts_visits_each_token_once():
+    is_start = torch.zeros(2, 50, dtype=torch.bool)
+    is_start[:, 0] = is_start[0, 20] = is_start[0, 21] = is_start[1, 33] = True
+    texts = locate_texts(is_start)
+    assert isinstance(texts, PackedTexts)
+    flat = torch.cat([group.flatten() for group in texts.groups])
+    assert flat[texts.places].tolist() == list(range(100))
+    assert [group.shape for group in texts.groups] == [(1, 1), (2, 20), (2, 33)] or len(texts.groups) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_texts_on_cuda(pair, dtype):
+    eager, ours = (model.to("cuda", dtype) for model in pair)
+    lengths = [5, 40, 1, 17, 16, 30]
+    texts = random_ids(1, sum(lengths)).cuda().split(lengths, dim=1)
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).cuda()
+    packed = ours(torch.cat(texts, 1), position_ids=position_ids, use_cache=False).logits
+    alone = torch.cat([eager(text).logits for text in texts], 1)
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(packed, alone, atol=tolerance, rtol=tolerance)
+    for model in pair:
+        model.to("cpu", torch.float32)

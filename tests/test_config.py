@@ -1,0 +1,158 @@
+"""Recipes, the command line, and what is refused before anything is loaded."""
+
+import json
+import re
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args, parse_train_args, read_recipe
+from neoflix.distributed import prepare_environment
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def parse(tmp_path):
+    prepare_environment()
+
+    def parse(*words):
+        return parse_train_args(["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", *words])
+
+    return parse
+
+
+def test_no_argument_is_the_promised_run(parse):
+    args = parse()
+    assert args.model_name_or_path == "EleutherAI/gpt-neo-2.7B"
+    assert (args.dataset, args.text_column, args.validation_fraction) == ("netflix", "description", 0.1)
+    assert args.deepspeed == str(ROOT / "ds_config.json")
+    assert parse_train_args(["--use_cpu", "true"]).output_dir == "results"
+    assert not args.bf16
+    assert not args.fp16
+
+
+def test_command_line_wins_over_recipe_and_recipe_over_default(parse, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("learning_rate: 1.0e-4\nseed: 7\nreport_to: [none]\neval_on_start: false\nmax_length: null\n")
+    args = parse("--config", str(recipe), "--seed", "8")
+    assert (args.learning_rate, args.seed, args.eval_on_start, args.max_length) == (1e-4, 8, False, None)
+    assert args.weight_decay == 0.01
+    assert args.report_to == []
+
+
+def test_every_hugging_face_flag_works(parse):
+    args = parse("--adam_beta2", "0.95", "--lr_scheduler_type", "linear", "--max_steps=3", "--local_rank=0")
+    assert (args.adam_beta2, args.lr_scheduler_type, args.max_steps) == (0.95, "linear", 3)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_parse(parse, path):
+    words = [] if path.stem == "demo" else ["--bf16", "false", "--fp16", "false"]
+    args = parse("--config", str(path), *words)
+    assert set(args.generation) >= set(SAMPLING_DEFAULTS)
+
+
+def test_default_recipe_says_what_the_defaults_are(parse, tmp_path):
+    flags, _ = read_recipe(str(ROOT / "recipes" / "gpt-neo-2.7b.yaml"))
+    defaults = parse()
+    for key, value in flags.items():
+        if key != "output_dir":
+            assert getattr(defaults, key) == value, key
+
+
+def test_article_recipe_holds_the_articles_settings(parse):
+    args = parse("--config", str(ROOT / "recipes" / "article.yaml"))
+    assert args.model_name_or_path.lower() == "eleutherai/gpt-neo-1.3b"
+    assert (args.num_train_epochs, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (5, 2, 1)
+    assert (args.warmup_steps, args.weight_decay) == (100, 0.01)
+    sampling = parse_generate_args(["--config", str(ROOT / "recipes" / "article.yaml")])
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.num_samples) == (1.9, 50, 0.95, 20)
+
+
+BAD_WORDS = {
+    "unknown flag": (["--learning_rat", "1"], "did you mean '--learning_rate'"),
+    "not a number": (["--seed", "many"], "--seed"),
+    "fraction": (["--validation_fraction", "1.5"], "validation_fraction 1.5"),
+    "no learning": (["--learning_rate", "0"], "learning_rate"),
+    "no batch": (["--per_device_train_batch_size", "0"], "per_device_train_batch_size"),
+    "too short": (["--max_length", "2"], "max_length"),
+    "impatient": (["--early_stopping_patience", "-1"], "early_stopping_patience"),
+    "no recipe": (["--config", "none.yaml"], "cannot be read"),
+    "no deepspeed file": (["--deepspeed", "none.json"], "cannot be read"),
+    "unknown scheduler": (["--lr_scheduler_type", "cosin"], "cosin"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WORDS)
+def test_bad_words_are_told(parse, case):
+    words, message = BAD_WORDS[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(*words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ("generation:\n  temprature: 1", "unknown key 'temprature'; did you mean 'temperature'"),
+        ("a: b: c", "not valid YAML"),
+        ("- just\n- a list", "flag: value"),
+    ],
+)
+def test_bad_recipes_are_told(parse, tmp_path, text, message):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        parse("--config", str(recipe))
+    assert "\n" not in str(error.value)
+
+
+def test_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        parse_train_args(["--output_dir", str(tmp_path / "file" / "run")])
+    with pytest.raises(ValueError, match="cannot write in /proc"):  # not even root can
+        parse_train_args(["--output_dir", "/proc/run"])
+
+
+def test_deepspeed_file_is_checked_before_anything_else(parse, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimisation": {}}))
+    with pytest.raises(ValueError, match="zero_optimization"):
+        parse("--deepspeed", str(path))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--temperature", "0"],
+        ["--temperature", "-1"],
+        ["--top_p", "0"],
+        ["--top_p", "1.1"],
+        ["--top_k", "-1"],
+        ["--num_samples", "0"],
+        ["--batch_size", "0"],
+        ["--max_new_tokens", "0"],
+        ["--repetition_penalty", "0"],
+    ],
+)
+def test_sampling_settings_that_mean_nothing(words):
+    with pytest.raises(ValueError, match=words[0]):
+        parse_generate_args(words)
+
+
+def test_generate_finds_the_run_of_a_recipe():
+    assert parse_generate_args([]).model_dir == "results"
+    assert parse_generate_args(["--config", str(ROOT / "recipes" / "article.yaml")]).model_dir == "results-article"
+    assert parse_generate_args(["--output_dir", "elsewhere"]).model_dir == "elsewhere"
+
+
+def test_flags_in_the_readme_exist(parse):
+    readme = (ROOT / "README.md").read_text()
+    known = set(yaml.safe_load(json.dumps([f"--{name}" for name in vars(parse())])))
+    known |= {f"--{name}" for name in vars(parse_generate_args([]))} | {"--setup-only", "--num_accelerators"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", readme))
+    assert flags, "README shows no flag"
+    assert flags <= known, flags - known

@@ -1,0 +1,344 @@
+"""Reading, splitting, tokenising and collating; and that packing changes nothing a model learns."""
+
+import csv
+import json
+import random
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from conftest import gpt2_tokenizer_dir, netflix_csv
+
+from neoflix import data
+from neoflix.data import IGNORED, PackedCollator, PaddedCollator, TextSplit, fill_up, read_texts, split_texts
+from neoflix.model import load_model
+from neoflix.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir):
+    return load_tokenizer(str(model_dir))
+
+
+@pytest.fixture
+def tokens(titles, tokenizer, tmp_path):
+    return data.tokenize_texts(titles[:40], tokenizer, 256, tmp_path)[0]
+
+
+# ---- read -----------------------------------------------------------------------------------------------
+
+
+def test_sample_catalogue_has_the_shape_it_promises(titles):
+    frame = pd.read_csv(data.SAMPLE_PATH, keep_default_na=False)
+    assert len(frame) >= 300
+    assert (
+        list(frame.columns)
+        == (
+            "show_id type title director cast country date_added release_year rating duration listed_in description"
+        ).split()
+    )
+    assert frame["title"].is_unique
+    assert frame["description"].is_unique
+    assert read_texts(data.SAMPLE_PATH, "description") == [text.strip() for text in titles]
+
+
+TEXTS = ["Plain.", 'Two,  "quoted" fields; and a\nline.', "  trimmed  ", "", "NA", "Café — naïve"]
+KEPT = ["Plain.", 'Two,  "quoted" fields; and a\nline.', "trimmed", "NA", "Café — naïve"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_every_format_gives_the_same_texts(tmp_path, suffix):
+    path = tmp_path / f"texts{suffix}"
+    frame = pd.DataFrame({"n": range(len(TEXTS)), "text": TEXTS})
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in frame.to_dict("records")))
+    elif suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="," if suffix == ".csv" else "\t")
+    assert read_texts(path, "text") == KEPT
+
+
+def test_crlf_and_byte_order_mark(tmp_path):
+    path = tmp_path / "windows.csv"
+    path.write_bytes(b"\xef\xbb\xbftext,n\r\none,1\r\ntwo,2\r\n")
+    assert read_texts(path, "text") == ["one", "two"]
+
+
+def test_null_values_are_rows_without_text(tmp_path):
+    path = tmp_path / "nulls.jsonl"
+    path.write_text('{"text": "one"}\n{"text": null}\n{"n": 1}\n{"text": "two"}\n')
+    assert read_texts(path, "text") == ["one", "two"]
+
+
+BAD_FILES = {
+    "empty.csv": (b"", "is empty"),
+    "blank.csv": (b"\n\n", "is empty"),
+    "header_only.csv": (b"title,description\n", "no rows"),
+    "wrong_column.csv": (b"title,synopsis\na,b\n", "it has title, synopsis"),
+    "no_texts.csv": (b"title,description\na,\nb,  \n", "every row"),
+    "latin1.csv": ("title,description\na,café\n".encode("latin-1"), "not UTF-8"),
+    "latin1_header.csv": ("título,description\na,b\n".encode("latin-1"), "not UTF-8"),
+    "short_row.csv": (b"title,description\na,b\nc\n", "too many or too few fields"),
+    "long_row.csv": (b"title,description\na,b\nc,d,e\n", "too many or too few fields"),
+    "unclosed.csv": (b'title,description\na,"b\nc,d\n', "a quote is not closed"),
+    "numbers.csv": (b"title,description\na,1999\nb,2001\n", "holds numbers"),
+    "broken.jsonl": (b'{"description": "a"}\n{"description": "b"\n', "line 2"),
+    "list.jsonl": (b'{"description": "a"}\n["b"]\n', "line 2"),
+    "wrong_key.jsonl": (b'{"synopsis": "a"}\n', "it has synopsis"),
+    "numbers.jsonl": (b'{"description": 1}\n{"description": 2}\n', "not text|numbers"),
+    "latin1.jsonl": ('{"description": "café"}\n'.encode("latin-1"), "not UTF-8"),
+    "not.parquet": (b"title,description\na,b\n", "not a Parquet file"),
+    "prose.docx": (b"PK", "should be .csv"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_told_in_one_sentence(tmp_path, name):
+    content, message = BAD_FILES[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_texts(path, "description")
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        data.find_dataset(str(tmp_path / "none.csv"))
+    with pytest.raises(ValueError, match="is a folder"):
+        data.find_dataset(str(tmp_path))
+
+
+# ---- download -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def web():
+    """A real web server on this machine; set `web.body` to what it answers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(self.server.promised or len(self.server.body)))
+            self.end_headers()
+            self.wfile.write(self.server.body)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.promised, server.body = None, b""
+    server.url = f"http://127.0.0.1:{server.server_port}/netflix_titles.csv"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_download_is_whole_and_checked(web, tmp_path):
+    path = tmp_path / "data" / "netflix_titles.csv"
+    web.body = b"title,description\r\n" + b"".join(b"t,text %d.\r\n" % i for i in range(1500))
+    data.download_netflix(path, web.url)
+    assert len(read_texts(path, "description")) == 1500
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("case", ["cut short", "an error page", "no server"])
+def test_failed_download_says_where_to_put_the_file(web, tmp_path, case):
+    path, url = tmp_path / "netflix_titles.csv", web.url
+    web.body = b"title,description\r\n" + b"t,text.\r\n" * 1500
+    if case == "cut short":
+        web.promised = len(web.body) + 10
+    elif case == "an error page":
+        web.body = b"<html>try again later</html>"
+    else:
+        url = "http://127.0.0.1:9/netflix_titles.csv"  # the discard port: nobody listens
+    with pytest.raises(ValueError, match="save that file as") as error:
+        data.download_netflix(path, url)
+    assert str(path) in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- split ----------------------------------------------------------------------------------------------
+
+
+def normalised(texts):
+    return {"".join(c for c in text.casefold() if c.isalnum()) for text in texts}
+
+
+def test_no_text_and_no_twin_on_both_sides(titles):
+    twins = [text.upper().replace(",", " ,") for text in titles[::3]]
+    split = split_texts(titles + twins + titles[::5], 0.3)
+    assert not normalised(split.train) & normalised(split.validation)
+    assert len(split.train) + len(split.validation) == len(titles) + len(twins) + len(titles[::5])
+
+
+def test_split_is_unmoved_by_order_and_seed(titles):
+    before = split_texts(titles, 0.1)
+    shuffled = titles[:]
+    for seed in (1, 2):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        random.shuffle(shuffled)
+        after = split_texts(shuffled, 0.1)
+        assert sorted(after.validation) == sorted(before.validation)
+    assert split_texts(titles, 0.1).train == [text for text in titles if text not in set(before.validation)]
+
+
+def test_split_shares_and_grows(titles):
+    sizes = [len(split_texts(titles, fraction).validation) for fraction in (0.05, 0.1, 0.5)]
+    assert 0.02 < sizes[0] / len(titles) < 0.1
+    assert 0.4 < sizes[2] / len(titles) < 0.6
+    assert set(split_texts(titles, 0.1).validation) <= set(split_texts(titles, 0.5).validation)
+    assert split_texts(titles, 0) == TextSplit(titles, [])
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.999])
+def test_both_sides_get_a_text(fraction):
+    split = split_texts(["one", "two", "one"], fraction)
+    assert sorted(map(len, split)) in ([1, 2], [1, 2])
+    assert not set(split.train) & set(split.validation)
+
+
+def test_one_distinct_text_is_refused():
+    with pytest.raises(ValueError, match="all texts are the same"):
+        split_texts(["Same text.", "same  text"], 0.1)
+
+
+# ---- tokenise -------------------------------------------------------------------------------------------
+
+
+def test_texts_come_back_between_their_control_tokens(tokens, titles, tokenizer):
+    for ids, num_chars, text in zip(tokens["input_ids"], tokens["num_chars"], titles, strict=False):
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids[1:-1]) == text
+        assert num_chars == len(text)
+
+
+def test_control_tokens_inside_a_text_are_text(tokenizer, tmp_path):
+    text = "one <|endoftext|> two <|startoftext|> <|pad|>"
+    dataset, _, _ = data.tokenize_texts([text], tokenizer, 256, tmp_path)
+    ids = dataset[0]["input_ids"]
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids[1:-1])
+    assert tokenizer.decode(ids[1:-1]) == text
+
+
+def test_long_texts_are_cut_before_their_end_and_counted(tokenizer, tmp_path, capsys):
+    texts = ["word " * 300, "short", "é" * 300]
+    dataset, num_tokens, num_cut = data.tokenize_texts(texts, tokenizer, 10, tmp_path)
+    assert num_cut == 2
+    assert [len(ids) for ids in dataset["input_ids"]][::2] == [10, 10]
+    assert num_tokens == sum(len(ids) for ids in dataset["input_ids"])
+    for ids, num_chars in zip(dataset["input_ids"], dataset["num_chars"], strict=True):
+        assert ids[-1] == tokenizer.eos_token_id
+        assert len(tokenizer.decode(ids[1:-1])) == num_chars
+    data.tokenize_split(TextSplit(texts, ["more"]), tokenizer, 10, tmp_path)
+    assert "2 texts longer than 10 tokens were cut" in capsys.readouterr().out
+
+
+def test_cache_is_one_file_for_one_content(titles, tokenizer, model_dir, tmp_path):
+    def files(texts=titles, of=tokenizer, max_length=100):
+        data.tokenize_texts(texts, of, max_length, tmp_path)
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+    first = files()
+    assert len(first) == 2
+    assert files() == first, "the same content was tokenised twice"
+    other = load_tokenizer(str(model_dir))
+    other.add_tokens(["gentle"])
+    for change in ({"texts": titles[1:]}, {"max_length": 99}, {"of": other}):
+        before = len(list(tmp_path.iterdir()))
+        assert len(files(**change)) == before + 2
+
+
+def test_tokens_stay_on_disk(tokenizer, tmp_path):
+    texts = [f"Text number {i} of many, of some length, and nothing more." for i in range(20_000)]
+    before = pa.total_allocated_bytes()
+    dataset, num_tokens, _ = data.tokenize_texts(texts, tokenizer, 256, tmp_path)
+    filled = fill_up(dataset, 64, tokenizer.bos_token_id)
+    assert filled[12_345]["input_ids"] == dataset[12_345]["input_ids"]
+    assert num_tokens * 4 > 1_000_000
+    assert pa.total_allocated_bytes() - before < num_tokens * 4 / 10
+    assert dataset.cache_files == [] or Path(dataset.cache_files[0]["filename"]).parent == tmp_path
+
+
+def test_real_catalogue_has_247373_tokens(tmp_path):
+    """The figure of the real catalogue of January 2021 with the real GPT-2 vocabulary."""
+    if netflix_csv() is None or gpt2_tokenizer_dir() is None:
+        pytest.skip("needs NETFLIX_TITLES_CSV and GPT2_TOKENIZER_DIR")
+    folder = tmp_path / "gpt2"
+    shutil.copytree(gpt2_tokenizer_dir(), folder, copy_function=shutil.copyfile)
+    (folder / "config.json").write_text('{"model_type": "gpt_neo"}')
+    texts = read_texts(netflix_csv(), "description")
+    assert len(texts) == 7787
+    tokenizer = load_tokenizer(str(folder))
+    assert len(tokenizer) == 50_259
+    _, num_tokens, num_cut = data.tokenize_texts(texts, tokenizer, 2048, tmp_path)
+    assert (num_tokens, num_cut) == (247_373, 0)
+
+
+# ---- collate --------------------------------------------------------------------------------------------
+
+
+def test_end_is_learnt_and_padding_is_not(tokens, tokenizer):
+    examples = [tokens[i] for i in range(5)]
+    packed, padded = PackedCollator()(examples), PaddedCollator(tokenizer.pad_token_id)(examples)
+    num_labels = sum(len(example["input_ids"]) - 1 for example in examples)
+    for batch in (packed, padded):
+        learnt = batch["labels"][:, 1:]
+        assert (learnt == tokenizer.eos_token_id).sum() == len(examples)
+        assert (learnt != IGNORED).sum() == num_labels
+        assert not torch.isin(learnt, torch.tensor([tokenizer.pad_token_id, tokenizer.bos_token_id])).any()
+    assert packed["input_ids"].shape == (1, num_labels + len(examples))
+    assert (padded["input_ids"][padded["attention_mask"] == 0] == tokenizer.pad_token_id).all()
+
+
+def test_filled_up_texts_count_nothing(tokens, tokenizer):
+    filled = fill_up(tokens, 16, tokenizer.bos_token_id)
+    assert len(filled) == 48
+    batch = PackedCollator()([filled[i] for i in range(40, 48)])
+    assert (batch["labels"] == IGNORED).all()
+    assert fill_up(tokens, 8, tokenizer.bos_token_id) is tokens
+
+
+def loss_and_gradients(model, batches) -> tuple[float, dict[str, torch.Tensor]]:
+    """Sum over batches of the summed loss, so that it does not matter how texts are laid into batches."""
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = model(**batch, num_items_in_batch=1).loss
+        loss.backward()
+        total += loss.item()
+    return total, {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+def test_packed_equals_one_by_one_equals_padded(tokens, tokenizer, model_dir):
+    model = load_model(str(model_dir), tokenizer, torch.float32, {})
+    examples = [tokens[i] for i in range(12)]
+    assert max(len(e["input_ids"]) for e in examples) > model.config.window_size
+    plain = [{"input_ids": torch.tensor([e["input_ids"]])} for e in examples]
+    one_by_one = loss_and_gradients(model, [batch | {"labels": batch["input_ids"]} for batch in plain])
+    packed = loss_and_gradients(model, [PackedCollator()(examples)])
+    padded = loss_and_gradients(model, [PaddedCollator(tokenizer.pad_token_id)(examples)])
+    for other in (packed, padded):
+        assert other[0] == pytest.approx(one_by_one[0], rel=1e-5)
+        for name, gradient in one_by_one[1].items():
+            scale = gradient.abs().max().clamp(min=1.0)
+            torch.testing.assert_close(other[1][name] / scale, gradient / scale, atol=1e-5, rtol=1e-4)
+
+
+def test_written_csv_is_read_as_written(tmp_path, titles):
+    path = tmp_path / "again.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["description"], *([text] for text in titles)])
+    assert read_texts(path, "description") == titles

@@ -1,0 +1,84 @@
+"""The real `deepspeed` launcher with two processes on the CPU: the same run as with one."""
+
+import json
+
+import pytest
+import torch
+from conftest import DEEPSPEED, free_port, run_program
+from safetensors.torch import load_file
+from test_train import losses, results
+
+from neoflix.generation import Sampler
+
+
+@pytest.fixture
+def deepspeed_run(train_words, tmp_path):
+    """deepspeed_run("name", processes, *words) -> (the run's folder, what it said)"""
+
+    def run(name: str, num_processes: int, *words: str, expect: int = 0):
+        launcher = [DEEPSPEED, "--num_accelerators", str(num_processes), "--master_port", free_port()]
+        folder = tmp_path / name
+        output = run_program(*launcher, "train.py", *train_words, "--output_dir", str(folder), *words, expect=expect)
+        return folder, output
+
+    return run
+
+
+def same_weights(one, other) -> bool:
+    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return all(torch.allclose(ours[name], theirs[name], atol=2e-5, rtol=1e-4) for name in ours)
+
+
+def test_two_processes_are_one(deepspeed_run):
+    """Same texts a step, same losses, same weights, over epochs whose last step is not full."""
+    words = ["--num_train_epochs", "2"]
+    one, _ = deepspeed_run("one", 1, *words)
+    two, output = deepspeed_run("two", 2, *words, "--per_device_train_batch_size", "4")
+    assert len(losses(one)) == 14
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert losses(two, "eval_loss") == pytest.approx(losses(one, "eval_loss"), rel=1e-5)
+    assert same_weights(one, two)
+    assert (two / "checkpoint-14" / "global_step14" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").is_file()
+    assert output.count("Best model in") == 1, "more than one process spoke"
+
+    # Resumed on two processes, the run goes on by itself.
+    _, output = deepspeed_run("two", 2, "--num_train_epochs", "3", "--per_device_train_batch_size", "4")
+    assert "Resuming from" in output
+    assert results(two)["global_step"] == 21
+
+
+def test_zero_3_shards_and_saves_whole_weights(deepspeed_run, tmp_path):
+    """The contract holds at stage 3 as well: vocabulary grown before sharding, weights whole on disk."""
+    config = tmp_path / "zero3.json"
+    optimizer = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
+    config.write_text(
+        json.dumps(
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu"},
+                    "stage3_gather_16bit_weights_on_model_save": True,
+                },
+                "optimizer": optimizer,
+                "gradient_clipping": "auto",
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "train_batch_size": "auto",
+                "steps_per_print": 1000000000,
+            }
+        )
+    )
+    words = ["--num_train_epochs", "1"]
+    one, _ = deepspeed_run("one", 1, *words)
+    three, _ = deepspeed_run("three", 2, *words, "--per_device_train_batch_size", "4", "--deepspeed", str(config))
+    assert losses(three) == pytest.approx(losses(one), rel=1e-4)
+    assert same_weights(one, three)
+    assert Sampler.load(three, device="cpu").model.config.vocab_size == 512
+
+
+def test_bad_input_ends_all_processes_with_exit_code_2(deepspeed_run, tmp_path):
+    _, output = deepspeed_run("run", 2, "--text_column", "synopsis", expect=2)
+    assert sum(line.startswith("error: ") for line in output.splitlines()) == 1
+    assert "it has title, description" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()

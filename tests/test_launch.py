@@ -1,0 +1,80 @@
+"""launch.sh says what it would run, for hardware that is there and hardware that is not."""
+
+import os
+import stat
+
+import pytest
+from conftest import ROOT, run_program
+
+
+@pytest.fixture
+def dry_run(tmp_path):
+    """dry_run(*words, gpus=[MiB, ...], **env) -> what a dry run prints, nvidia-smi reporting those GPUs."""
+
+    def dry_run(*words, gpus=(), **env):
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text("#!/bin/sh\n" + ("".join(f"echo {mib}\n" for mib in gpus) or "exit 9\n"))
+        smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        return run_program("./launch.sh", *words, env={"DRY_RUN": "1", "PATH": path, **env})
+
+    return dry_run
+
+
+@pytest.mark.parametrize(
+    ("gpus", "recipe", "processes"),
+    [
+        ([], "recipes/demo.yaml", 1),
+        ([24576], "recipes/gpt-neo-2.7b.yaml", 1),  # RTX 3090, RTX 4090
+        ([24564, 24564], "recipes/gpt-neo-2.7b.yaml", 2),
+        ([81559] * 8, "recipes/gpt-neo-2.7b.yaml", 8),
+        ([12288], "recipes/gpt-neo-1.3b.yaml", 1),
+        ([24576, 11264], "recipes/gpt-neo-1.3b.yaml", 2),  # the smallest decides
+    ],
+)
+def test_recipe_follows_the_hardware(dry_run, gpus, recipe, processes):
+    output = dry_run(gpus=gpus)
+    assert f"taking {recipe}" in output
+    assert f"--num_accelerators {processes} " in output
+    assert f"train.py --config {recipe} \n" in output
+    assert f"python generate.py --config {recipe} \n" in output
+
+
+def test_arguments_go_to_train_and_the_run_to_generate(dry_run):
+    output = dry_run("--config", "recipes/article.yaml", "--seed", "3", "--output_dir=my run", NGPU="2")
+    assert "--num_accelerators 2 " in output
+    assert r"train.py --config recipes/article.yaml --seed 3 --output_dir=my\ run " in output
+    assert r"generate.py --config recipes/article.yaml --output_dir=my\ run " in output
+    assert "taking" not in output
+
+
+def test_hostfile_is_handed_on(dry_run):
+    output = dry_run("--config", "recipes/demo.yaml", HOSTFILE="hosts")
+    assert "deepspeed --quiet --hostfile hosts train.py" in output
+    assert "num_accelerators" not in output
+
+
+def test_dry_run_runs_nothing(dry_run):
+    before = set(ROOT.iterdir())
+    dry_run()
+    assert set(ROOT.iterdir()) == before
+
+
+def test_help_says_how_to_call_it():
+    output = run_program("./launch.sh", "--help")
+    for word in ("--setup-only", "NGPU=2", "DRY_RUN=1", "HOSTFILE=hosts"):
+        assert word in output
+
+
+def test_setup_only_has_nothing_to_do_twice():
+    assert run_program("./launch.sh", "--setup-only") == ""
+
+
+def test_main_command_trains_and_samples(tmp_path):
+    """The whole road, cut short: real launcher, real recipe, samples on the screen."""
+    output = run_program(
+        *("./launch.sh", "--config", "recipes/demo.yaml", "--output_dir", tmp_path / "run", "--max_steps", "4")
+    )
+    assert "Best model in" in output
+    assert " 20. " in output
+    assert (tmp_path / "run" / "model.safetensors").is_file()

@@ -1,0 +1,106 @@
+import pytest
+import torch
+from conftest import tiny_config
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from neoflix.attention import ATTENTION_NAME
+from neoflix.config import SAMPLING_DEFAULTS
+from neoflix.model import build_demo_model, get_window, keeps_texts_apart, load_model, load_pretrained
+from neoflix.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir):
+    return load_tokenizer(str(model_dir))
+
+
+@pytest.fixture
+def model(model_dir, tokenizer):
+    return load_model(str(model_dir), tokenizer, torch.float32, SAMPLING_DEFAULTS)
+
+
+def test_vocabulary_is_padded_and_old_rows_are_untouched(model, model_dir):
+    old = AutoModelForCausalLM.from_pretrained(model_dir).get_input_embeddings().weight
+    new = model.get_input_embeddings().weight
+    assert (old.shape[0], new.shape[0], model.config.vocab_size) == (500, 512, 512)
+    assert torch.equal(new[:500], old)
+    assert model.get_output_embeddings().weight is new, "tied weights came apart"
+
+
+def test_new_rows_start_sensibly(model, tokenizer):
+    rows = model.get_input_embeddings().weight
+    assert torch.equal(rows[tokenizer.bos_token_id], rows[tokenizer.eos_token_id])
+    for row in (tokenizer.pad_token_id, 502, 511):
+        torch.testing.assert_close(rows[row], rows[:500].mean(0))
+
+
+def test_ids_and_sampling_settings_are_set(model, tokenizer):
+    for config in (model.config, model.generation_config):
+        assert config.bos_token_id == tokenizer.bos_token_id == 500
+        assert config.eos_token_id == tokenizer.eos_token_id == 0
+        assert config.pad_token_id == tokenizer.pad_token_id == 501
+    assert model.generation_config.temperature == SAMPLING_DEFAULTS["temperature"]
+    assert model.generation_config.suppress_tokens == list(range(500, 512))
+
+
+def test_saved_model_is_plain_hugging_face(model, tmp_path):
+    """Whoever loads it without this project gets the same model, and never a padded row."""
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert plain.config._attn_implementation != ATTENTION_NAME
+    ids = torch.arange(1, 40).unsqueeze(0)
+    torch.testing.assert_close(plain(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    torch.manual_seed(0)
+    sampled = plain.generate(ids, num_return_sequences=8, max_new_tokens=50, temperature=5.0)
+    assert sampled[:, 39:].max() <= 501
+    assert plain.generation_config.do_sample
+
+
+def test_gpt_neo_takes_our_attention_by_default(model_dir, model):
+    assert keeps_texts_apart(model)
+    assert keeps_texts_apart(load_pretrained(str(model_dir), torch.float32))
+    assert keeps_texts_apart(build_demo_model(512))
+
+
+def test_any_causal_language_model_loads(tokenizer, tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=32, n_layer=2, n_head=2, n_positions=64)).save_pretrained(
+        tmp_path
+    )
+    model = load_model(str(tmp_path), tokenizer, torch.float32, SAMPLING_DEFAULTS)
+    assert not keeps_texts_apart(model)
+    assert get_window(model) == 64
+    assert model.config.vocab_size == 512
+
+
+def test_demo_is_small_and_ready():
+    model = build_demo_model(4096)
+    assert sum(weight.numel() for weight in model.parameters()) < 5_000_000
+    assert model.config.attention_layers == ["global", "local", "global", "local"]
+
+
+@pytest.mark.parametrize("missing", ["weights", "config", "everything", "network", "whole weights"])
+def test_folder_without_a_model_is_one_sentence(missing, tmp_path, model, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "folder"
+    if missing == "everything":
+        folder.mkdir()
+    elif missing != "network":
+        model.save_pretrained(folder)
+    if missing == "weights":
+        (folder / "model.safetensors").unlink()
+    if missing == "config":
+        (folder / "config.json").unlink()
+    if missing == "whole weights":
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="model_name_or_path") as error:
+        load_pretrained("nobody/none" if missing == "network" else str(folder), torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_architecture_are_refused(model, tmp_path):
+    """transformers would fill what is missing with random numbers and only warn."""
+    model.save_pretrained(tmp_path)
+    tiny_config(num_layers=6, attention_types=[[["global", "local"], 3]], vocab_size=512).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lack"):
+        load_pretrained(str(tmp_path), torch.float32)

@@ -1,0 +1,242 @@
+"""Whole runs of train.py, small ones, through Trainer and DeepSpeed's ZeRO-2 with CPU Adam."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PYTHON, run_program
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from neoflix.checkpoint import find_model, list_checkpoints
+from neoflix.data import PackedCollator, fill_up, read_texts, split_texts, tokenize_texts
+from neoflix.generation import Sampler
+from neoflix.model import load_model
+from neoflix.tokenizer import load_tokenizer
+
+
+def history(run: Path) -> list[dict]:
+    return json.loads((list_checkpoints(run)[-1] / "trainer_state.json").read_text())["log_history"]
+
+
+def losses(run: Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in history(run) if key in line]
+
+
+def results(run: Path) -> dict:
+    return json.loads((run / "all_results.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path, **tolerance) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], **(tolerance or {"atol": 0, "rtol": 0}))
+
+
+@pytest.fixture
+def run(train_words, tmp_path):
+    """run("name", *more words) trains in a folder of that name and returns it."""
+
+    def run(name: str, *words: str) -> Path:
+        folder = tmp_path / name
+        train.main([*train_words, "--output_dir", str(folder), *words])
+        return folder
+
+    return run
+
+
+def test_run_leaves_what_it_promises(run, model_dir, catalogue, capsys):
+    folder = run("run", "--num_train_epochs", "2", "--report_to", "tensorboard")
+    figures = results(folder)
+    promised = "eval_loss perplexity eval_bits_per_char train_tokens_per_second train_peak_device_bytes"
+    assert set(promised.split()) | {"train_peak_host_bytes"} <= set(figures)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["eval_loss"]))
+    assert figures["perplexity"] < figures["untouched_perplexity"]
+    assert figures["train_tokens_per_second"] > 0
+    assert figures["train_peak_host_bytes"] > 100_000_000
+    assert list((folder / "runs").rglob("events.out.tfevents.*"))
+
+    # The top of the folder is the best checkpoint, ready for from_pretrained.
+    best = min((line["eval_loss"], line["step"]) for line in history(folder) if "eval_loss" in line)
+    assert figures["eval_loss"] == pytest.approx(best[0])
+    assert figures["saved_step"] == best[1]
+    assert_same_weights(folder, folder / f"checkpoint-{best[1]}")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.bos_token == "<|startoftext|>"
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+    # The reported loss is the mean over the held-out texts' tokens, end token counted, beginning not.
+    held_out = split_texts(read_texts(catalogue, "description"), 0.1).validation
+    total = count = characters = 0
+    for text in held_out:
+        ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        ids = torch.tensor([ids])
+        total += model(ids, labels=ids).loss.item() * (ids.numel() - 1)
+        count += ids.numel() - 1
+        characters += len(text)
+    assert figures["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert figures["eval_bits_per_char"] == pytest.approx(total / math.log(2) / characters, rel=1e-5)
+
+
+def test_untouched_model_is_measured_first(run):
+    folder = run("run", "--num_train_epochs", "1")
+    evaluations = [line for line in history(folder) if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 7]
+    assert results(folder)["untouched_perplexity"] == evaluations[0]["eval_perplexity"]
+
+
+def test_resumed_equals_uninterrupted(run, tmp_path):
+    """4 steps, a stop, 4 steps = 8 steps, bit for bit; with dropout, so that random states count."""
+    words = ["--max_steps", "8", "--save_strategy", "steps", "--save_steps", "4", "--eval_strategy", "steps"]
+    words += ["--eval_steps", "4", "--model_name_or_path", "demo", "--save_total_limit", "5"]
+    whole = run("whole", *words)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-8", "all_results.json"))
+    assert [path.name for path in list_checkpoints(resumed)] == ["checkpoint-4"]
+    run("resumed", *words)
+    assert_same_weights(whole / "checkpoint-8", resumed / "checkpoint-8")
+    assert losses(resumed) == losses(whole)
+    assert results(resumed)["eval_loss"] == results(whole)["eval_loss"]
+
+
+def test_accumulation_changes_nothing(run):
+    words = ["--max_steps", "4", "--eval_strategy", "no", "--save_strategy", "steps"]
+    one = run("1x8", *words)
+    many = run("8x1", *words, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
+    assert losses(many) == pytest.approx(losses(one), rel=1e-5)
+    assert_same_weights(many, one, atol=2e-5, rtol=1e-4)
+
+
+def test_first_step_is_adamw_on_the_mean_over_tokens(run, model_dir, catalogue, tmp_path):
+    """The logged loss and gradient norm of step 1, against plain torch on the same 8 texts."""
+    folder = run("run", "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "steps", "--max_grad_norm", "0")
+    line = next(line for line in history(folder) if "loss" in line)
+    tokenizer = load_tokenizer(str(model_dir))
+    model = load_model(str(model_dir), tokenizer, torch.float32, {})
+    texts = split_texts(read_texts(catalogue, "description"), 0.1).train
+    tokens, _, _ = tokenize_texts(texts, tokenizer, 256, tmp_path)
+    dataset = fill_up(tokens, 8, tokenizer.bos_token_id)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(42))
+    loss = model(**PackedCollator()([dataset[i] for i in order[:8].tolist()])).loss
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_early_stopping_ends_a_run_that_no_longer_learns(run):
+    folder = run("run", "--num_train_epochs", "30", "--learning_rate", "0.05", "--early_stopping_patience", "1")
+    evaluated = losses(folder, "eval_loss")
+    assert len(evaluated) < 30
+    assert evaluated[-1] >= min(evaluated)
+    assert results(folder)["eval_loss"] == min(evaluated[1:])
+
+
+def test_best_and_newest_checkpoints_are_kept(run):
+    folder = run("run", "--num_train_epochs", "4", "--save_total_limit", "1", "--learning_rate", "0.02")
+    kept = {path.name for path in list_checkpoints(folder)}
+    assert f"checkpoint-{results(folder)['saved_step']}" in kept
+    assert len(kept) <= 2
+
+
+def test_finished_run_is_left_alone_and_can_be_lengthened(run, capsys):
+    folder = run("run", "--num_train_epochs", "1")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    run("run", "--num_train_epochs", "1")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert "finished" in capsys.readouterr().out
+    run("run", "--num_train_epochs", "2")
+    assert "Resuming from" in capsys.readouterr().out
+    assert results(folder)["global_step"] == 14
+
+
+def test_no_validation_trains_and_saves_all_the_same(run):
+    folder = run("run", "--validation_fraction", "0", "--num_train_epochs", "1")
+    assert "eval_loss" not in results(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 512
+
+
+def test_other_architectures_train_with_padding(run, model_dir, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path / "gpt2"
+    shutil.copytree(model_dir, folder, ignore=shutil.ignore_patterns("model*", "config.json", "generation*"))
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=32, n_layer=2, n_head=2, n_positions=256)).save_pretrained(folder)
+    done = run("run", "--model_name_or_path", str(folder), "--num_train_epochs", "1")
+    assert results(done)["perplexity"] < results(done)["untouched_perplexity"]
+
+
+def test_checkpoint_and_generate_agree_on_logits(run):
+    folder = run("run", "--num_train_epochs", "1")
+    checkpoint = list_checkpoints(folder)[-1]
+    ids = torch.tensor([[500, 5, 6, 7, 8, 9] * 5])
+    logits = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").eval()(ids).logits
+    for place in (folder, checkpoint):
+        sampler = Sampler.load(find_model(str(place)), device="cpu")
+        torch.testing.assert_close(sampler.model(ids).logits, logits, atol=1e-4, rtol=1e-4)
+    # A run that died before its end: its best checkpoint stands in.
+    for path in folder.glob("*.*"):
+        path.unlink()
+    assert find_model(str(folder)) == checkpoint
+
+
+# ---- bad input ------------------------------------------------------------------------------------------
+
+
+def test_another_model_or_tokenizer_does_not_go_on_in_this_run(run, model_dir, catalogue, tmp_path, titles):
+    folder = run("run", "--num_train_epochs", "1")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    other_tokenizer = tmp_path / "other_tokenizer"
+    shutil.copytree(model_dir, other_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(other_tokenizer)
+    tokenizer.add_tokens(["gentle"])
+    tokenizer.save_pretrained(other_tokenizer)
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text("description\n" + "\n".join(f'"{text}"' for text in ["One.", "Two.", "Three.", "Four."]))
+    more = ["--num_train_epochs", "2"]
+    for words, what in (
+        (["--model_name_or_path", "demo"], "another model"),
+        (["--model_name_or_path", str(other_tokenizer)], "another model"),
+        (["--dataset", str(renamed)], "another data"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            run("run", *more, *words)
+    shutil.copyfile(other_tokenizer / "tokenizer.json", model_dir_copy := tmp_path / "tokenizer.json")
+    original = (model_dir / "tokenizer.json").read_bytes()
+    try:
+        (model_dir / "tokenizer.json").write_bytes(model_dir_copy.read_bytes())
+        with pytest.raises(ValueError, match="another tokenizer"):
+            run("run", *more)
+    finally:
+        (model_dir / "tokenizer.json").write_bytes(original)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_unfinished_checkpoint_is_never_resumed(run, capsys):
+    folder = run("run", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
+    newest = list_checkpoints(folder)[-1]
+    (newest / "trainer_state.json").write_text('{"cut": ')
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        run("run", "--max_steps", "3", "--resume_from_checkpoint", str(newest))
+    run("run", "--max_steps", "3", "--save_strategy", "steps", "--save_steps", "1")
+    assert "checkpoint-1" in capsys.readouterr().out
+
+
+def test_program_says_one_sentence_and_exits_2(train_words, tmp_path):
+    for words, message in (
+        (["--dataset", "none.csv"], "no such file"),
+        (["--text_column", "synopsis"], "it has title, description"),
+        (["--model_name_or_path", str(tmp_path)], "no tokenizer found"),
+    ):
+        output = run_program(PYTHON, "train.py", *train_words, *words, expect=2)
+        assert message in output
+        assert "Traceback" not in output
+        assert [line for line in output.splitlines() if line.startswith("error: ")][-1:] == output.splitlines()[-1:]
+        assert not (tmp_path / "run").exists()
