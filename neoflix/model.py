@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from neoflix.attention import ATTENTION_NAME, register_attention
 
@@ -46,6 +47,10 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype) -> PreTrainedMo
     ValueError, in one sentence, where there is no such model or no weights.
     """
     register_attention()
+    if is_deepspeed_zero3_enabled():  # weights are sharded as they load: DeepSpeed must know the other processes
+        import deepspeed
+
+        deepspeed.init_distributed()
     try:
         config = AutoConfig.from_pretrained(model_name_or_path)
         options = {"attn_implementation": ATTENTION_NAME} if config.model_type == "gpt_neo" else {}

@@ -99,6 +99,13 @@ class TokenTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return tuple(self.accelerator.reduce(totals, reduction="sum").tolist())
 
+    def _save(self, output_dir=None, state_dict=None):
+        """DeepSpeed hands over copies in which tied weights are two tensors; one is enough on disk."""
+        if state_dict:
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, *args, **kwargs):
         with self.stopwatch.paused():
             super()._save_checkpoint(*args, **kwargs)
