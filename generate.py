@@ -5,11 +5,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from neoflix.checkpoint import find_model
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args
-from neoflix.distributed import run_and_exit
+from neoflix.distributed import progress, run_and_exit
 from neoflix.generation import Sample, Sampler
 
 
@@ -46,7 +44,7 @@ def save_samples(samples: Iterable[Sample], path: str, total: int) -> None:
     """Writes one JSON object a line, as they come; never over a file that exists."""
     try:
         with open(path, "x", encoding="utf-8") as output:
-            for sample in tqdm(samples, total=total, desc="Sampling", unit="text"):
+            for sample in progress(samples, total=total, desc="Sampling", unit="text"):
                 output.write(json.dumps(sample.to_dict(), ensure_ascii=False) + "\n")
                 output.flush()
     except OSError as error:

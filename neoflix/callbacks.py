@@ -2,8 +2,9 @@
 
 import sys
 
-from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback
+
+from neoflix.distributed import progress
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -23,19 +24,15 @@ class Progress(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.current_step = state.global_step
         if state.is_world_process_zero:
-            self.training_bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="Training",
-                dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants few lines
-            )
+            self.training_bar = progress(total=state.max_steps, initial=state.global_step, desc="Training")
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero:
-            if self.prediction_bar is None:  # disable=None: only on a terminal
-                total = len(eval_dataloader)
-                self.prediction_bar = tqdm(total=total, desc="Evaluating", leave=False, disable=None)
+            if self.prediction_bar is None:
+                only_on_a_terminal = None  # tqdm's word for it
+                self.prediction_bar = progress(
+                    total=len(eval_dataloader), desc="Evaluating", leave=False, disable=only_on_a_terminal
+                )
             self.prediction_bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):

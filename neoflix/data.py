@@ -19,11 +19,10 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets import config as datasets_config
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from neoflix.config import ROOT
-from neoflix.distributed import say
+from neoflix.distributed import progress, say
 
 NETFLIX_PATH = ROOT / "data" / "netflix_titles.csv"
 NETFLIX_URL = (
@@ -252,7 +251,7 @@ def _write_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_leng
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, TOKENS.arrow_schema) as stream:
-        for start in tqdm(range(0, len(texts), 1000), desc="Tokenizing", unit="k texts", disable=len(texts) < 50_000):
+        for start in progress(range(0, len(texts), 1000), desc="Tokenizing", unit="k texts", delay=2):
             some = texts[start : start + 1000]
             encoded = tokenizer(
                 some, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False

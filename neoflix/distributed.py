@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import torch
+from tqdm.auto import tqdm
 
 
 def is_main_process() -> bool:
@@ -31,6 +32,13 @@ def say(message: str) -> None:
     """Prints once for the whole run."""
     if is_main_process():
         print(message, flush=True)
+
+
+def progress(iterable=None, **options) -> tqdm:
+    """A progress bar: lively on a terminal, a line every half minute in a log file, silent in other processes."""
+    quick = 0.5 if sys.stderr.isatty() else 30
+    options = {"mininterval": quick, "dynamic_ncols": True, "disable": not is_main_process()} | options
+    return tqdm(iterable, **options)
 
 
 def run_and_exit(main) -> None:
