@@ -1,6 +1,7 @@
 """Sampling draws from the right distribution, from a stream for each text, and writes what it promises."""
 
 import json
+from itertools import takewhile
 
 import pytest
 import torch
@@ -120,6 +121,16 @@ def test_saved_settings_hold_unless_overruled(sampler):
     assert sampler.settings()["max_new_tokens"] == 24
     assert sampler.settings()["temperature"] == SAMPLING_DEFAULTS["temperature"]
     assert sampler.settings(temperature=1.5, top_k=None)["temperature"] == 1.5
+
+
+def test_rows_without_a_token_are_never_sampled(sampler):
+    """At this temperature every row is as likely as any other: 3,000 draws would hit the 11 rows without a text."""
+    settings = sampler.settings(temperature=1e4, top_p=1.0, max_new_tokens=40)
+    rows = sampler._grow([[500]] * 100, list(range(100)), 1, settings)
+    drawn = {token for row in rows for token in takewhile(lambda token: token != 0, row)}  # padding follows the end
+    assert sampler.never_sampled == list(range(500, 512))
+    assert len(drawn) > 300
+    assert not drawn & set(sampler.never_sampled)
 
 
 def test_window_is_never_passed(sampler):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 import train
 from neoflix.checkpoint import find_model, list_checkpoints
 from neoflix.data import PackedCollator, fill_up, read_texts, split_texts, tokenize_texts
+from neoflix.distributed import run_and_exit
 from neoflix.generation import Sampler
 from neoflix.model import load_model
 from neoflix.tokenizer import load_tokenizer
@@ -74,7 +75,7 @@ def test_run_leaves_what_it_promises(run, model_dir, catalogue, capsys):
     assert "lm_head.weight" not in weights(folder), "tied weights lie on disk twice"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert tokenizer.bos_token == "<|startoftext|>"
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
 
     # The reported loss is the mean over the held-out texts' tokens, end token counted, beginning not.
     held_out = split_texts(read_texts(catalogue, "description"), 0.1).validation
@@ -242,14 +243,61 @@ def test_unfinished_checkpoint_is_never_resumed(run, capsys):
     assert "checkpoint-1" in capsys.readouterr().out
 
 
+CSV = "title,description\n"
+BAD_RUNS = {
+    "missing file": ({}, ["--dataset", "none.csv"], "no such file"),
+    "a folder": ({}, ["--dataset", "."], "is a folder"),
+    "an empty file": ({"d.csv": ""}, ["--dataset", "d.csv"], "is empty"),
+    "a header only": ({"d.csv": CSV}, ["--dataset", "d.csv"], "no rows"),
+    "a wrong column": ({}, ["--text_column", "synopsis"], "it has title, description"),
+    "no texts": ({"d.csv": CSV + "a,\nb, \n"}, ["--dataset", "d.csv"], "every row"),
+    "not UTF-8": ({"d.csv": (CSV + "a,caf\u00e9\n").encode("latin-1")}, ["--dataset", "d.csv"], "save it as UTF-8"),
+    "ragged rows": ({"d.csv": CSV + "a,b,c\n"}, ["--dataset", "d.csv"], "too many or too few fields"),
+    "an open quote": ({"d.csv": CSV + 'a,"b\nc,d\n'}, ["--dataset", "d.csv"], "a quote is not closed"),
+    "broken JSON": ({"d.jsonl": '{"description": "a"}\n{"desc'}, ["--dataset", "d.jsonl"], "line 2"),
+    "numbers": ({"d.csv": CSV + "a,1\nb,2\n"}, ["--dataset", "d.csv"], "holds numbers"),
+    "one distinct text": ({"d.csv": CSV + "a,One.\nb,one\n"}, ["--dataset", "d.csv"], "all texts are the same"),
+    "no model": ({"m/config.json": '{"model_type": "gpt_neo"}'}, ["--model_name_or_path", "m"], "no vocabulary"),
+    "no network": ({}, ["--model_name_or_path", "nobody/none"], "hub name needs a network"),
+    "DeepSpeed not JSON": ({"ds.json": "{"}, ["--deepspeed", "ds.json"], "not valid JSON"),
+    "DeepSpeed misspelt": ({"ds.json": '{"zero_optimisation": {}}'}, ["--deepspeed", "ds.json"], "did you mean"),
+    "DeepSpeed stage": (
+        {"ds.json": '{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}'},
+        ["--deepspeed", "ds.json"],
+        "stage 3 only",
+    ),
+    "unknown key": ({"r.yaml": "learning_rat: 1"}, ["--config", "r.yaml"], "did you mean 'learning_rate'"),
+    "unknown flag": ({}, ["--learning_rat", "1"], "did you mean '--learning_rate'"),
+    "no place to write": ({}, ["--output_dir", "/proc/run"], "cannot write in /proc"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_bad_input_is_one_sentence_and_exit_code_2(train_words, tmp_path, monkeypatch, capfd, case):
+    files, words, message = BAD_RUNS[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, content in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as end:
+        run_and_exit(lambda: train.main([*train_words, *words]))
+    assert end.value.code == 2
+    said = capfd.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("error: ")
+    assert message in said[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_folder_without_weights(run, model_dir, tmp_path):
+    folder = tmp_path / "no_weights"
+    shutil.copytree(model_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ValueError, match=r"needs config.json and weights"):
+        run("run", "--model_name_or_path", str(folder))
+
+
 def test_program_says_one_sentence_and_exits_2(train_words, tmp_path):
-    for words, message in (
-        (["--dataset", "none.csv"], "no such file"),
-        (["--text_column", "synopsis"], "it has title, description"),
-        (["--model_name_or_path", str(tmp_path)], "no tokenizer found"),
-    ):
-        output = run_program(PYTHON, "train.py", *train_words, *words, expect=2)
-        assert message in output
-        assert "Traceback" not in output
-        assert [line for line in output.splitlines() if line.startswith("error: ")][-1:] == output.splitlines()[-1:]
-        assert not (tmp_path / "run").exists()
+    output = run_program(PYTHON, "train.py", *train_words, "--text_column", "synopsis", expect=2)
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].startswith("error: --text_column synopsis: not a column")
+    assert not (tmp_path / "run").exists()
