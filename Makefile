@@ -10,3 +10,6 @@ test: setup lint  ## every test; on a machine with a GPU the gpu-marked ones too
 lint:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+bench: setup      ## the article's training recipe and ours, side by side on this machine
+	.venv/bin/python benchmarks/train.py

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; no test waits for a network
+
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer

@@ -79,8 +79,7 @@ def test_demo_is_small_and_ready():
 
 
 @pytest.mark.parametrize("missing", ["weights", "config", "everything", "network", "whole weights"])
-def test_folder_without_a_model_is_one_sentence(missing, tmp_path, model, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_folder_without_a_model_is_one_sentence(missing, tmp_path, model):
     folder = tmp_path / "folder"
     if missing == "everything":
         folder.mkdir()
