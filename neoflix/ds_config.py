@@ -28,10 +28,12 @@ TOP_LEVEL_KEYS = frozenset(
 )
 
 
-def read_ds_config(path: str | Path) -> dict:
-    """Reads and checks a DeepSpeed file; ValueError names what is wrong in it and the way out."""
+def read_ds_config(source: str | Path) -> dict:
+    """Reads and checks a DeepSpeed file, or the JSON itself; ValueError names what is wrong and the way out."""
+    is_json = str(source).lstrip().startswith("{")
+    path = "{...}" if is_json else source
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(source if is_json else Path(source).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--deepspeed {path}: cannot be read ({error.strerror})") from error
     except ValueError as error:

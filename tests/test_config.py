@@ -153,6 +153,8 @@ def test_flags_in_the_readme_exist(parse):
     readme = (ROOT / "README.md").read_text()
     known = set(yaml.safe_load(json.dumps([f"--{name}" for name in vars(parse())])))
     known |= {f"--{name}" for name in vars(parse_generate_args([]))} | {"--setup-only", "--num_accelerators"}
+    for benchmark in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'add_argument\("(--\w+)"', benchmark.read_text()))
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", readme))
     assert flags, "README shows no flag"
     assert flags <= known, flags - known

@@ -39,6 +39,12 @@ def test_what_deepspeed_lets_through_is_refused(tmp_path, config, message):
         read_ds_config(write(tmp_path / "ds.json", config))
 
 
+def test_json_itself_may_stand_for_a_file():
+    assert read_ds_config('{"zero_optimization": {"stage": 1}}') == {"zero_optimization": {"stage": 1}}
+    with pytest.raises(ValueError, match="did you mean"):
+        read_ds_config('{"zero_optimisation": {}}')
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         read_ds_config(tmp_path / "none.json")
