@@ -32,6 +32,10 @@ setup() {
   local stamp=.venv/requirements.installed
   cmp --silent requirements.txt "$stamp" && return
   echo "Setting up .venv (a few minutes, once)"
+  if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "error: Python 3.11 or newer is needed; name one, for example: PYTHON=python3.12 ./launch.sh" >&2
+    exit 2
+  fi
   [[ -x .venv/bin/python ]] || run "${PYTHON:-python3}" -m venv .venv
   run .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
   run cp requirements.txt "$stamp"

@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_best()
     results = trainer.results()
     trainer.save_metrics("all", results, combined=False)
-    say(f"Best model in {args.output_dir}, perplexity {results.get('perplexity', float('nan')):.2f}")
+    perplexity = f", perplexity {results['perplexity']:.2f}" if "perplexity" in results else ""
+    say(f"Best model in {args.output_dir}{perplexity}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ Shapes: B = 1 row a batch where texts are packed, else texts; T tokens a row.
 
 import hashlib
 import json
-import os
 import unicodedata
 import urllib.request
+import uuid
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +65,7 @@ def download_netflix(path: Path, url: str = NETFLIX_URL) -> None:
     """Fetches the Netflix catalogue (3 MB, no login); `path` appears whole and checked, or not at all."""
     say(f"Downloading the Netflix titles to {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             partial.write_bytes(response.read())
@@ -249,7 +249,7 @@ def _fingerprint(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_lengt
 def _write_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, path: Path) -> None:
     num_tokens = num_cut = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, TOKENS.arrow_schema) as stream:
         for start in progress(range(0, len(texts), 1000), desc="Tokenizing", unit="k texts", delay=2):
             some = texts[start : start + 1000]

@@ -1,7 +1,6 @@
 """Tokenizers and their special tokens. A leaf: imports nothing of ours."""
 
 import hashlib
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -62,5 +61,9 @@ def train_tokenizer(texts: list[str], vocab_size: int, cache_dir: Path) -> PreTr
             tokenizer = GPT2TokenizerFast.from_pretrained(unfinished)
             set_special_tokens(tokenizer)
             tokenizer.save_pretrained(Path(unfinished, "done"))
-            shutil.move(Path(unfinished, "done"), folder)
+            try:
+                Path(unfinished, "done").rename(folder)
+            except OSError:  # another node was first
+                if not folder.is_dir():
+                    raise
     return AutoTokenizer.from_pretrained(folder)

@@ -1,6 +1,7 @@
 """launch.sh says what it would run, for hardware that is there and hardware that is not."""
 
 import os
+import shutil
 import stat
 
 import pytest
@@ -64,6 +65,18 @@ def test_help_says_how_to_call_it():
     output = run_program("./launch.sh", "--help")
     for word in ("--setup-only", "NGPU=2", "DRY_RUN=1", "HOSTFILE=hosts"):
         assert word in output
+
+
+def test_old_python_is_one_sentence(tmp_path):
+    """A clone without .venv, and a python3 that says it is too old."""
+    shutil.copy(ROOT / "launch.sh", tmp_path)
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    old = tmp_path / "python3.8"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    output = run_program(tmp_path / "launch.sh", "--setup-only", env={"PYTHON": str(old)}, expect=2)
+    assert "error: Python 3.11 or newer is needed" in output
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_setup_only_has_nothing_to_do_twice():
