@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -16,8 +17,13 @@ def is_main_process() -> bool:
 
 
 def prepare_environment() -> None:
-    """Tells DeepSpeed what it would have to guess: the accelerator, and, where no launcher set RANK, that this
-    is the only process (it would look for MPI)."""
+    """Tells DeepSpeed what it would have to guess: this Python's programs, the accelerator, and, where no
+    launcher set RANK, that this is the only process (it would look for MPI)."""
+    # DeepSpeed compiles with the first `ninja` on the PATH, and needs one. A system's own, of another version,
+    # does not know what .venv's has built, and builds it all again: over a minute, at each change.
+    programs = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != programs:
+        os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])
     # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 announces it will drop: nothing a user can do.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns

@@ -1,10 +1,15 @@
 """The rules of the house that a program can check."""
 
 import ast
+import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import PYTHON, ROOT
+
+from neoflix.distributed import prepare_environment
 
 LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 
@@ -62,3 +67,12 @@ def test_sampling_never_imports_deepspeed():
     """It takes seconds, and a machine that only samples needs no compiler."""
     code = "import generate, sys; sys.exit('deepspeed' in sys.modules)"
     subprocess.run([PYTHON, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_programs_of_this_python_come_first(monkeypatch):
+    """A call of .venv/bin/deepspeed without activation finds .venv's ninja, not the system's or none."""
+    monkeypatch.setenv("PATH", "/usr/bin")
+    prepare_environment()
+    assert shutil.which("ninja") == str(Path(PYTHON).with_name("ninja"))
+    prepare_environment()
+    assert os.environ["PATH"].count(str(Path(PYTHON).parent)) == 1
