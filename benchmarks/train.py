@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 from neoflix.attention import ATTENTION_NAME, register_attention  # noqa: E402
 from neoflix.data import PackedCollator  # noqa: E402
 from neoflix.distributed import prepare_environment  # noqa: E402
+from neoflix.trainer import peak_host_bytes  # noqa: E402
 
 # (layers, width, heads); "small" is what two CPU cores train in seconds
 ARCHITECTURES = {
@@ -199,12 +200,6 @@ def build_model(architecture: str, side: str, dtype: torch.dtype) -> GPTNeoForCa
     register_attention()
     implementation = ATTENTION_NAME if side == "ours" else "eager"
     return GPTNeoForCausalLM._from_config(config, attn_implementation=implementation, dtype=dtype)
-
-
-def peak_host_bytes() -> int:
-    """Most memory this process has held (VmHWM of Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def report(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:

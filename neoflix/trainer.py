@@ -1,7 +1,6 @@
 """Hugging Face's Trainer, counting in tokens where it counts in batches and rows."""
 
 import math
-import resource
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,12 @@ class Stopwatch:
 
     def seconds(self) -> float:
         return 0.0 if self._began is None else time.perf_counter() - self._began - self._paused
+
+
+def peak_host_bytes() -> int:
+    """Most memory this process has held (VmHWM of Linux: unlike ru_maxrss, nothing of the process that began it)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 class TokenTrainer(Trainer):
@@ -125,8 +130,7 @@ class TokenTrainer(Trainer):
         device; `train_peak_host_bytes`: all processes together.
         """
         device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peaks = self.accelerator.gather(torch.tensor([[device_bytes, host_bytes]], device=self.args.device))
+        peaks = self.accelerator.gather(torch.tensor([[device_bytes, peak_host_bytes()]], device=self.args.device))
         figures = {
             "train_tokens_per_second": self._total_tokens() / max(self.stopwatch.seconds(), 1e-9),
             "train_peak_device_bytes": peaks[:, 0].max().item(),
