@@ -16,6 +16,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from neoflix.attention import ATTENTION_NAME, register_attention
+from neoflix.loss import causal_lm_loss
 
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
 DEMO_VOCAB_SIZE = 4096
@@ -37,12 +38,19 @@ def build_demo_model(vocab_size: int) -> PreTrainedModel:
         bos_token_id=None,
         eos_token_id=None,
     )
+    return build_model(config, torch.float32)
+
+
+def build_model(config: GPTNeoConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A GPT-Neo with fresh weights, our attention and our loss."""
     register_attention()
-    return GPTNeoForCausalLM._from_config(config, attn_implementation=ATTENTION_NAME, dtype=torch.float32)
+    model = GPTNeoForCausalLM._from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
+    model.loss_function = causal_lm_loss
+    return model
 
 
 def load_pretrained(model_name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads a causal language model from a folder or the hub; GPT-Neo comes with our attention.
+    """Loads a causal language model from a folder or the hub; GPT-Neo comes with our attention and loss.
 
     ValueError, in one sentence, where there is no such model or no weights.
     """
@@ -69,6 +77,8 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype) -> PreTrainedMo
             f"--model_name_or_path {model_name_or_path}: its weights lack {len(missing)} that config.json asks for, "
             f"{missing[0]} among them; weights and config.json are not of one model"
         )
+    if config.model_type == "gpt_neo":
+        model.loss_function = causal_lm_loss
     return model
 
 
