@@ -1,93 +1,57 @@
-"""GPT-Neo's attention on torch's `scaled_dot_product_attention`.
+"""GPT-Neo's attention on torch's fast kernels.
 
 The same function as transformers' eager attention (no 1/sqrt(d) scaling; every other layer sees only the
 last `window_size` tokens), without its [B, H, T, T] fp32 matrix and without its position-squared `bias`
-buffer (4 MB a layer at 2,048 positions). Rows that hold several texts end to end (`position_ids` that
-restart) are taken apart inside attention and attended to text by text: exact, and linear in the number
-of texts where a block-diagonal mask would be quadratic.
+buffer (4 MB a layer at 2,048 positions).
+
+A row that holds several texts end to end is attended to text by text: exact, and linear in the number of texts
+where a block-diagonal mask would be quadratic. On CUDA that is one kernel, torch's variable-length flash attention;
+elsewhere the texts are taken apart by length and each group goes through `scaled_dot_product_attention`.
 
 Shapes: B rows, T tokens a row, Q queries, K keys, H heads, D dimensions a head, N texts, L tokens of the
-longest text in a group.
+longest text (in a group).
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES
 
-# Not "sdpa": transformers refuses that word for GPT-Neo, and its mask for packed rows is dense.
-ATTENTION_NAME = "neoflix"
+ATTENTION_NAME = "neoflix"  # not "sdpa": transformers refuses that word for GPT-Neo
 
 SHORTEST_GROUP = 16  # texts up to this length share a group: below it padding costs less than another kernel
 
 
-class PackedTexts(NamedTuple):
-    """Where the texts lie in packed rows, and how to come back.
+def lay_out_texts(lengths: list[int]) -> torch.Tensor:
+    """Where texts of these lengths lie in the row that holds them end to end: what a model takes for its
+    `attention_mask` with such a row.
 
-    `groups`: one LongTensor [N, L] for each power-of-two length class: indices into the B * T flattened
-    tokens; beyond its end a text repeats its last token, which causal attention keeps from mattering.
-    `places`: where each flattened token stands in the groups' outputs laid end to end, LongTensor [B * T].
+    Returns:
+        long [1, 1, N, L]: the place of each token of each text; beyond its end a text repeats its last. Four
+        dimensions, because transformers hands such a mask on as it is: to find the texts out by itself
+        it would have the host wait for the device, in every forward pass.
     """
+    lengths_N1 = torch.tensor(lengths).unsqueeze(1)
+    starts_N1 = lengths_N1.cumsum(0) - lengths_N1
+    return (starts_N1 + torch.arange(max(lengths)).minimum(lengths_N1 - 1))[None, None]
 
-    groups: tuple[torch.Tensor, ...]
-    places: torch.Tensor
 
-
-def locate_texts(is_start_BT: torch.Tensor) -> PackedTexts:
-    """Groups the texts of packed rows by length.
-
-    Args:
-        is_start_BT: bool [B, T], True at the first token of each text; the first column is True.
-    """
-    is_start_BT = is_start_BT.flatten()
-    num_tokens = is_start_BT.numel()
-    starts_N = is_start_BT.nonzero().squeeze(1)
-    lengths_N = torch.diff(starts_N, append=starts_N.new_tensor([num_tokens]))
+def group_by_length(layout_NL: torch.Tensor) -> list[torch.Tensor]:
+    """Takes a layout apart, a piece [N, L] for each power-of-two length class, so that little of it is padding."""
+    lengths_N = layout_NL[:, -1] - layout_NL[:, 0] + 1
     class_N = lengths_N.clamp(min=SHORTEST_GROUP).sub(1).log2().floor()
-    groups, places, offset = [], torch.empty_like(is_start_BT, dtype=torch.long), 0
-    for length_class in class_N.unique():
-        members = class_N == length_class
-        lengths_N1 = lengths_N[members].unsqueeze(1)
-        steps_L = torch.arange(int(lengths_N1.max()), device=lengths_N1.device)
-        group_NL = starts_N[members].unsqueeze(1) + steps_L.minimum(lengths_N1 - 1)
-        is_real_NL = steps_L < lengths_N1
-        slots_NL = torch.arange(offset, offset + group_NL.numel(), device=group_NL.device).view_as(group_NL)
-        places[group_NL[is_real_NL]] = slots_NL[is_real_NL]
-        groups.append(group_NL)
-        offset += group_NL.numel()
-    return PackedTexts(tuple(groups), places)
-
-
-def attention_mask(batch_size, q_length, kv_length, mask_function, **kwargs):
-    """What every layer is told about a batch; transformers calls this once a forward pass.
-
-    Returns None (plain causal), a bool [B, 1, Q, K] mask (padding or a cache), or `PackedTexts`.
-    transformers hands no `position_ids` on, only a function that says which key a query may see. In packed
-    rows a token that may not see the one before it is the first of its text.
-    """
-    is_packed = (
-        kwargs.get("attention_mask") is None
-        and q_length == kv_length > 1
-        and not kwargs.get("allow_is_causal_skip", True)
-        and not kwargs.get("use_vmap", False)
-    )
-    if not is_packed:
-        return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **kwargs)
-    device = kwargs.get("device", "cpu")
-    rows_B1 = torch.arange(batch_size, device=device).unsqueeze(1)
-    tokens_1T = torch.arange(1, q_length, device=device).unsqueeze(0)
-    sees_previous = mask_function(rows_B1, torch.zeros_like(rows_B1), tokens_1T, tokens_1T - 1)
-    return locate_texts(nn.functional.pad(~sees_previous.expand(batch_size, -1), (1, 0), value=True))
+    groups = [class_N == length_class for length_class in class_N.unique()]
+    return [layout_NL[group, : int(lengths_N[group].max())] for group in groups]
 
 
 class GPTNeoFastAttention(nn.Module):
     """Takes the place of transformers' `GPTNeoSelfAttention`: same weights, same call, same result.
 
-    `attn_weights` is always None: no kernel that is worth using keeps them.
+    `attention_mask` may also be the layout of the texts in one packed row (`lay_out_texts`). `attn_weights` is
+    always None: no kernel that is worth using keeps them.
     """
 
     def __init__(self, config, attention_type: str, layer_id: int | None = None):
@@ -110,8 +74,8 @@ class GPTNeoFastAttention(nn.Module):
             projection(hidden_states).unflatten(-1, (self.num_heads, -1))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if isinstance(attention_mask, PackedTexts):
-            output = self._attend_by_text(query, key, value, attention_mask)
+        if attention_mask is not None and attention_mask.dtype == torch.long:
+            output = self._attend_by_text(query[0], key[0], value[0], attention_mask[0, 0])
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             if layer_past is not None:
@@ -119,13 +83,22 @@ class GPTNeoFastAttention(nn.Module):
             output = self._attend(query, key, value, attention_mask).transpose(1, 2)
         return self.resid_dropout(self.out_proj(output.reshape(hidden_states.shape))), None
 
-    def _attend_by_text(self, query_BTHD, key_BTHD, value_BTHD, texts: PackedTexts):
-        flat = [x.flatten(0, 1) for x in (query_BTHD, key_BTHD, value_BTHD)]
-        outputs = []
-        for group_NL in texts.groups:
-            query, key, value = (x[group_NL].transpose(1, 2) for x in flat)
-            outputs.append(self._attend(query, key, value, None).transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs)[texts.places]
+    @torch.compiler.disable  # its shapes change with every batch
+    def _attend_by_text(self, query_THD, key_THD, value_THD, layout_NL):
+        dropout = self.attention_dropout if self.training else 0.0
+        if not dropout and takes_varlen(query_THD):
+            num_tokens, longest = len(query_THD), layout_NL.shape[1]
+            bounds = pad(layout_NL[:, 0], (0, 1), value=num_tokens).int()
+            window = (-1 if self.window is None else self.window - 1, 0)
+            return varlen_attn(
+                query_THD, key_THD, value_THD, bounds, bounds, longest, longest, scale=1.0, window_size=window
+            )
+        output_THD = torch.empty_like(query_THD)
+        for group_NL in group_by_length(layout_NL):
+            query, key, value = (x[group_NL].transpose(1, 2) for x in (query_THD, key_THD, value_THD))
+            is_real_NL = torch.arange(group_NL.shape[1], device=group_NL.device) <= group_NL[:, -1:] - group_NL[:, :1]
+            output_THD[group_NL[is_real_NL]] = self._attend(query, key, value, None).transpose(1, 2)[is_real_NL]
+        return output_THD
 
     def _attend(self, query_BHQD, key_BHKD, value_BHKD, mask):
         num_queries = query_BHQD.shape[2]
@@ -149,6 +122,13 @@ class GPTNeoFastAttention(nn.Module):
         )
 
 
+def takes_varlen(query: torch.Tensor) -> bool:
+    """Flash attention: half precision, on NVIDIA's Ampere and later."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
 def _band(length: int, window: int, device) -> torch.Tensor:
     """bool [length, length]: each token sees itself and the window - 1 tokens before it."""
     full = torch.ones(length, length, dtype=torch.bool, device=device)
@@ -165,6 +145,6 @@ def _within_window(mask_B1QK: torch.Tensor, window: int) -> torch.Tensor:
 def register_attention() -> None:
     """Makes `attn_implementation="neoflix"` known to transformers; may be called again."""
     GPT_NEO_ATTENTION_CLASSES[ATTENTION_NAME] = GPTNeoFastAttention
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
     # Only so that the name passes transformers' check: GPT-Neo builds its layers from the table above.
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, scaled_dot_product_attention)

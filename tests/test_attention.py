@@ -8,7 +8,10 @@ from conftest import tiny_config
 from torch.utils.checkpoint import checkpoint
 from transformers import GPTNeoForCausalLM
 
-from neoflix.attention import ATTENTION_NAME, PackedTexts, locate_texts, register_attention
+from neoflix import attention
+from neoflix.attention import ATTENTION_NAME, group_by_length, lay_out_texts, register_attention
+from neoflix.data import PackedCollator
+from neoflix.loss import causal_lm_loss
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 
@@ -63,9 +66,50 @@ def test_packed_texts_are_texts_alone(pair, lengths):
     eager, ours = pair
     texts = random_ids(1, sum(lengths)).split(lengths, dim=1)
     position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-    packed = ours(torch.cat(texts, 1), position_ids=position_ids, use_cache=False).logits
+    options = {"position_ids": position_ids, "use_cache": False}
+    packed = ours(torch.cat(texts, 1), attention_mask=lay_out_texts(lengths), **options).logits
+    without_layout = ours(torch.cat(texts, 1), **options).logits  # transformers' dense mask
     alone = torch.cat([eager(text).logits for text in texts], 1)
     torch.testing.assert_close(packed, alone, **TOLERANCE)
+    torch.testing.assert_close(without_layout, alone, **TOLERANCE)
+
+
+def documented_varlen(query, key, value, bounds, bounds_k, longest, longest_k, *, scale, window_size):
+    """What torch's documentation says of `varlen_attn`, text by text; the kernel itself needs a GPU."""
+    assert bounds.dtype == bounds_k.dtype == torch.int32
+    lengths = bounds.diff().tolist()
+    assert longest == longest_k == max(lengths)
+    outputs = []
+    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        distance = torch.arange(len(q)).unsqueeze(1) - torch.arange(len(k))
+        left, right = window_size
+        visible = (distance >= -right) & ((left == -1) | (distance <= left))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("lengths", [[5, 40, 1, 17, 16, 30], [33], [1, 1]])
+def test_what_cuda_is_asked_for_is_the_same(pair, lengths, monkeypatch):
+    _, ours = pair
+    ids = random_ids(1, sum(lengths))
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    batch = {"position_ids": position_ids, "attention_mask": lay_out_texts(lengths), "use_cache": False}
+    by_groups = ours(ids, **batch).logits
+    monkeypatch.setattr(attention, "takes_varlen", lambda query: True)
+    monkeypatch.setattr(attention, "varlen_attn", documented_varlen)
+    torch.testing.assert_close(ours(ids, **batch).logits, by_groups, **TOLERANCE)
+
+
+def test_the_cuda_path_never_waits_for_the_device(monkeypatch):
+    """On the meta device no value can be read: a wait for one would raise. The real kernel's schema is checked."""
+    monkeypatch.setattr(attention, "takes_varlen", lambda query: True)
+    model = GPTNeoForCausalLM._from_config(tiny_config(), attn_implementation=ATTENTION_NAME).to("meta")
+    model.loss_function = causal_lm_loss
+    batch = PackedCollator()([{"input_ids": list(range(length))} for length in (5, 40, 1)])
+    batch = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
+    model(**batch, num_items_in_batch=torch.tensor(43, device="meta")).loss.backward()
+    assert all(weight.grad.shape == weight.shape for weight in model.parameters())
 
 
 def test_packed_rows_of_a_batch_stay_apart(pair):
@@ -84,7 +128,14 @@ def test_packed_gradients_with_checkpointing(pair):
     _, ours = pair
     ids = random_ids(1, 60)
     position_ids = torch.cat([torch.arange(20), torch.arange(40)]).unsqueeze(0)
-    batch = {"input_ids": ids, "labels": ids, "position_ids": position_ids, "use_cache": False}
+    layout = lay_out_texts([20, 40])
+    batch = {
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": position_ids,
+        "attention_mask": layout,
+        "use_cache": False,
+    }
     plain = gradients(ours, ours(**batch).loss)
     for block in ours.transformer.h:  # what Trainer's --gradient_checkpointing switches on
         block.gradient_checkpointing = True
@@ -134,15 +185,14 @@ def test_no_position_squared_buffer(pair):
     assert not any(buffer.numel() >= 2048**2 for buffer in ours.buffers())
 
 
-def test_locate_texts_visits_each_token_once():
-    is_start = torch.zeros(2, 50, dtype=torch.bool)
-    is_start[:, 0] = is_start[0, 20] = is_start[0, 21] = is_start[1, 33] = True
-    texts = locate_texts(is_start)
-    assert isinstance(texts, PackedTexts)
-    flat = torch.cat([group.flatten() for group in texts.groups])
-    assert flat[texts.places].tolist() == list(range(100))
-    # Lengths 20, 1, 29 and 33, 17: up to 16, up to 32, up to 64 tokens.
-    assert [tuple(group.shape) for group in texts.groups] == [(1, 1), (3, 29), (1, 33)]
+def test_layout_visits_each_token_once():
+    layout = lay_out_texts([20, 1, 29, 33, 17])
+    assert layout.shape == (1, 1, 5, 33)
+    assert layout[0, 0, 1].tolist() == [20] * 33, "a text of one token repeats it"
+    groups = group_by_length(layout[0, 0])
+    # Up to 16, up to 32, up to 64 tokens.
+    assert [tuple(group.shape) for group in groups] == [(1, 1), (3, 29), (1, 33)]
+    assert sorted({place for group in groups for place in group.flatten().tolist()}) == list(range(100))
 
 
 @pytest.mark.gpu
@@ -152,7 +202,8 @@ def test_packed_texts_on_cuda(pair, dtype):
     lengths = [5, 40, 1, 17, 16, 30]
     texts = random_ids(1, sum(lengths)).cuda().split(lengths, dim=1)
     position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).cuda()
-    packed = ours(torch.cat(texts, 1), position_ids=position_ids, use_cache=False).logits
+    batch = {"position_ids": position_ids, "attention_mask": lay_out_texts(lengths).cuda(), "use_cache": False}
+    packed = ours(torch.cat(texts, 1), **batch).logits
     alone = torch.cat([eager(text).logits for text in texts], 1)
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(packed, alone, atol=tolerance, rtol=tolerance)
