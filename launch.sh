@@ -70,12 +70,17 @@ fi
 
 # ---- 3. train ---------------------------------------------------------------------------------------------
 
+binds_cores() {  # DeepSpeed needs numactl for it, and counts on all of the machine's cores
+  ((num_gpus > 0)) && [[ $(nproc) == "$(getconf _NPROCESSORS_ONLN)" ]] && numactl -C 0 -m 0 true 2>/dev/null
+}
+
 launcher=(deepspeed --quiet)
 if [[ -n "${HOSTFILE:-}" ]]; then
   launcher+=(--hostfile "$HOSTFILE")
 else
   num_processes=${NGPU:-$((num_gpus > 0 ? num_gpus : 1))}
   launcher+=(--num_accelerators "$num_processes" --master_port "${MASTER_PORT:-$((20000 + RANDOM % 10000))}")
+  if binds_cores; then launcher+=(--bind_cores_to_rank); fi  # an offloaded optimizer works on the CPU
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > num_processes ? $(nproc) / num_processes : 1))}
 fi
 ((num_gpus > 0)) || export DS_ACCELERATOR=cpu

@@ -47,6 +47,15 @@ def test_two_processes_are_one(deepspeed_run):
     assert results(two)["global_step"] == 21
 
 
+def test_two_processes_take_the_token_batches_that_one_accumulates(deepspeed_run):
+    words = ["--num_train_epochs", "1", "--tokens_per_device_batch", "300"]
+    one, _ = deepspeed_run("one", 1, *words, "--gradient_accumulation_steps", "2")
+    two, _ = deepspeed_run("two", 2, *words)
+    assert len(losses(one)) >= 8
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert same_weights(one, two)
+
+
 def test_zero_3_shards_and_saves_whole_weights(deepspeed_run, tmp_path):
     """The contract holds at stage 3 as well: vocabulary grown before sharding, weights whole on disk."""
     config = tmp_path / "zero3.json"

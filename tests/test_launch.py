@@ -55,6 +55,17 @@ def test_hostfile_is_handed_on(dry_run):
     assert "num_accelerators" not in output
 
 
+@pytest.mark.parametrize(("gpus", "numactl_works"), [([24576], True), ([24576], False), ([], True)])
+def test_cores_are_bound_to_ranks_where_that_can_be(dry_run, tmp_path, gpus, numactl_works):
+    numactl = tmp_path / "numactl"
+    numactl.write_text(f"#!/bin/sh\nexit {0 if numactl_works else 1}\n")
+    numactl.chmod(0o755)
+    all_cores_are_ours = len(os.sched_getaffinity(0)) == os.cpu_count()
+    expected = bool(gpus) and numactl_works and all_cores_are_ours
+    output = dry_run(gpus=gpus, OMP_NUM_THREADS="")  # nproc heeds it: who sets it wants no binding
+    assert ("--bind_cores_to_rank" in output) == expected
+
+
 def test_dry_run_runs_nothing(dry_run):
     before = set(ROOT.iterdir())
     dry_run()
