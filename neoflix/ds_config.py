@@ -45,13 +45,28 @@ def read_ds_config(source: str | Path) -> dict:
             near = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "remove it"
             raise ValueError(f"--deepspeed {path}: DeepSpeed knows no key {key!r} and would ignore it; {hint}")
-    zero = config.get("zero_optimization", {})
-    if "offload_param" in zero and zero.get("stage") != 3:
+    check_zero(config.get("zero_optimization", {}), path)
+    return config
+
+
+def check_zero(zero: dict, path: str | Path) -> None:
+    """ValueError for what DeepSpeed 0.19.8 would ignore, or spoil the model with."""
+    stage, optimizer_device = zero.get("stage", 0), zero.get("offload_optimizer", {}).get("device")
+    if "offload_param" in zero and stage != 3:
         raise ValueError(
             f"--deepspeed {path}: offload_param works with ZeRO stage 3 only and would be ignored at stage "
-            f'{zero.get("stage", 0)}; set "stage": 3 or remove offload_param'
+            f'{stage}; set "stage": 3 or remove offload_param'
         )
-    return config
+    if optimizer_device == "nvme" and stage != 3:
+        raise ValueError(
+            f"--deepspeed {path}: at ZeRO stage {stage} DeepSpeed keeps the optimizer in host memory, not on NVMe; "
+            'set "stage": 3 (see ds_configs/nvme.json) or "device": "cpu"'
+        )
+    if "zenflow" in zero:
+        raise ValueError(
+            f"--deepspeed {path}: ZenFlow of DeepSpeed 0.19.8 transposes the weights it takes over, and the model is "
+            "spoilt before its first step; remove zenflow"
+        )
 
 
 def check_compiler(config: dict) -> None:

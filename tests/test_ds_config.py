@@ -32,6 +32,8 @@ def test_shipped_file_is_zero_2_with_offload_and_leaves_the_rest_to_trainer():
         ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "stage 3 only"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "stage 3 only"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "not on NVMe"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "remove zenflow"),
     ],
 )
 def test_what_deepspeed_lets_through_is_refused(tmp_path, config, message):
