@@ -52,11 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         save_run(args.output_dir, run)
 
     packs = keeps_texts_apart(model)
-    train_multiple = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     trainer = TokenTrainer(
         model=model,
         args=args,
-        train_dataset=data.fill_up(train_tokens, train_multiple, tokenizer.bos_token_id),
+        train_dataset=data.fill_up(train_tokens, args.texts_per_step, tokenizer.bos_token_id),
         eval_dataset=data.fill_up(validation_tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
         data_collator=data.PackedCollator() if packs else data.PaddedCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,

@@ -13,7 +13,8 @@ RESULTS_FILE = "all_results.json"
 LEARNING_ARGUMENTS = (
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 "
     "adam_epsilon max_grad_norm optim seed data_seed bf16 fp16 per_device_train_batch_size "
-    "gradient_accumulation_steps early_stopping_patience eval_strategy eval_steps save_strategy save_steps"
+    "tokens_per_device_batch gradient_accumulation_steps early_stopping_patience eval_strategy eval_steps "
+    "save_strategy save_steps"
 ).split()
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")

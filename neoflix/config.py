@@ -51,9 +51,12 @@ class TrainArguments(TrainingArguments):
 
     output_dir: str | None = _option("results", "The run's folder: checkpoints, best model, results, curves.")
     deepspeed: dict | str | None = _option(str(ROOT / "ds_config.json"), "DeepSpeed's file.")
-    per_device_train_batch_size: int = _option(32, "Texts a device takes at once.")
+    per_device_train_batch_size: int = _option(64, "Texts a device takes at once.")
+    tokens_per_device_batch: int | None = _option(
+        None, "Instead of a count of texts: the most tokens a device takes at once, in even batches."
+    )
     per_device_eval_batch_size: int = _option(32, "Texts a device evaluates at once.")
-    gradient_accumulation_steps: int = _option(2, "Batches added up before an optimizer step.")
+    gradient_accumulation_steps: int = _option(1, "Batches added up before an optimizer step.")
     learning_rate: float = _option(5e-5, "Peak learning rate.")
     lr_scheduler_type: str = _option("cosine", "How the learning rate falls after the warm-up.")
     warmup_steps: float = _option(0.05, "Warm-up: steps, or below 1 a share of all steps.")
@@ -66,6 +69,7 @@ class TrainArguments(TrainingArguments):
     metric_for_best_model: str | None = _option("eval_loss", "What decides which model is best.")
     greater_is_better: bool | None = _option(False, "Whether more of that is better.")
     logging_steps: float = _option(10, "Steps between two lines of the log.")
+    logging_nan_inf_filter: bool = _option(False, "Hide losses that are no number; asks the GPU at every batch.")
     logging_first_step: bool = _option(True, "Log the first step too.")
     report_to: None | str | list[str] = _option("tensorboard", "Where curves go.")
     restore_callback_states_from_checkpoint: bool = _option(True, "Resume early stopping's count as well.")
@@ -74,8 +78,16 @@ class TrainArguments(TrainingArguments):
     generation: dict = field(default_factory=dict, init=False)
 
     def __post_init__(self):
+        if isinstance(self.deepspeed, str) and not Path(self.deepspeed).exists() and (ROOT / self.deepspeed).is_file():
+            self.deepspeed = str(ROOT / self.deepspeed)  # recipes name our own files, from wherever train.py is called
         self.check()
         super().__post_init__()
+
+    @property
+    def texts_per_step(self) -> int:
+        """Fewest texts of a step: those of all its batches or, where these are counted in tokens, one for each."""
+        texts_per_batch = 1 if self.tokens_per_device_batch else self.train_batch_size
+        return texts_per_batch * self.gradient_accumulation_steps * self.world_size
 
     def check(self) -> None:
         """Refuses values that no run can use; before devices and process groups are touched."""
@@ -86,6 +98,8 @@ class TrainArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: should be 1 or more")
+        if self.tokens_per_device_batch is not None and self.tokens_per_device_batch < 2:
+            raise ValueError(f"--tokens_per_device_batch {self.tokens_per_device_batch}: should be 2 or more")
         if self.early_stopping_patience < 0:
             raise ValueError(f"--early_stopping_patience {self.early_stopping_patience}: should be 0 or more")
         if self.learning_rate <= 0:
@@ -161,13 +175,15 @@ def _as_flags(recipe: dict) -> list[str]:
 
 
 def _hardware_flags(words: list[str]) -> list[str]:
-    """bf16 where the device has it, fp16 where it has not, fp32 on the CPU, unless the user has said so."""
+    """bf16 where the device has it, fp16 where it has not, fp32 on the CPU, and beside a GPU a process that has the
+    next batch ready, unless the user has said so."""
     said = {word.split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     if not torch.cuda.is_available():
         return [] if "__use_cpu" in said else ["--use_cpu", "true"]
-    if said & {"__bf16", "__fp16", "__use_cpu"}:
-        return []
-    return ["--bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16", "true"]
+    flags = [] if "__dataloader_num_workers" in said else ["--dataloader_num_workers", "1"]
+    if not said & {"__bf16", "__fp16", "__use_cpu"}:
+        flags += ["--bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16", "true"]
+    return flags
 
 
 def parse_train_args(argv: list[str] | None = None) -> TrainArguments:

@@ -1,9 +1,10 @@
-"""The way of the data: read -> clean -> split -> tokenise -> collate.
+"""The way of the data: read -> clean -> split -> tokenise -> batch -> collate.
 
 Shapes: B = 1 row a batch where texts are packed, else texts; T tokens a row.
 """
 
 import hashlib
+import heapq
 import json
 import unicodedata
 import urllib.request
@@ -12,25 +13,28 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets import config as datasets_config
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
+from neoflix.attention import lay_out_texts
 from neoflix.config import ROOT
 from neoflix.distributed import progress, say
+from neoflix.loss import IGNORED
 
 NETFLIX_PATH = ROOT / "data" / "netflix_titles.csv"
 NETFLIX_URL = (
     "https://raw.githubusercontent.com/rfordatascience/tidytuesday/main/data/2021/2021-04-20/netflix_titles.csv"
 )
 SAMPLE_PATH = ROOT / "data" / "sample_titles.csv"
-
-IGNORED = -100  # label of a token that no loss counts, by torch's and Hugging Face's convention
 
 TOKENS = Features({"input_ids": List(Value("int32")), "num_chars": Value("int32")})
 
@@ -282,6 +286,75 @@ def fill_up(dataset: Dataset, multiple: int, bos_token_id: int) -> Dataset:
     return concatenate_datasets([dataset, empty])
 
 
+# ---- batch ----------------------------------------------------------------------------------------------
+
+
+class TokenBatches(Sampler[list[int]]):
+    """Batches of about equal numbers of tokens, none above a budget; of these, one process's.
+
+    Texts go, longest first, each to the batch that is emptiest so far (Graham's longest-processing-time rule, 1969:
+    at most a third above the best there is, and next to it where texts are many): no process waits for another.
+    Which of the texts of one length comes where, and the batches' order, is drawn anew each epoch; the batches'
+    sizes and their number, a multiple of what a step takes, are the same in every epoch.
+
+    Args:
+        lengths_N: tokens of each text; as many texts as a step takes batches, or a multiple (`fill_up`).
+        budget: most tokens a batch may have.
+        batches_per_step: processes times accumulated batches.
+        rank, world_size: this process takes every `world_size`-th batch, from the `rank`-th on.
+
+    Raises:
+        ValueError: where a single text is longer than the budget.
+    """
+
+    def __init__(
+        self, lengths_N: np.ndarray, budget: int, batches_per_step: int, rank: int, world_size: int, seed: int
+    ):
+        if (longest := lengths_N.max()) > budget:
+            raise ValueError(
+                f"--tokens_per_device_batch {budget}: the longest text has {longest} tokens; raise it to that, "
+                f"or cut texts with --max_length {budget}"
+            )
+        self.lengths_N, self.rank, self.world_size, self.seed, self.epoch = lengths_N, rank, world_size, seed, 0
+        descending = (-np.sort(-lengths_N)).tolist()
+        num_batches = -(-sum(descending) // budget)
+        while True:
+            num_batches = min(-(-num_batches // batches_per_step) * batches_per_step, len(descending))
+            self.ranks_of_batches, fullest = self._deal(descending, num_batches)
+            if fullest <= budget:
+                break
+            num_batches += 1 + num_batches // 100
+
+    @staticmethod
+    def _deal(descending: list[int], num_batches: int) -> tuple[list[list[int]], int]:
+        """(which texts, counted from the longest, each batch gets; tokens of the fullest)"""
+        batches = [[] for _ in range(num_batches)]
+        emptiest_first = [(0, batch) for batch in range(num_batches)]
+        for rank, length in enumerate(descending):
+            num_tokens, batch = emptiest_first[0]
+            heapq.heapreplace(emptiest_first, (num_tokens + length, batch))
+            batches[batch].append(rank)
+        return batches, max(emptiest_first)[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.ranks_of_batches) // self.world_size
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        shuffled_N = rng.permutation(len(self.lengths_N))
+        longest_first_N = shuffled_N[np.argsort(-self.lengths_N[shuffled_N], kind="stable")]
+        for batch in rng.permutation(len(self.ranks_of_batches))[self.rank :: self.world_size]:
+            yield longest_first_N[self.ranks_of_batches[batch]].tolist()
+
+
+def count_tokens(dataset: Dataset) -> np.ndarray:
+    """Tokens of each text, int64 [texts], without a walk through them."""
+    return pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_numpy().astype(np.int64)
+
+
 # ---- collate --------------------------------------------------------------------------------------------
 
 
@@ -289,17 +362,21 @@ class PackedCollator:
     """Lays texts end to end in one row: nothing is padding, and attention keeps the texts apart.
 
     Labels are the tokens themselves (the model shifts them), but for the first of each text: no text is
-    asked to foresee the next one. `use_cache` is off because with a cache transformers forgets the
-    restarting `position_ids`, and texts would see each other.
+    asked to foresee the next one. `use_cache` is off because training has no use for one.
     """
 
     def __call__(self, examples: list[dict]) -> dict:
-        """-> input_ids, position_ids, labels: long [1, T]; use_cache: False."""
+        """-> input_ids, position_ids, labels: long [1, T]; attention_mask: the texts' layout; use_cache: False."""
         lengths = [len(example["input_ids"]) for example in examples]
         input_ids = torch.tensor([i for example in examples for i in example["input_ids"]]).unsqueeze(0)
         position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-        labels = input_ids.masked_fill(position_ids == 0, IGNORED)
-        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "use_cache": False}
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "attention_mask": lay_out_texts(lengths),
+            "labels": input_ids.masked_fill(position_ids == 0, IGNORED),
+            "use_cache": False,
+        }
 
 
 class PaddedCollator:

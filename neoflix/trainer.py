@@ -6,10 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from neoflix.checkpoint import promote
-from neoflix.data import IGNORED
+from neoflix.data import TokenBatches, count_tokens
+from neoflix.loss import IGNORED
 
 
 class Stopwatch:
@@ -52,10 +55,35 @@ class TokenTrainer(Trainer):
         self.num_tokens = 0  # this process's, since the start; becomes a tensor with padded batches: no sync
         self._last_log = (0, 0.0)
 
+    def get_train_dataloader(self):
+        """Trainer's own, or batches by their tokens where `--tokens_per_device_batch` asks for them."""
+        args = self.args
+        if args.tokens_per_device_batch is None:
+            return super().get_train_dataloader()
+        batches = TokenBatches(
+            count_tokens(self.train_dataset),
+            args.tokens_per_device_batch,
+            args.gradient_accumulation_steps * args.world_size,
+            args.process_index,
+            args.world_size,
+            args.seed if args.data_seed is None else args.data_seed,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        # Not accelerator.prepare: that would deal out once more what is this process's share already.
+        return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.stopwatch.start()
-        mask = inputs.get("attention_mask")
-        self.num_tokens = self.num_tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        is_packed = "position_ids" in inputs
+        self.num_tokens = self.num_tokens + (
+            inputs["input_ids"].numel() if is_packed else inputs["attention_mask"].sum()
+        )
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs, start_time=None):

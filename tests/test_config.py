@@ -157,3 +157,9 @@ def test_flags_in_the_readme_exist(parse):
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", readme))
     assert flags, "README shows no flag"
     assert flags <= known, flags - known
+
+
+def test_recipes_find_our_deepspeed_files_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    args = parse_train_args(["--config", str(ROOT / "recipes" / "demo.yaml"), "--output_dir", str(tmp_path / "run")])
+    assert args.deepspeed == str(ROOT / "ds_configs" / "cpu.json")

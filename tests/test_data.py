@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -15,7 +16,17 @@ import torch
 from conftest import gpt2_tokenizer_dir, netflix_csv
 
 from neoflix import data
-from neoflix.data import IGNORED, PackedCollator, PaddedCollator, TextSplit, fill_up, read_texts, split_texts
+from neoflix.data import (
+    PackedCollator,
+    PaddedCollator,
+    TextSplit,
+    TokenBatches,
+    count_tokens,
+    fill_up,
+    read_texts,
+    split_texts,
+)
+from neoflix.loss import IGNORED
 from neoflix.model import load_model
 from neoflix.tokenizer import load_tokenizer
 
@@ -285,6 +296,67 @@ def test_real_catalogue_has_247373_tokens(tmp_path):
     assert len(tokenizer) == 50_259
     _, num_tokens, num_cut = data.tokenize_texts(texts, tokenizer, 2048, tmp_path)
     assert (num_tokens, num_cut) == (247_373, 0)
+
+
+# ---- batch ----------------------------------------------------------------------------------------------
+
+
+def batches_of(lengths, budget, batches_per_step=1, world_size=1, epoch=0, seed=1):
+    """What each process gets: a list of batches for each rank."""
+    ranks = []
+    for rank in range(world_size):
+        sampler = TokenBatches(np.array(lengths), budget, batches_per_step, rank, world_size, seed)
+        sampler.set_epoch(epoch)
+        ranks.append(list(sampler))
+        assert len(ranks[-1]) == len(sampler)
+    return ranks
+
+
+@pytest.mark.parametrize("budget", [64, 100, 1000, 5000])
+def test_token_batches_are_whole_even_and_within_the_budget(budget):
+    lengths = np.random.default_rng(0).integers(14, 65, 1003)
+    (batches,) = batches_of(lengths, budget, batches_per_step=4)
+    assert sorted(text for batch in batches for text in batch) == list(range(1003))
+    sums = [lengths[batch].sum() for batch in batches]
+    assert max(sums) <= budget
+    assert len(batches) % 4 == 0
+    assert all(batches)
+    if budget >= 1000:  # nearly full, and alike
+        assert max(sums) - min(sums) <= 64
+        assert sum(sums) > 0.85 * budget * len(batches)
+
+
+def test_token_batches_of_texts_of_very_different_lengths():
+    lengths = np.concatenate([np.full(3, 2048), np.full(500, 20), np.full(40, 300)])
+    (batches,) = batches_of(lengths, 2048)
+    assert max(lengths[batch].sum() for batch in batches) <= 2048
+    assert len(batches) <= 1.1 * lengths.sum() / 2048, "a text as long as the budget leaves the other batches full"
+
+
+def test_each_epoch_draws_other_batches_and_the_same_again():
+    lengths = np.random.default_rng(0).integers(14, 65, 200)
+    first, second = (batches_of(lengths, 500, epoch=epoch) for epoch in (0, 1))
+    assert first != second
+    assert first == batches_of(lengths, 500, epoch=0)
+    assert first != batches_of(lengths, 500, seed=2)
+    assert len(first[0]) == len(second[0]), "Trainer counts steps once"
+
+
+def test_processes_and_accumulation_see_the_same_texts_in_a_step():
+    lengths = np.random.default_rng(0).integers(14, 65, 333)
+    (alone,) = batches_of(lengths, 300, batches_per_step=6)
+    two = batches_of(lengths, 300, batches_per_step=6, world_size=2)
+    assert [batch for pair in zip(*two, strict=True) for batch in pair] == alone
+
+
+def test_text_longer_than_the_budget_is_refused():
+    with pytest.raises(ValueError, match=r"the longest text has 64 tokens.*--max_length 60"):
+        batches_of([10, 64], 60)
+
+
+def test_tokens_are_counted(tokens, tokenizer):
+    filled = fill_up(tokens, 16, tokenizer.bos_token_id)
+    assert count_tokens(filled).tolist() == [len(row) for row in filled["input_ids"]]
 
 
 # ---- collate --------------------------------------------------------------------------------------------

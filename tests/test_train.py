@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import train
+from neoflix.attention import GPTNeoFastAttention
 from neoflix.checkpoint import find_model, list_checkpoints
 from neoflix.data import PackedCollator, fill_up, read_texts, split_texts, tokenize_texts
 from neoflix.distributed import exit_code_of
@@ -117,6 +118,51 @@ def test_accumulation_changes_nothing(run):
     many = run("8x1", *words, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8")
     assert losses(many) == pytest.approx(losses(one), rel=1e-5)
     assert_same_weights(many, one, atol=2e-5, rtol=1e-4)
+
+
+TOKEN_BATCHES = ["--tokens_per_device_batch", "256", "--gradient_accumulation_steps", "2"]
+
+
+def test_token_batches_resume_within_an_epoch(run, tmp_path):
+    """The same batches as if the run had not stopped. (To rounding: on its first step after loading, DeepSpeed's CPU
+    Adam takes powers of its betas where it multiplied before.)"""
+    words = [*TOKEN_BATCHES, "--num_train_epochs", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    words += ["--save_total_limit", "100", "--eval_strategy", "no", "--metric_for_best_model", "loss"]
+    whole = run("whole", *words)
+    steps = [int(path.name.partition("-")[2]) for path in list_checkpoints(whole)]
+    assert len(steps) == 18
+    for stopped in (2, 17):  # in the first epoch and in the last
+        part = tmp_path / f"part-{stopped}"
+        shutil.copytree(whole / f"checkpoint-{stopped}", part / f"checkpoint-{stopped}")
+        shutil.copy(whole / "run.json", part)
+        run(part.name, *words)
+        assert losses(part) == pytest.approx(losses(whole), rel=1e-6)
+        assert_same_weights(whole, part, atol=2e-6, rtol=0)
+
+
+def test_compiled_model_learns_the_same(run, tmp_path, train_words):
+    words = ["--max_steps", "3", "--eval_strategy", "no", "--save_strategy", "steps"]
+    plain = run("plain", *words)
+    compiled = tmp_path / "compiled"  # in a process of its own: the compiler's warnings are not ours
+    run_program(PYTHON, "train.py", *train_words, "--output_dir", str(compiled), *words, "--torch_compile", "true")
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_a_batch_from_another_process_is_the_same(run):
+    plain = run("plain", "--num_train_epochs", "1")
+    assert_same_weights(plain, run("worker", "--num_train_epochs", "1", "--dataloader_num_workers", "1"))
+
+
+def test_recomputed_activations_change_nothing(run, monkeypatch):
+    passes, forward = [], GPTNeoFastAttention.forward
+    monkeypatch.setattr(
+        GPTNeoFastAttention, "forward", lambda self, *args, **kwargs: passes.append(1) or forward(self, *args, **kwargs)
+    )
+    plain = run("plain", "--num_train_epochs", "1")
+    num_plain = len(passes)
+    recomputed = run("recomputed", "--num_train_epochs", "1", "--activation_checkpointing", "true")
+    assert len(passes) - num_plain > num_plain, "nothing was recomputed"
+    assert_same_weights(plain, recomputed)
 
 
 def test_run_is_a_plain_torch_loop(run, model_dir, catalogue, tmp_path):
