@@ -11,5 +11,9 @@ lint:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-bench: setup      ## the article's training recipe and ours, side by side on this machine
-	.venv/bin/python benchmarks/train.py
+bench: setup      ## the article's recipe and ours, side by side on this machine; 5 minutes, into runs/bench/
+	.venv/bin/python benchmarks/train.py --turns 2 --output runs/bench/results.jsonl
+	.venv/bin/python benchmarks/train.py --turns 1 --steps 3 --texts_per_step 64 --output runs/bench/results.jsonl
+	.venv/bin/python benchmarks/operators.py --output runs/bench/results.jsonl
+	.venv/bin/python benchmarks/generate.py --turns 1 --output runs/bench/results.jsonl
+	.venv/bin/python benchmarks/plots.py runs/bench

@@ -1,52 +1,53 @@
 """The article's training recipe and this project's, side by side: same texts, same model, same device.
 
-    python benchmarks/train.py                        # a small GPT-Neo with the real vocabulary's size, on this machine
-    python benchmarks/train.py --architecture 2.7B    # random weights: speed and memory do not care
+    python benchmarks/train.py                                    # a small GPT-Neo with the real vocabulary's size
+    python benchmarks/train.py --texts_per_step 15 32 64 --turns 1
+    python benchmarks/train.py --architecture 2.7B                # random weights: speed and memory do not care
 
 Each side runs as its own `deepspeed` job, the two in turn (article, ours, article, ours, ...), so that what else
 the machine does falls on both. Tokens are random numbers; texts have the real descriptions' lengths. Real tokens
-are those of texts: what a side pads costs it time and earns it nothing. The last line is JSON; with --output it is
-also appended to a file.
+are those of texts: what a side pads costs it time and earns it nothing. Each number of texts a step ends with a line of
+JSON; with --output it is also appended to a file.
+
+A job's steps: first some that do not count, then those that are timed, untouched; then some whose phases are timed
+one by one (on a GPU the host waits at each border, so that they add up to more than an untouched step), and
+some under Python's profiler (which slows Python down: its shares are upper bounds).
+
+MFU is 6 N flops a real token, N all parameters (the tied embedding once), over what the device does in a
+product of large square matrices, measured in the same job.
 """
 
 import argparse
+import cProfile
 import json
 import os
-import platform
-import random
+import pstats
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import transformers
 from datasets import Dataset
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from neoflix.attention import ATTENTION_NAME, register_attention  # noqa: E402
+from architectures import ARCHITECTURES, PADDED_LENGTH, build_model, draw_texts  # noqa: E402
+from machine import cap_device_memory, now, product_flops_per_second, run_job, write_line  # noqa: E402
+
+from neoflix.config import TrainArguments  # noqa: E402
 from neoflix.data import PackedCollator  # noqa: E402
 from neoflix.distributed import prepare_environment  # noqa: E402
-from neoflix.trainer import peak_host_bytes  # noqa: E402
+from neoflix.trainer import TokenTrainer, peak_host_bytes  # noqa: E402
 
-# (layers, width, heads); "small" is what two CPU cores train in seconds
-ARCHITECTURES = {
-    "small": (4, 256, 4),
-    "125M": (12, 768, 12),
-    "1.3B": (24, 2048, 16),
-    "2.7B": (32, 2560, 20),
-}
-VOCAB_SIZE = 50_304  # 50,257, three special tokens, rounded up to a multiple of 64
-PADDED_LENGTH = 62  # the article pads every text to the longest
-WARM_UP_STEPS = 2
+SIDES = ("article", "ours")
+WARM_UP_STEPS, PHASE_STEPS, PROFILED_STEPS = 2, 2, 2
 
-# The article's DeepSpeed file (its 2.7B variant), but for the precision, which the device decides for both sides.
+# The article's DeepSpeed file (its 2.7B variant), but for two things: the precision, which the device decides for
+# both sides (random weights overflow fp16, and skipped steps would flatter the article), and the warm-up.
 ARTICLE_DS_CONFIG = {
     "bf16": {"enabled": "auto"},
     "optimizer": {
@@ -74,97 +75,95 @@ def main() -> None:
     if args.side:
         measure_one_side(args)
         return
-    runs = {"article": [], "ours": []}
-    for turn in range(args.turns):
-        for side in runs:
-            runs[side].append(run_side(args, side))
-            figures = runs[side][-1]
-            print(f"turn {turn + 1}, {side}: {figures['real_tokens_per_second']:,.0f} real tokens/s", flush=True)
-    report(args, runs)
+    for texts_per_step in args.texts_per_step:
+        runs = {side: [] for side in args.sides}
+        for turn in range(args.turns):
+            for side in runs:
+                runs[side].append(run_side(args, side, texts_per_step))
+                figures = runs[side][-1]
+                print(
+                    f"{texts_per_step} texts a step, turn {turn + 1}, {side}: "
+                    f"{figures['real_tokens_per_second']:,.0f} real tokens/s",
+                    flush=True,
+                )
+        report(args, texts_per_step, runs)
 
 
 def parse_args() -> argparse.Namespace:
+    default_ds_config = ROOT / ("ds_config.json" if torch.cuda.is_available() else "ds_configs/cpu.json")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="small")
-    parser.add_argument("--texts_per_step", type=int, default=15, help="the article's batch")
-    parser.add_argument("--steps", type=int, default=12, help=f"steps a turn, the first {WARM_UP_STEPS} not counted")
+    parser.add_argument("--texts_per_step", type=int, nargs="+", default=[15], help="default: the article's batch")
+    parser.add_argument("--article_texts_per_step", type=int, help="where it is to differ from ours")
+    parser.add_argument("--texts_per_batch", type=int, help="our side adds up batches of so many; default: all at once")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a turn that are timed")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--deepspeed", default=str(ROOT / "ds_config.json"), help="our side's DeepSpeed file")
-    parser.add_argument("--device_memory_fraction", type=float, default=1.0, help="e.g. 0.17 makes 24 GB of 141 GB")
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES)
+    parser.add_argument("--deepspeed", default=str(default_ds_config), help="our side's DeepSpeed file")
+    parser.add_argument("--activation_checkpointing", action="store_true", help="our side's")
+    parser.add_argument("--device_memory_gib", type=float, help="our side's share of the GPU's memory")
     parser.add_argument("--output", help="JSON lines file to append to")
-    parser.add_argument("--side", choices=["article", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--figures", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def run_side(args: argparse.Namespace, side: str) -> dict:
+def run_side(args: argparse.Namespace, side: str, texts_per_step: int) -> dict:
     """Runs one side in a job of its own and returns its figures."""
+    if side == "article" and args.article_texts_per_step:
+        texts_per_step = args.article_texts_per_step
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder, "figures.json")
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", "1"]
-        command += ["--master_port", str(random.randint(20_000, 30_000)), __file__, "--side", side]
-        command += ["--figures", str(figures)]
-        for name in ("architecture", "texts_per_step", "steps", "deepspeed", "device_memory_fraction"):
-            command += [f"--{name}", str(getattr(args, name))]
-        env = {"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
-        env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-        done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
-        if not figures.is_file():
-            sys.exit(f"error: the {side} side failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        words = ["--side", side, "--figures", str(figures), "--texts_per_step", str(texts_per_step)]
+        for name in ("architecture", "texts_per_batch", "steps", "deepspeed", "device_memory_gib"):
+            if getattr(args, name) is not None:
+                words += [f"--{name}", str(getattr(args, name))]
+        words += ["--activation_checkpointing"] * args.activation_checkpointing
+        all_cores = str(len(os.sched_getaffinity(0)))
+        run_job(__file__, words, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", all_cores))
         return json.loads(figures.read_text())
 
 
-class Clock(TrainerCallback):
-    """Seconds of each optimizer step, from the end of the one before."""
-
-    def __init__(self):
-        self.ends = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+# ---- one side, in its own job ---------------------------------------------------------------------------
 
 
 def measure_one_side(args: argparse.Namespace) -> None:
-    prepare_environment()
-    transformers.set_seed(0)
-    if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(args.device_memory_fraction)
-    use_cpu = not torch.cuda.is_available()
+    (texts_per_step,), use_cpu = args.texts_per_step, not torch.cuda.is_available()
+    if args.side == "ours":
+        prepare_environment()
+        cap_device_memory(args.device_memory_gib)
+    # Before training: afterwards a capped GPU may have no room for it.
+    limit = product_flops_per_second("cpu" if use_cpu else "cuda", torch.float32 if use_cpu else torch.bfloat16)
+    if not use_cpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    num_steps = WARM_UP_STEPS + args.steps + PHASE_STEPS + PROFILED_STEPS
+    vocab_size = ARCHITECTURES[args.architecture].vocab_size
+    texts = draw_texts(texts_per_step * num_steps, min(vocab_size, 50_257))
     with tempfile.TemporaryDirectory() as folder:
-        training = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=args.texts_per_step,
-            max_steps=args.steps,
-            learning_rate=5e-5,
-            bf16=not use_cpu,
-            use_cpu=use_cpu,
-            deepspeed=ARTICLE_DS_CONFIG if args.side == "article" else args.deepspeed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        texts = draw_texts(args.texts_per_step * args.steps)
-        model = build_model(args.architecture, args.side, torch.float32 if use_cpu else torch.bfloat16)
-        clock = Clock()
-        trainer = Trainer(
-            model=model,
-            args=training,
-            train_dataset=Dataset.from_dict({"input_ids": texts}),
-            data_collator=PackedCollator() if args.side == "ours" else pad_to_the_longest,
-            callbacks=[clock],
-        )
+        common = {
+            "output_dir": folder,
+            "max_steps": num_steps,
+            "learning_rate": 5e-5,
+            "bf16": not use_cpu,
+            "use_cpu": use_cpu,
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        build_trainer = build_our_trainer if args.side == "ours" else build_article_trainer
+        trainer = build_trainer(args, texts_per_step, vocab_size, texts, common)
+        clock = Clock(trainer, args.steps)
+        trainer.add_callback(clock)
         trainer.train()
-    seconds = clock.ends[-1] - clock.ends[WARM_UP_STEPS - 1]
-    num_steps = args.steps - WARM_UP_STEPS
-    tokens_per_step = sum(map(len, texts)) / args.steps
-    figures = {
-        "real_tokens_per_second": tokens_per_step * num_steps / seconds,
-        "seconds_per_step": seconds / num_steps,
-        "real_tokens_per_step": tokens_per_step,
-        "parameters": sum(weight.numel() for weight in model.parameters()),
+    figures = clock.figures(real_tokens_per_step=sum(map(len, texts)) / num_steps)
+    num_parameters = trainer.model.num_parameters()
+    figures |= {
+        "parameters": num_parameters,
+        "mfu": 6 * num_parameters * figures["real_tokens_per_second"] / limit,
+        "product_tflops": limit / 1e12,
         "peak_host_gib": peak_host_bytes() / 2**30,
     }
     if not use_cpu:
@@ -173,66 +172,134 @@ def measure_one_side(args: argparse.Namespace) -> None:
     Path(args.figures).write_text(json.dumps(figures))
 
 
-def draw_texts(num_texts: int) -> list[list[int]]:
-    """Random tokens with the lengths of the Netflix descriptions: 14 to 62, mean 31.8, 99th percentile 42."""
-    rng = random.Random(0)
-    lengths = [min(max(round(rng.gauss(31.8, 4.4)), 14), PADDED_LENGTH) for _ in range(num_texts)]
-    return [[rng.randrange(50_257) for _ in range(length)] for length in lengths]
-
-
-def pad_to_the_longest(examples: list[dict]) -> dict:
-    """The article's batch: every text padded to the data set's longest, and padding is a label too."""
-    pad = VOCAB_SIZE - 1
-    rows = [example["input_ids"] + [pad] * (PADDED_LENGTH - len(example["input_ids"])) for example in examples]
-    input_ids = torch.tensor(rows)
-    return {"input_ids": input_ids, "attention_mask": (input_ids != pad).long(), "labels": input_ids.clone()}
-
-
-def build_model(architecture: str, side: str, dtype: torch.dtype) -> GPTNeoForCausalLM:
-    num_layers, hidden_size, num_heads = ARCHITECTURES[architecture]
-    config = GPTNeoConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        attention_types=[[["global", "local"], num_layers // 2]],
+def build_our_trainer(args, texts_per_step: int, vocab_size: int, texts: list[list[int]], common: dict) -> Trainer:
+    texts_per_batch = args.texts_per_batch or texts_per_step
+    training = TrainArguments(
+        **common,
+        validation_fraction=0,  # nothing is evaluated
+        deepspeed=args.deepspeed,
+        per_device_train_batch_size=texts_per_batch,
+        gradient_accumulation_steps=texts_per_step // texts_per_batch,
+        activation_checkpointing=args.activation_checkpointing,
     )
-    register_attention()
-    implementation = ATTENTION_NAME if side == "ours" else "eager"
-    return GPTNeoForCausalLM._from_config(config, attn_implementation=implementation, dtype=dtype)
+    transformers.set_seed(0)
+    dtype = torch.float32 if training.use_cpu else torch.bfloat16
+    return TokenTrainer(
+        model=build_model(args.architecture, dtype, training.device, "ours"),
+        args=training,
+        train_dataset=Dataset.from_dict({"input_ids": texts}),
+        data_collator=PackedCollator(),
+    )
 
 
-def report(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
+def build_article_trainer(args, texts_per_step: int, vocab_size: int, texts: list[list[int]], common: dict) -> Trainer:
+    training = TrainingArguments(**common, deepspeed=ARTICLE_DS_CONFIG, per_device_train_batch_size=texts_per_step)
+    transformers.set_seed(0)
+    dtype = torch.float32 if training.use_cpu else torch.bfloat16
+    pad = vocab_size - 1
+
+    def pad_to_the_longest(examples: list[dict]) -> dict:
+        """Every text as long as the data set's longest, and padding is a label too."""
+        rows = [example["input_ids"] + [pad] * (PADDED_LENGTH - len(example["input_ids"])) for example in examples]
+        input_ids = torch.tensor(rows)
+        return {"input_ids": input_ids, "attention_mask": (input_ids != pad).long(), "labels": input_ids.clone()}
+
+    return Trainer(
+        model=build_model(args.architecture, dtype, training.device, "eager"),
+        args=training,
+        train_dataset=Dataset.from_dict({"input_ids": texts}),
+        data_collator=pad_to_the_longest,
+    )
+
+
+class Clock(TrainerCallback):
+    """Times a job's steps: first all at once, then their phases, then what of them is Python."""
+
+    def __init__(self, trainer: Trainer, num_timed: int):
+        self.trainer = trainer
+        self.first, self.last = WARM_UP_STEPS, WARM_UP_STEPS + num_timed
+        self.num_timed = num_timed
+        self.phases = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+        self.by_phase = False
+        self.profile = cProfile.Profile()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        engine, trainer = self.trainer.model_wrapped, self.trainer
+        trainer.get_batch_samples = self._timed("data", trainer.get_batch_samples)
+        engine.forward = self._timed("forward", engine.forward)
+        engine.backward = self._timed("backward", engine.backward)
+        engine.step = self._timed("optimizer", engine.step)
+
+    def _timed(self, phase: str, function):
+        def timed(*args, **kwargs):
+            if not self.by_phase:
+                return function(*args, **kwargs)
+            began = now()
+            result = function(*args, **kwargs)
+            self.phases[phase] += now() - began
+            return result
+
+        return timed
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.first:
+            self.began = now()
+        elif state.global_step == self.last:
+            self.ended = now()
+            self.by_phase = True
+        elif state.global_step == self.last + PHASE_STEPS:
+            self.phases_ended = now()
+            self.by_phase = False
+            self.profile.enable()
+        elif state.global_step == self.last + PHASE_STEPS + PROFILED_STEPS:
+            self.profile.disable()
+            self.profile_seconds = now() - self.phases_ended
+
+    def figures(self, real_tokens_per_step: float) -> dict[str, float]:
+        seconds = (self.ended - self.began) / self.num_timed
+        phases = {f"seconds_{phase}": spent / PHASE_STEPS for phase, spent in self.phases.items()}
+        phases["seconds_other"] = (self.phases_ended - self.ended) / PHASE_STEPS - sum(phases.values())
+        spent = {"ours": 0.0, "all": 0.0}
+        for (file, _, _), (_, _, own_seconds, _, _) in pstats.Stats(self.profile).stats.items():
+            if file != "~":  # not a function written in C
+                spent["all"] += own_seconds
+                spent["ours"] += own_seconds if file.startswith(str(ROOT / "neoflix")) else 0.0
+        return {
+            "real_tokens_per_second": real_tokens_per_step / seconds,
+            "seconds_per_step": seconds,
+            "real_tokens_per_step": real_tokens_per_step,
+            **phases,
+            "python_share_ours": spent["ours"] / self.profile_seconds,
+            "python_share_all": spent["all"] / self.profile_seconds,
+        }
+
+
+# ---- report ---------------------------------------------------------------------------------------------
+
+
+def report(args: argparse.Namespace, texts_per_step: int, runs: dict[str, list[dict]]) -> None:
     """Prints a table of medians and one JSON line."""
     sides = {
         side: {name: statistics.median(run[name] for run in figures) for name in figures[0]}
         for side, figures in runs.items()
     }
-    ratios = [o["real_tokens_per_second"] / a["real_tokens_per_second"] for a, o in zip(*runs.values(), strict=True)]
-    print(f"\n{'':28}{'article':>12}{'ours':>12}")
-    for name in sides["ours"]:
-        print(f"{name:28}{sides['article'][name]:>12,.2f}{sides['ours'][name]:>12,.2f}")
-    print(
-        f"{'ratio of real tokens/s':28}{'':12}{statistics.median(ratios):>12.2f}  ({min(ratios):.2f}-{max(ratios):.2f})"
-    )
-    line = {
-        "benchmark": "train",
-        "command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed", "accelerate")},
-        "ratio": statistics.median(ratios),
-        **sides,
-    }
-    print(json.dumps(line))
-    if args.output:
-        with open(args.output, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    print(f"\n{args.architecture}, {texts_per_step} texts a step{'':8}" + "".join(f"{side:>12}" for side in sides))
+    for name in next(iter(sides.values())):
+        print(f"{name:28}" + "".join(f"{figures[name]:>12,.{digits(figures[name])}f}" for figures in sides.values()))
+    line = {"architecture": args.architecture, "texts_per_step": texts_per_step, "turns": args.turns}
+    line |= {name: getattr(args, name) for name in ("texts_per_batch", "article_texts_per_step", "device_memory_gib")}
+    line |= {"deepspeed": Path(args.deepspeed).name, "activation_checkpointing": args.activation_checkpointing}
+    if len(sides) == 2:
+        pairs = zip(*(runs[side] for side in SIDES), strict=True)
+        ratios = [ours["real_tokens_per_second"] / theirs["real_tokens_per_second"] for theirs, ours in pairs]
+        line |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+        print(f"{'ratio of real tokens/s':40}{line['ratio']:>12.2f}  ({min(ratios):.2f}-{max(ratios):.2f})")
+    print()
+    write_line(line | sides, args.output)
 
 
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{len(os.sched_getaffinity(0))} CPU cores, {platform.machine()}"
+def digits(figure: float) -> int:
+    return 0 if figure >= 1000 else 2 if figure >= 1 else 4
 
 
 if __name__ == "__main__":

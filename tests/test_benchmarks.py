@@ -1,0 +1,61 @@
+"""The benchmarks run: small, for a look at what they write; whether they are fast is not a test's business."""
+
+import json
+
+import pytest
+import torch
+from conftest import PYTHON, ROOT, run_program
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would take the GPU's minutes")
+def test_everything_for_a_gpu_runs_dry():
+    """Every line of the GPU's command but the device's own."""
+    output = run_program("benchmarks/gpu.sh", env={"PYTHON": PYTHON}, timeout=1200)
+    assert "a dry run" in output
+    assert "FAILED" not in output, output
+    for heading in ("real_tokens_per_second", "texts by length", "of the limit"):
+        assert heading in output
+
+
+def test_article_and_ours_side_by_side(tmp_path):
+    words = ["--architecture", "demo", "--turns", "1", "--steps", "1", "--texts_per_step", "4"]
+    run_program(PYTHON, "benchmarks/train.py", *words, "--output", str(tmp_path / "train.jsonl"))
+    (line,) = lines(tmp_path / "train.jsonl")
+    assert line["ratio"] == line["ours"]["real_tokens_per_second"] / line["article"]["real_tokens_per_second"]
+    assert line["article"]["real_tokens_per_step"] == line["ours"]["real_tokens_per_step"], "the same texts"
+    assert line["article"]["parameters"] == line["ours"]["parameters"], "the same model"
+    assert line["hardware"]
+    assert line["versions"]["torch"] == torch.__version__
+    for side in ("article", "ours"):
+        phases = [line[side][f"seconds_{phase}"] for phase in ("data", "forward", "backward", "optimizer")]
+        assert min(phases) > 0, "a phase that was not seen"
+        assert 0 < line[side]["mfu"] < 1.5
+        assert line[side]["python_share_ours"] <= line[side]["python_share_all"] < 1
+    assert line["ours"]["python_share_ours"] > 0
+    assert line["article"]["python_share_ours"] == 0, "the article's side runs none of our code"
+
+
+def test_growth_and_plots(tmp_path):
+    words = ["--rows", "100", "--processes", "2", "--steps", "2", "--output", str(tmp_path / "growth.jsonl")]
+    run_program(PYTHON, "benchmarks/growth.py", *words)
+    found = lines(tmp_path / "growth.jsonl")
+    assert [(line["rows"], line["processes"], line["cache"]) for line in found] == [
+        (100, 1, "cold"),
+        (100, 1, "warm"),
+        (10_000, 2, "warm"),
+    ]
+    for line in found:
+        assert line["start_up_seconds"] == pytest.approx(sum(line["start_up"].values()))
+        assert line["start_up"]["other"] < line["start_up_seconds"] / 2, "most of the start has a name"
+    run_program(PYTHON, "benchmarks/plots.py", str(tmp_path))
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_committed_results_say_where_they_come_from():
+    for path in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
+        for line in lines(path):
+            assert {"benchmark", "command", "hardware", "versions", "date"} <= line.keys(), path
