@@ -2,9 +2,11 @@
 
 import csv
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; no test waits for a network
@@ -102,22 +104,32 @@ def train_words(model_dir, catalogue, tmp_path) -> list[str]:
 
 
 def run_program(*words: str, expect: int = 0, env: dict | None = None, timeout: int = 600) -> str:
-    """Runs a command in the project's folder; returns stdout and stderr together, checks the exit code."""
+    """Runs a command in the project's folder; returns stdout and stderr together, checks the exit code.
+
+    A command that takes longer than `timeout` seconds is ended with all that it started, and shows what it printed.
+    """
     # What train.main set for itself in this process would bind a program to this process's port.
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     inherited = {key: value for key, value in os.environ.items() if key not in launcher}
-    done = subprocess.run(
-        [str(word) for word in words],
-        cwd=ROOT,
-        env={**inherited, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == expect, f"exit code {done.returncode}, expected {expect}:\n{done.stdout}"
-    return done.stdout
+    with tempfile.TemporaryFile("w+") as log:  # not a pipe: a process left behind would hold it open
+        program = subprocess.Popen(
+            [str(word) for word in words],
+            cwd=ROOT,
+            env={**inherited, **(env or {})},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            outcome = f"exit code {program.wait(timeout)}"
+        except subprocess.TimeoutExpired:
+            outcome = f"still running after {timeout} s"
+            os.killpg(program.pid, signal.SIGKILL)
+            program.wait()
+        log.seek(0)
+        output = log.read()
+    assert outcome == f"exit code {expect}", f"{outcome}, expected exit code {expect}:\n{output}"
+    return output
 
 
 def netflix_csv() -> Path | None:

@@ -1,6 +1,7 @@
 """The benchmarks run: small, for a look at what they write; whether they are fast is not a test's business."""
 
 import json
+import runpy
 
 import pytest
 import torch
@@ -11,14 +12,33 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would take the GPU's minutes")
 def test_everything_for_a_gpu_runs_dry():
-    """Every line of the GPU's command but the device's own."""
-    output = run_program("benchmarks/gpu.sh", env={"PYTHON": PYTHON}, timeout=1200)
+    """Every line of the GPU's command but the device's own. Slow: its parts are tests of their own below."""
+    output = run_program("benchmarks/gpu.sh", env={"PYTHON": PYTHON})
     assert "a dry run" in output
     assert "FAILED" not in output, output
     for heading in ("real_tokens_per_second", "texts by length", "of the limit"):
         assert heading in output
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "found"),
+    [
+        ("operators.py", ["--num_texts", "4", "--width", "64"], ("loss", "attention")),
+        ("generate.py", ["--architecture", "demo", "--turns", "1", "--max_new_tokens", "2"], ("1", "20")),
+    ],
+)
+def test_benchmarks_of_one_process(script, words, found, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", [script, *words, "--output", str(tmp_path / "figures.jsonl")])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as Python does for a script
+    runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+    (line,) = lines(tmp_path / "figures.jsonl")
+    for key in found:
+        figures = line.get("batch_sizes", line)[key]
+        assert any(name.startswith("ours") for name in figures), figures
+    assert line["command"].startswith(f"python benchmarks/{script} {words[0]}")
 
 
 def test_article_and_ours_side_by_side(tmp_path):
