@@ -23,7 +23,7 @@ fi
 part() {
   local began=$SECONDS
   printf '\n== %s\n' "$*"
-  timeout --kill-after=10 300 "$@" || echo "FAILED: $*"  # the other figures are wanted all the same
+  timeout --kill-after=10 400 "$@" || echo "FAILED: $*"  # the other figures are wanted all the same
   echo "== $((SECONDS - began)) s"
 }
 
