@@ -4,7 +4,7 @@ setup:            ## .venv with everything that running and testing need
 	./launch.sh --setup-only
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 
-test: setup lint  ## every test; on a machine with a GPU the gpu-marked ones too
+test: setup lint  ## every test but the slow ones; on a machine with a GPU the gpu-marked ones too
 	.venv/bin/python -m pytest -m "not slow"
 
 soak: setup       ## the tests that take minutes each

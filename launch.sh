@@ -81,7 +81,6 @@ else
   num_processes=${NGPU:-$((num_gpus > 0 ? num_gpus : 1))}
   launcher+=(--num_accelerators "$num_processes" --master_port "${MASTER_PORT:-$((20000 + RANDOM % 10000))}")
   if binds_cores; then launcher+=(--bind_cores_to_rank); fi  # an offloaded optimizer works on the CPU
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > num_processes ? $(nproc) / num_processes : 1))}
 fi
 ((num_gpus > 0)) || export DS_ACCELERATOR=cpu
 run "${launcher[@]}" train.py "${train_args[@]}"

@@ -154,7 +154,7 @@ def measure_one_side(args: argparse.Namespace) -> None:
             "disable_tqdm": True,
         }
         build_trainer = build_our_trainer if args.side == "ours" else build_article_trainer
-        trainer = build_trainer(args, texts_per_step, vocab_size, texts, common)
+        trainer = build_trainer(args, texts_per_step, texts, common)
         clock = Clock(trainer, args.steps)
         trainer.add_callback(clock)
         trainer.train()
@@ -172,7 +172,7 @@ def measure_one_side(args: argparse.Namespace) -> None:
     Path(args.figures).write_text(json.dumps(figures))
 
 
-def build_our_trainer(args, texts_per_step: int, vocab_size: int, texts: list[list[int]], common: dict) -> Trainer:
+def build_our_trainer(args, texts_per_step: int, texts: list[list[int]], common: dict) -> Trainer:
     texts_per_batch = args.texts_per_batch or texts_per_step
     training = TrainArguments(
         **common,
@@ -192,11 +192,11 @@ def build_our_trainer(args, texts_per_step: int, vocab_size: int, texts: list[li
     )
 
 
-def build_article_trainer(args, texts_per_step: int, vocab_size: int, texts: list[list[int]], common: dict) -> Trainer:
+def build_article_trainer(args, texts_per_step: int, texts: list[list[int]], common: dict) -> Trainer:
     training = TrainingArguments(**common, deepspeed=ARTICLE_DS_CONFIG, per_device_train_batch_size=texts_per_step)
     transformers.set_seed(0)
     dtype = torch.float32 if training.use_cpu else torch.bfloat16
-    pad = vocab_size - 1
+    pad = ARCHITECTURES[args.architecture].vocab_size - 1
 
     def pad_to_the_longest(examples: list[dict]) -> dict:
         """Every text as long as the data set's longest, and padding is a label too."""

@@ -124,8 +124,10 @@ def run_program(*words: str, expect: int = 0, env: dict | None = None, timeout: 
             outcome = f"exit code {program.wait(timeout)}"
         except subprocess.TimeoutExpired:
             outcome = f"still running after {timeout} s"
-            os.killpg(program.pid, signal.SIGKILL)
-            program.wait()
+        finally:  # after Ctrl-C too, which a session of its own does not hear
+            if program.poll() is None:
+                os.killpg(program.pid, signal.SIGKILL)
+                program.wait()
         log.seek(0)
         output = log.read()
     assert outcome == f"exit code {expect}", f"{outcome}, expected exit code {expect}:\n{output}"
