@@ -8,7 +8,7 @@ test: setup lint  ## every test but the slow ones; on a machine with a GPU the g
 	.venv/bin/python -m pytest -m "not slow"
 
 soak: setup       ## the tests that take minutes each
-	.venv/bin/python -m pytest -m slow
+	.venv/bin/python -m pytest -m slow -o faulthandler_timeout=3600
 
 lint:
 	.venv/bin/ruff check .

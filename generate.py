@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output and os.path.exists(args.output):
         raise ValueError(f"--output {args.output}: exists already; choose another name or delete it")
 
-    sampler = Sampler.load(find_model(args.model_dir))
+    sampler = Sampler.load(find_model(args.model_dir), allow_pickle=args.allow_pickle)
     settings = {name: getattr(args, name) for name in SAMPLING_DEFAULTS}
     samples = sampler.sample(prompts, args.num_samples, args.seed, args.batch_size, **settings)
     if args.output:

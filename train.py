@@ -2,23 +2,29 @@
 
 from pathlib import Path
 
-import torch
-from transformers import ProgressCallback, set_seed
-from transformers.utils import logging
+from neoflix import plan
+
+if __name__ == "__main__":
+    plan.answer_quickly()  # `--plan`: before the imports below, which take seconds
+
+from transformers import set_seed
 
 from neoflix import data
-from neoflix.callbacks import EarlyStopping, Progress
-from neoflix.checkpoint import check_same_run, describe_run, find_resume_point, is_finished, save_run
+from neoflix.checkpoint import check_same_run, describe_run, find_resume_point, is_finished, save_results, save_run
 from neoflix.config import parse_train_args
-from neoflix.distributed import is_main_process, prepare_environment, run_and_exit, say
+from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit, say
 from neoflix.model import DEMO, DEMO_VOCAB_SIZE, get_window, keeps_texts_apart, load_model
+from neoflix.preemption import catch_stop_requests
 from neoflix.tokenizer import load_tokenizer, train_tokenizer
 from neoflix.trainer import TokenTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
     prepare_environment()
-    args = parse_train_args(argv)
+    args = parse_train_args(argv, must_fit=True)
+    say(plan.plan_table(args.forecast))
+    if args.plan:
+        return
     set_seed(args.seed)
     cache_dir = Path(args.cache_dir or data.default_cache_dir())
 
@@ -30,26 +36,26 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = train_tokenizer(texts.train, DEMO_VOCAB_SIZE, cache_dir)
         else:
             tokenizer = load_tokenizer(args.model_name_or_path)
+    plan.check_same_everywhere(args, texts)
 
     # Model and tokens.
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    model = load_model(args.model_name_or_path, tokenizer, dtype, args.generation)
+    model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, args.allow_pickle)
     with args.main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
         train_tokens, validation_tokens = data.tokenize_split(texts, tokenizer, max_length, cache_dir)
+    ask_main_process(plan.remember_counts, args, max_length, data.count_tokens(train_tokens), len(validation_tokens))
 
     # Go on where this run stopped, never where another one did.
     run = describe_run(args, model, tokenizer, train_tokens)
-    if is_finished(args.output_dir, run):
+    if ask_main_process(is_finished, args.output_dir, run):
         say(f"{args.output_dir} holds this run, finished; raise --num_train_epochs to go on from there")
         return
-    checkpoint = find_resume_point(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = ask_main_process(find_resume_point, args.output_dir, args.resume_from_checkpoint)
     if checkpoint:
         check_same_run(checkpoint, run)
         args.eval_on_start = False
         say(f"Resuming from {checkpoint}")
-    if is_main_process():
-        save_run(args.output_dir, run)
+    ask_main_process(save_run, args.output_dir, run)
 
     packs = keeps_texts_apart(model)
     trainer = TokenTrainer(
@@ -60,20 +66,14 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=data.PackedCollator() if packs else data.PaddedCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    if args.early_stopping_patience and args.eval_strategy != "no":
-        trainer.add_callback(EarlyStopping(args.early_stopping_patience))
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress())
-
-    logging.disable_progress_bar()  # transformers' own, one for each save
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_best()
     results = trainer.results()
-    trainer.save_metrics("all", results, combined=False)
+    ask_main_process(save_results, args.output_dir, results)
     perplexity = f", perplexity {results['perplexity']:.2f}" if "perplexity" in results else ""
     say(f"Best model in {args.output_dir}{perplexity}")
 
 
 if __name__ == "__main__":
+    catch_stop_requests()
     run_and_exit(main)

@@ -12,12 +12,13 @@ python=${PYTHON:-.venv/bin/python}
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   large=2.7B middle=1.3B output=benchmarks/results/gpu.jsonl
   operator_texts=128 steps=3 step_texts=(64 256) whole_step_texts=128 new_tokens=64
+  plan_runs="124M-offload 124M-zero2 124M-zero3-offload"
   memory=$("$python" -c 'import torch; print(torch.cuda.get_device_properties(0).total_memory >> 30)')
 else
   echo "No GPU: a dry run."
   large=demo middle=demo output=$(mktemp) memory=80
   trap 'rm -f "$output"' EXIT
-  operator_texts=4 steps=1 step_texts=(2 4) whole_step_texts=2 new_tokens=4
+  operator_texts=4 steps=1 step_texts=(2 4) whole_step_texts=2 new_tokens=4 plan_runs=38M-cpu
 fi
 
 part() {
@@ -34,6 +35,8 @@ part "$python" benchmarks/train.py --architecture $large --turns 1 --steps $step
   --article_texts_per_step 15 --texts_per_step "${step_texts[0]}" --output "$output"
 part "$python" benchmarks/train.py --architecture $large --turns 1 --steps $steps --device_memory_gib 12 --sides ours \
   --texts_per_step "${step_texts[1]}" --activation_checkpointing --output "$output"
+# Forecast beside measured peaks, of the device and of the host.
+part "$python" benchmarks/plan.py --only $plan_runs --output "$output"
 # The whole GPU, no offload.
 if ((memory > 70)); then
   part "$python" benchmarks/train.py --architecture $middle --turns 1 --steps $steps --sides ours \

@@ -1,10 +1,58 @@
 """What a run does and shows while it trains."""
 
+import math
 import sys
 
-from transformers import EarlyStoppingCallback, ProgressCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
-from neoflix.distributed import progress
+from neoflix.distributed import StoppedEarly, any_rank, gather, is_main_process, progress
+from neoflix.preemption import find_stop_request, forget_stop_file
+
+
+class StopOnRequest(TrainerCallback):
+    """Where any process was asked to stop, all of them save one checkpoint at the end of the step and stop.
+
+    A save that falls on the last step of an epoch waits for the epoch's end, evaluation and all: a run that goes on
+    from it begins the next epoch, and would never evaluate this one.
+    """
+
+    def __init__(self):
+        self.reason: str | None = None
+        self._save_at_epoch_end = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if is_main_process():
+            forget_stop_file(args.output_dir)
+        if self._is_asked_to_stop(args):
+            raise StoppedEarly(f"Stopped before a step was taken ({self.reason})")
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        is_last_of_run = state.global_step >= state.max_steps
+        is_last_of_epoch = is_last_of_run or state.epoch == int(state.epoch)
+        if not is_last_of_run and self._is_asked_to_stop(args):
+            control.should_save = True
+            control.should_training_stop = not is_last_of_epoch
+        if is_last_of_epoch:
+            self._save_at_epoch_end, control.should_save = control.should_save, False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.reason and not self._save_at_epoch_end:  # stopped within the epoch, and saved
+            control.should_log = control.should_evaluate = control.should_save = False
+            return
+        control.should_save = control.should_save or self._save_at_epoch_end
+        control.should_training_stop = control.should_training_stop or self.reason is not None
+        self._save_at_epoch_end = False
+
+    def _is_asked_to_stop(self, args) -> bool:
+        reason = find_stop_request(args.output_dir)
+        if not any_rank(reason is not None):
+            return False
+        self.reason = next(filter(None, gather(reason)))
+        if is_main_process():
+            forget_stop_file(args.output_dir)
+        return True
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -15,7 +63,49 @@ class EarlyStopping(EarlyStoppingCallback):
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
-        pass
+        self.early_stopping_patience = args.early_stopping_patience  # not the one the checkpoint was saved with
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+
+class StopOnBadNumbers(TrainerCallback):
+    """Ends a run that no longer learns: a loss that is no number, or step after step skipped for overflow.
+
+    fp16's loss scale begins at 2 ** initial_scale_power and is halved at each skipped step: so many in a row, and it is
+    down at 1 with the gradients still overflowing. Raises ValueError, in every process.
+    """
+
+    def __init__(self):
+        self.num_skipped = 0
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.num_skipped = self.num_skipped + 1 if getattr(optimizer, "step_was_skipped", False) else 0
+        if self.num_skipped >= max(10, self._scale_power(args)):
+            raise ValueError(
+                f"step {state.global_step}: {self.num_skipped} steps in a row were skipped: gradients overflow; "
+                f"{self._instead(args)}. {self._kept(args)}"
+            )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(
+                f"step {state.global_step}: the loss is {logs['loss']}; {self._instead(args)}. {self._kept(args)}"
+            )
+
+    @staticmethod
+    def _scale_power(args) -> int:
+        return int(args.hf_deepspeed_config.get_value("fp16.initial_scale_power", 16)) if args.fp16 else 0
+
+    @staticmethod
+    def _instead(args) -> str:
+        """The setting to change."""
+        if args.fp16:
+            return "take --bf16 true where the GPU has it, else --fp16 false (fp32), or a lower --learning_rate"
+        return f"take a lower --learning_rate than {args.learning_rate:g}, or a lower --max_grad_norm"
+
+    @staticmethod
+    def _kept(args) -> str:
+        return f"Checkpoints in {args.output_dir} are whole; go on from one with --resume_from_checkpoint"
 
 
 class Progress(ProgressCallback):
@@ -50,3 +140,13 @@ class Progress(ProgressCallback):
                 file=sys.stdout,
             )
             sys.stdout.flush()
+
+
+def run_callbacks(args) -> list[TrainerCallback]:
+    """What watches over a run with these arguments, beside Trainer's own."""
+    callbacks = [StopOnBadNumbers()]
+    if args.early_stopping_patience and args.eval_strategy != "no":
+        callbacks.append(EarlyStopping(args.early_stopping_patience))
+    if not args.disable_tqdm:
+        callbacks.append(Progress())
+    return callbacks

@@ -1,4 +1,8 @@
-"""Checkpoints of a run's folder: which may be resumed, which holds the best model, whose run it is."""
+"""Checkpoints of a run's folder: which may be resumed, which holds the best model, whose run it is.
+
+`checkpoint-N` is a checkpoint whose save came to its end; while it is being written it is `checkpoint-N.part`, and
+while it is being deleted `checkpoint-N.old`. What such a folder still lacks or has lost since, its manifest shows.
+"""
 
 import hashlib
 import json
@@ -7,49 +11,118 @@ import re
 import shutil
 from pathlib import Path
 
-STATE_FILE = "trainer_state.json"  # Trainer writes it last
+from neoflix.manifest import find_damage, free_bytes, read_manifest, sync_folder, write_json
+
+STATE_FILE = "trainer_state.json"
+UNIVERSAL = ".universal"  # a checkpoint's copy for another number of processes (universal.py)
 RUN_FILE = "run.json"  # what the run in this folder learns, and from what
-RESULTS_FILE = "all_results.json"
+RESULTS_FILE = "all_results.json"  # written last of all: the run is finished
 LEARNING_ARGUMENTS = (
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 "
-    "adam_epsilon max_grad_norm optim seed data_seed bf16 fp16 per_device_train_batch_size "
-    "tokens_per_device_batch gradient_accumulation_steps early_stopping_patience eval_strategy eval_steps "
-    "save_strategy save_steps"
+    "adam_epsilon max_grad_norm optim seed data_seed bf16 fp16 tokens_per_device_batch early_stopping_patience "
+    "eval_strategy eval_steps save_strategy save_steps"
 ).split()
+WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
+PICKLED_WEIGHTS_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SHARDS_FILE = "latest"  # DeepSpeed's: which folder its shards lie in
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """True where the last file of a checkpoint was written, whole, and its weights are there."""
-    try:
-        json.loads((checkpoint / STATE_FILE).read_text())
-    except (OSError, ValueError):
-        return False
-    return any(checkpoint.glob("*.safetensors"))
+def list_numbered(run: Path) -> list[Path]:
+    """The run's `checkpoint-N` folders, complete or not, oldest first."""
+    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run.glob("checkpoint-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    numbered = []
-    for path in run.glob("checkpoint-*"):
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and is_complete(path):
-            numbered.append((int(match[1]), path))
-    return [path for _, path in sorted(numbered)]
+    """The complete checkpoints of a run, oldest first, as far as names and sizes of files tell."""
+    return [path for path in list_numbered(run) if find_damage(path) is None]
 
 
-def find_resume_point(output_dir: str, resume_from_checkpoint: str | None) -> str | None:
-    """The checkpoint to go on from: the one asked for, else the newest complete one of the run, else None."""
+def settle(run: Path) -> None:
+    """Clears away what an interrupted save or deletion left. One process, before any other looks."""
+    for leftover in [*run.glob("checkpoint-*.old"), *run.glob(f"checkpoint-*{UNIVERSAL}")]:
+        shutil.rmtree(leftover)
+    for unfinished in run.glob("checkpoint-*.part"):
+        if find_damage(unfinished) is None:
+            publish(unfinished)
+        else:
+            shutil.rmtree(unfinished)
+
+
+def publish(unfinished: Path) -> None:
+    """`checkpoint-N.part`, complete, becomes `checkpoint-N`, in the place of one that is there already."""
+    checkpoint = unfinished.with_suffix("")
+    if checkpoint.exists():
+        delete(checkpoint)
+    unfinished.rename(checkpoint)
+    sync_folder(checkpoint.parent)
+
+
+def delete(checkpoint: Path) -> None:
+    """Deletes a checkpoint; if that is interrupted, nothing is left under its name."""
+    doomed = checkpoint.with_name(checkpoint.name + ".old")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def rotate(run: Path, limit: int | None, best_step: int | None) -> None:
+    """Deletes the oldest complete checkpoints beyond `limit`, never the newest complete nor the best one.
+
+    Damaged ones count for nothing and stay: only complete ones make room for complete ones.
+    """
+    checkpoints = list_checkpoints(run)
+    kept = {path for path in checkpoints if path.name == f"checkpoint-{best_step}"} | set(checkpoints[-1:])
+    surplus = len(checkpoints) - max(limit or len(checkpoints), len(kept))
+    for checkpoint in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
+        delete(checkpoint)
+
+
+def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, report=print) -> str | None:
+    """The checkpoint to go on from: the one asked for, else the newest complete one of the run, else None.
+
+    Every file of it is read and compared with its checksum. One process, before any other looks.
+
+    Args:
+        report: called with a sentence for each checkpoint that is passed over.
+    """
     if resume_from_checkpoint:
-        checkpoint = Path(resume_from_checkpoint)
-        if not is_complete(checkpoint):
+        if damage := find_damage(Path(resume_from_checkpoint), checksums=True):
             raise ValueError(
-                f"--resume_from_checkpoint {checkpoint}: no complete checkpoint there; leave the flag out "
-                "to take the newest complete one of the run"
+                f"--resume_from_checkpoint {resume_from_checkpoint}: no complete checkpoint ({damage}); leave the "
+                "flag out to take the newest complete one of the run"
             )
-        return str(checkpoint)
-    checkpoints = list_checkpoints(Path(output_dir))
-    return str(checkpoints[-1]) if checkpoints else None
+        return resume_from_checkpoint
+    settle(Path(output_dir))
+    for checkpoint in reversed(list_numbered(Path(output_dir))):
+        damage = find_damage(checkpoint, checksums=True)
+        if damage is None:
+            return str(checkpoint)
+        report(f"Passing over {checkpoint}, which is not complete: {damage}. Nothing needs it; it can be deleted.")
+    return None
+
+
+def check_space(run: Path, needed: int, what: str) -> None:
+    """ValueError unless `needed` bytes are free for the run."""
+    free = free_bytes(run)
+    if free < needed:
+        raise ValueError(
+            f"{run}: {what} {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free; make room, lower "
+            "--save_total_limit, or choose another --output_dir"
+        )
+
+
+def forecast_bytes(num_parameters: int, bytes_per_weight: int) -> int:
+    """Size of a checkpoint: the model twice (safetensors, and DeepSpeed's own copy), and Adam's 12 bytes a parameter
+    (fp32 weights and two moments)."""
+    return num_parameters * (12 + 2 * bytes_per_weight)
+
+
+def find_best(checkpoints: list[Path]) -> Path:
+    """The best of a run's complete checkpoints by what the newest knows, else the newest."""
+    best = read_manifest(checkpoints[-1])["best_step"]
+    return next((path for path in checkpoints if path.name == f"checkpoint-{best}"), checkpoints[-1])
 
 
 def describe_run(args, model, tokenizer, train_tokens) -> dict:
@@ -62,6 +135,7 @@ def describe_run(args, model, tokenizer, train_tokens) -> dict:
         "architecture": {key: getattr(model.config, key) for key in architecture if hasattr(model.config, key)},
         "tokenizer": hashlib.sha256(backend).hexdigest()[:16],
         "data": str(train_tokens.split),
+        "texts_per_step": args.texts_per_step,
         "arguments": {key: arguments[key] for key in LEARNING_ARGUMENTS},
     }
 
@@ -74,13 +148,19 @@ def read_run(folder: str | Path) -> dict | None:
         return None
 
 
+def read_texts_per_step(output_dir: str, resume_from_checkpoint: str | None) -> int | None:
+    """Texts a step of the run that is about to go on, by what it saved; None where nothing goes on."""
+    run = Path(resume_from_checkpoint).parent if resume_from_checkpoint else Path(output_dir)
+    if list_numbered(run) or (run / RESULTS_FILE).is_file():
+        return (read_run(run) or {}).get("texts_per_step")
+    return None
+
+
 def save_run(folder: str, run: dict) -> None:
     """Records what a run is, so that no other one goes on in its folder, and that it is not finished."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, RESULTS_FILE).unlink(missing_ok=True)
-    unfinished = Path(folder, f"{RUN_FILE}.part")
-    unfinished.write_text(json.dumps(run, indent=2) + "\n")
-    unfinished.replace(Path(folder, RUN_FILE))
+    write_json(Path(folder, RUN_FILE), run)
 
 
 def check_same_run(checkpoint: str, run: dict) -> None:
@@ -100,6 +180,11 @@ def check_same_run(checkpoint: str, run: dict) -> None:
 def is_finished(output_dir: str, run: dict) -> bool:
     """True where this very run, arguments and all, has already come to its end in this folder."""
     return read_run(output_dir) == run and Path(output_dir, RESULTS_FILE).is_file()
+
+
+def save_results(output_dir: str, results: dict) -> None:
+    """Writes the run's figures; from then on it is finished."""
+    write_json(Path(output_dir, RESULTS_FILE), results)
 
 
 def promote(checkpoint: str, output_dir: str) -> None:
@@ -122,14 +207,27 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def find_model(model_dir: str) -> Path:
-    """The folder to load a model from: `model_dir` itself, or the best or newest checkpoint of that run."""
+    """The folder to load a model from: `model_dir` itself or, where a run has not come to its end, its best
+    complete checkpoint."""
     folder = Path(model_dir)
     if not folder.is_dir():
         raise ValueError(f"--model_dir {model_dir}: no such folder; name a run's folder or one checkpoint of it")
-    if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
-        return folder
     checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise ValueError(f"--model_dir {model_dir}: holds no model and no complete checkpoint; train one first")
-    best = json.loads((checkpoints[-1] / STATE_FILE).read_text()).get("best_model_checkpoint")
-    return next((path for path in checkpoints if best and path.name == Path(best).name), checkpoints[-1])
+    is_unfinished = (folder / RUN_FILE).is_file() and not (folder / RESULTS_FILE).is_file()
+    weights = WEIGHTS_FILES + PICKLED_WEIGHTS_FILES + (SHARDS_FILE,)
+    holds_model = (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
+    if checkpoints and (is_unfinished or not holds_model):
+        return find_best(checkpoints)
+    if holds_model:
+        return folder
+    raise ValueError(f"--model_dir {model_dir}: holds no model and no complete checkpoint; train one first")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `from_pretrained` finds weights in a folder, and no pickled ones."""
+    return any((folder / name).is_file() for name in WEIGHTS_FILES)
+
+
+def has_shards_alone(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of DeepSpeed's without whole weights: ZeRO-3's, saved without gathering."""
+    return not has_weights(folder) and (folder / SHARDS_FILE).is_file()

@@ -7,6 +7,7 @@ A recipe is a YAML file whose keys are `train.py`'s flags, plus an optional `gen
 import argparse
 import difflib
 import json
+import os
 import sys
 import tempfile
 from dataclasses import dataclass, field, fields
@@ -15,10 +16,19 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
-from neoflix.ds_config import check_compiler, read_ds_config
-
-ROOT = Path(__file__).resolve().parent.parent
+from neoflix.checkpoint import read_texts_per_step
+from neoflix.distributed import say
+from neoflix.ds_config import (
+    ROOT,
+    build_operators,
+    check_compiler,
+    find_ds_config,
+    leave_out_shared_memory,
+    read_ds_config,
+)
+from neoflix.plan import Plan, plan_run
 
 # What reads best from a fine-tuned model (README, "Sampling"); a run saves them with its model.
 SAMPLING_DEFAULTS = {
@@ -42,18 +52,26 @@ class TrainArguments(TrainingArguments):
     model_name_or_path: str = _option(
         "EleutherAI/gpt-neo-2.7B", "Hub name or folder of a causal language model; 'demo' builds a small one."
     )
+    allow_pickle: bool = _option(False, "Take weights from a pickle (pytorch_model.bin) where there is no safetensors.")
     dataset: str = _option("netflix", "'netflix', 'sample', or a CSV, TSV, JSONL or Parquet file.")
     text_column: str = _option("description", "Column that holds the texts.")
     validation_fraction: float = _option(0.1, "Share of the texts held out, chosen by a hash of each text.")
     max_length: int | None = _option(None, "Longest text in tokens, both special ones counted; default: the window.")
     early_stopping_patience: int = _option(2, "Stop after this many evaluations without a better loss; 0: never.")
+    on_full_disk: str = _option("stop", "When a checkpoint cannot be written: 'stop', or 'go_on' without it.")
     cache_dir: str | None = _option(None, "Where token caches lie; default: beside Hugging Face's data set cache.")
+    plan: bool = _option(False, "Say what the run will take and whether it fits, and end.")
+    plan_must_fit: bool = _option(True, "Refuse a run that by its plan does not fit; false: warn, and try.")
+    plan_device_memory: str | None = _option(None, "With --plan: plan for a GPU of this size, such as 24GiB.")
+    plan_host_memory: str | None = _option(None, "With --plan: plan for a host with so much memory free.")
 
     output_dir: str | None = _option("results", "The run's folder: checkpoints, best model, results, curves.")
-    deepspeed: dict | str | None = _option(str(ROOT / "ds_config.json"), "DeepSpeed's file.")
+    deepspeed: dict | str | None = _option(
+        str(ROOT / "ds_config.json"), "DeepSpeed's file; 'auto': the fastest of ours that fits."
+    )
     per_device_train_batch_size: int = _option(64, "Texts a device takes at once.")
-    tokens_per_device_batch: int | None = _option(
-        None, "Instead of a count of texts: the most tokens a device takes at once, in even batches."
+    tokens_per_device_batch: int | str | None = _option(
+        None, "Instead of a count of texts: the most tokens a device takes at once, in even batches; or 'auto'."
     )
     per_device_eval_batch_size: int = _option(32, "Texts a device evaluates at once.")
     gradient_accumulation_steps: int = _option(1, "Batches added up before an optimizer step.")
@@ -76,18 +94,52 @@ class TrainArguments(TrainingArguments):
     seed: int = _option(42, "Seeds weights, shuffling and dropout.")
 
     generation: dict = field(default_factory=dict, init=False)
+    forecast = None  # the run's Plan, by parse_train_args; no field: it is no argument
 
     def __post_init__(self):
-        if isinstance(self.deepspeed, str) and not Path(self.deepspeed).exists() and (ROOT / self.deepspeed).is_file():
-            self.deepspeed = str(ROOT / self.deepspeed)  # recipes name our own files, from wherever train.py is called
+        self.deepspeed = find_ds_config(self.deepspeed)
+        self.tokens_per_device_batch = _count_or_auto(self.tokens_per_device_batch, "tokens_per_device_batch")
         self.check()
+        self.keep_texts_per_step()
+        leave_out_shared_memory()
+        build_operators(read_ds_config(self.deepspeed))
         super().__post_init__()
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     @property
     def texts_per_step(self) -> int:
         """Fewest texts of a step: those of all its batches or, where these are counted in tokens, one for each."""
         texts_per_batch = 1 if self.tokens_per_device_batch else self.train_batch_size
         return texts_per_batch * self.gradient_accumulation_steps * self.world_size
+
+    def keep_texts_per_step(self) -> None:
+        """A run that goes on with another number of processes keeps the texts of its steps: each process takes its
+        share, in as many batches as that needs. ValueError where the shares would not be even."""
+        texts_per_step = read_texts_per_step(self.output_dir, self.resume_from_checkpoint)
+        if texts_per_step is None:
+            return
+        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        share, rest = divmod(texts_per_step, num_processes)
+        if rest:
+            counts = [str(n) for n in range(1, texts_per_step + 1) if texts_per_step % n == 0]
+            raise ValueError(
+                f"{self.output_dir}: its run takes {texts_per_step} texts a step, and {num_processes} processes cannot "
+                f"share them evenly; use {', '.join(counts)} processes, or start anew in another --output_dir"
+            )
+        batch = 1 if self.tokens_per_device_batch else min(self.per_device_train_batch_size, share)
+        while share % batch:
+            batch -= 1
+        kept = {"gradient_accumulation_steps": share // batch}
+        if self.tokens_per_device_batch is None:
+            kept["per_device_train_batch_size"] = batch
+        changes = [f"--{name} {value}" for name, value in kept.items() if getattr(self, name) != value]
+        for name, value in kept.items():
+            setattr(self, name, value)
+        if changes:
+            say(f"The run keeps its {texts_per_step} texts a step on {num_processes} process(es): {' '.join(changes)}")
 
     def check(self) -> None:
         """Refuses values that no run can use; before devices and process groups are touched."""
@@ -102,12 +154,22 @@ class TrainArguments(TrainingArguments):
             raise ValueError(f"--tokens_per_device_batch {self.tokens_per_device_batch}: should be 2 or more")
         if self.early_stopping_patience < 0:
             raise ValueError(f"--early_stopping_patience {self.early_stopping_patience}: should be 0 or more")
+        if self.on_full_disk not in ("stop", "go_on"):
+            raise ValueError(f"--on_full_disk {self.on_full_disk}: should be stop or go_on")
         if self.learning_rate <= 0:
             raise ValueError(f"--learning_rate {self.learning_rate}: should be above 0")
         if self.validation_fraction == 0:  # nothing to evaluate on
             self.eval_strategy, self.eval_on_start, self.metric_for_best_model = "no", False, None
         check_writable(self.output_dir)
         check_compiler(read_ds_config(self.deepspeed))
+
+
+def _count_or_auto(value: int | str | None, flag: str) -> int | str | None:
+    """A flag's number, which a command line hands over as a word. ValueError for any other word than 'auto'."""
+    try:
+        return value if value in (None, "auto") else int(value)
+    except ValueError:
+        raise ValueError(f"--{flag} {value}: should be a number of tokens, or auto") from None
 
 
 def check_writable(folder: str) -> None:
@@ -186,11 +248,13 @@ def _hardware_flags(words: list[str]) -> list[str]:
     return flags
 
 
-def parse_train_args(argv: list[str] | None = None) -> TrainArguments:
+def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> TrainArguments:
     """Command line and recipe -> arguments. ValueError says in one sentence what is wrong.
 
     Args:
         argv: words after the program's name; None takes them from the command line.
+        must_fit: whether a run that would not fit this machine is an error, before devices are touched and operators
+            compiled.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(TrainArguments, allow_abbrev=False, description="Fine-tune GPT-Neo on short texts.")
@@ -201,9 +265,22 @@ def parse_train_args(argv: list[str] | None = None) -> TrainArguments:
     _, unknown = parser.parse_known_args(words)
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0], parser._option_string_actions)}")
-    (args,) = parser.parse_args_into_dataclasses(words + _hardware_flags(words), look_for_args_file=False)
-    args.generation = SAMPLING_DEFAULTS | generation
+    words += _hardware_flags(words)
+    forecast, choices = _plan(parser.parse_known_args(words)[0], must_fit)
+    (args,) = parser.parse_args_into_dataclasses(words + choices, look_for_args_file=False)
+    args.generation, args.forecast = SAMPLING_DEFAULTS | generation, forecast
     return args
+
+
+def _plan(args: argparse.Namespace, must_fit: bool) -> tuple[Plan | None, list[str]]:
+    """The run's plan, and flags for what was 'auto'."""
+    if not (args.bf16 or args.fp16):  # unsaid here is false; the plan's own machine may have what this one has not
+        args.bf16 = args.fp16 = None
+    args.tokens_per_device_batch = _count_or_auto(args.tokens_per_device_batch, "tokens_per_device_batch")
+    flags = ("deepspeed", "tokens_per_device_batch")
+    is_auto = [flag for flag in flags if getattr(args, flag) == "auto"]
+    forecast = plan_run(args, must_fit)
+    return forecast, [word for flag in is_auto for word in (f"--{flag}", str(getattr(args, flag)))]
 
 
 def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -211,6 +288,8 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = _GenerateParser(prog="generate.py", description="Sample new texts from a fine-tuned model.")
     add = parser.add_argument
     add("--model_dir", "--output_dir", help="a run's folder, or one checkpoint of it (default: results)")
+    yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
+    add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")
     add("--prompt", default="", help="how each text begins, or a file with one such beginning a line")
     add("--num_samples", type=int, help="how many texts, for each prompt (default: 20)")
     add("--seed", type=int, default=42, help="sample i of a seed is the same text in any batch size")

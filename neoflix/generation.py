@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from neoflix.config import SAMPLING_DEFAULTS
+from neoflix.consolidation import whole_weights
 from neoflix.model import get_window, load_pretrained
 
 MASK_64 = (1 << 64) - 1
@@ -101,17 +102,22 @@ class Sampler:
         self.never_sampled = sorted(control | set(range(len(tokenizer), rows)))
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | None = None) -> "Sampler":
-        """Loads a run's folder or a checkpoint; on CUDA in bf16 (fp16 before Ampere), else on the CPU in fp32."""
+    def load(cls, folder: str | Path, device: str | None = None, allow_pickle: bool = False) -> "Sampler":
+        """Loads a run's folder or a checkpoint; on CUDA in bf16 (fp16 before Ampere), else on the CPU in fp32.
+
+        Args:
+            allow_pickle: take weights from pytorch_model.bin where there is no safetensors file (docs/loading.md).
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float32
         if device.startswith("cuda"):
             dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        model = load_pretrained(str(folder), dtype).to(device)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--model_dir {folder}: holds a model but no tokenizer") from error
+        with whole_weights(Path(folder)) as source:
+            model = load_pretrained(str(source), dtype, allow_pickle).to(device)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"--model_dir {folder}: holds a model but no tokenizer") from error
         return cls(model, tokenizer)
 
     def settings(self, **overrides) -> dict:

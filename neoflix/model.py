@@ -1,6 +1,11 @@
 """Load or build the model, with room for its special tokens and with our attention."""
 
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -10,12 +15,22 @@ from transformers import (
     GenerationConfig,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    has_file,
+)
 
 from neoflix.attention import ATTENTION_NAME, register_attention
+from neoflix.checkpoint import has_shards_alone
 from neoflix.loss import causal_lm_loss
 
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
@@ -49,29 +64,41 @@ def build_model(config: GPTNeoConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_pretrained(model_name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_pretrained(model_name_or_path: str, dtype: torch.dtype, allow_pickle: bool = False) -> PreTrainedModel:
     """Loads a causal language model from a folder or the hub; GPT-Neo comes with our attention and loss.
 
-    ValueError, in one sentence, where there is no such model or no weights.
+    Weights come from safetensors, and no code of the model's own is run (docs/loading.md).
+
+    Args:
+        allow_pickle: where there is no safetensors file, take weights from pytorch_model.bin. torch then reads it
+            with `weights_only=True`.
+
+    ValueError, in one sentence, where there is no such model, or no weights, or only pickled ones.
     """
     register_attention()
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a bot of the hub's converts, and we load that
     if is_deepspeed_zero3_enabled():  # weights are sharded as they load: DeepSpeed must know the other processes
         import deepspeed
 
         deepspeed.init_distributed()
-    try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
-        options = {"attn_implementation": ATTENTION_NAME} if config.model_type == "gpt_neo" else {}
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, dtype=dtype, output_loading_info=True, **options
+    with _in_one_sentence(model_name_or_path):
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+        pickled = find_pickle(model_name_or_path, config)
+    if pickled and not allow_pickle:
+        raise ValueError(
+            f"--model_name_or_path {model_name_or_path}: its weights are in {pickled}, a pickle, which can run code as "
+            "it is read; take a model with safetensors or, if you trust who made this one, say --allow_pickle true"
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        if Path(model_name_or_path).is_dir():
-            found = ", ".join(sorted(path.name for path in Path(model_name_or_path).iterdir())) or "nothing"
-            cure = f"a model's folder needs config.json and weights (model.safetensors); this one has {found}"
-        else:
-            cure = "no such folder here, and the hub could not be reached or has no such model"
-        raise ValueError(f"--model_name_or_path {model_name_or_path}: {cure}") from error
+    options = {"attn_implementation": ATTENTION_NAME} if config.model_type == "gpt_neo" else {}
+    with _in_one_sentence(model_name_or_path):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path,
+            dtype=dtype,
+            use_safetensors=None if pickled else True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
         raise ValueError(
             f"--model_name_or_path {model_name_or_path}: its weights lack {len(missing)} that config.json asks for, "
@@ -82,19 +109,60 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype) -> PreTrainedMo
     return model
 
 
+def find_pickle(model_name_or_path: str, config: PreTrainedConfig) -> str | None:
+    """The pickled file that transformers would read weights from; None where it finds safetensors, or nothing.
+
+    `use_safetensors=True` alone would not do: config.json may name a file, and so may an index of safetensors.
+    """
+    named = getattr(config, "transformers_weights", None)
+    known = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)  # in transformers' order
+    file = named or next((file for file in known if has_file(model_name_or_path, file)), None)
+    files = [file] if file else []
+    if file and file.endswith(".safetensors.index.json"):
+        index = json.loads(Path(cached_file(model_name_or_path, file)).read_text(encoding="utf-8"))
+        files = sorted(set(index.get("weight_map", {}).values()))
+    return next((file for file in files if not file.endswith(".safetensors")), None)
+
+
+@contextmanager
+def _in_one_sentence(model_name_or_path: str) -> Iterator[None]:
+    """Turns what transformers raises where there is no model into a ValueError that says what is missing."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        folder = Path(model_name_or_path)
+        if isinstance(error, UnpicklingError):
+            cure = "its pickled weights hold more than tensors, or are broken; they are not read"
+        elif "trust_remote_code" in str(error):
+            cure = "it comes with code of its own, which is not run; take a model that transformers knows"
+        elif folder.is_dir() and has_shards_alone(folder):
+            cure = f"its weights lie in shards; `python generate.py --model_dir {folder}` gathers them there"
+        elif folder.is_dir():
+            found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+            cure = f"a model's folder needs config.json and weights (model.safetensors); this one has {found}"
+        else:
+            cure = "no such folder here, and the hub could not be reached or has no such model"
+        raise ValueError(f"--model_name_or_path {model_name_or_path}: {cure}") from error
+
+
 def load_model(
-    model_name_or_path: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, sampling: dict
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    sampling: dict,
+    allow_pickle: bool = False,
 ) -> PreTrainedModel:
     """The model to train: loaded or built, fitted to the tokenizer, with generation settings to be saved.
 
     Args:
         dtype: of the weights in memory. DeepSpeed keeps its own fp32 copy for the optimizer.
         sampling: temperature, top_k, top_p, repetition_penalty, max_new_tokens.
+        allow_pickle: see `load_pretrained`.
     """
     if model_name_or_path == DEMO:
         model = build_demo_model(_padded(len(tokenizer)))
     else:
-        model = load_pretrained(model_name_or_path, dtype)
+        model = load_pretrained(model_name_or_path, dtype, allow_pickle)
         make_room_for_tokens(model, tokenizer)
     set_token_ids(model, tokenizer, sampling)
     return model

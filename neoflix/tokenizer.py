@@ -17,7 +17,7 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
     `<|pad|>` are added. ValueError where the folder or hub name holds no tokenizer.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"--model_name_or_path {model_name_or_path}: no tokenizer found there; a folder needs tokenizer.json "

@@ -1,6 +1,7 @@
-"""Hugging Face's Trainer, counting in tokens where it counts in batches and rows."""
+"""Hugging Face's Trainer, counting in tokens where it counts in batches and rows, and losing nothing."""
 
 import math
+import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,11 +9,31 @@ from pathlib import Path
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
-from neoflix.checkpoint import promote
+from neoflix.callbacks import StopOnRequest, run_callbacks
+from neoflix.checkpoint import (
+    STATE_FILE,
+    UNIVERSAL,
+    WEIGHTS_FILES,
+    check_space,
+    find_best,
+    forecast_bytes,
+    list_checkpoints,
+    promote,
+    publish,
+    rotate,
+)
+from neoflix.consolidation import gather_weights
 from neoflix.data import TokenBatches, count_tokens
+from neoflix.distributed import StoppedEarly, ask_main_process, gather, say, shout
 from neoflix.loss import IGNORED
+from neoflix.manifest import Files, num_bytes, read_manifest, write_manifest
+from neoflix.plan import compare, explain_failure
+from neoflix.universal import check_loadable, convert, needs_conversion
+from neoflix.watchdog import Watchdog
 
 
 class Stopwatch:
@@ -41,8 +62,27 @@ def peak_host_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
+def recall_steps(optimizer) -> None:
+    """Has DeepSpeed's CPU Adam count the steps that a loaded state has behind it.
+
+    The powers of its betas live outside the state. It takes them anew after loading, as powers, where the run that
+    was never interrupted multiplied step by step: the same but for rounding, and that is not the same run. One
+    step of a single zero for each one taken (5 microseconds) brings them where they were.
+    """
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, ZeRO's
+        optimizer = optimizer.optimizer
+    if not hasattr(optimizer, "ds_opt_adam"):
+        return
+    num_steps = max((state["step"] for state in optimizer.state.values() if "step" in state), default=0)
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    zeros = [torch.zeros(1) for _ in range(4)]
+    for step in range(1, int(num_steps) + 1):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, *zeros)
+
+
 class TokenTrainer(Trainer):
-    """A Trainer whose evaluation loss is the mean over tokens, and whose speed is in tokens.
+    """A Trainer whose evaluation loss is the mean over tokens, whose speed is in tokens, and whose checkpoints
+    are complete or do not count.
 
     Trainer's own evaluation averages batches by their number of rows; a batch of packed texts is one row,
     however many tokens it holds, so that its mean is not the loss per token. Tokens are those the model
@@ -54,6 +94,69 @@ class TokenTrainer(Trainer):
         self.stopwatch = Stopwatch()
         self.num_tokens = 0  # this process's, since the start; becomes a tensor with padded batches: no sync
         self._last_log = (0, 0.0)
+        self._doing = "starting"
+        self._stop = StopOnRequest()
+        self.add_callback(self._stop)
+        self.remove_callback(ProgressCallback)  # ours takes its place
+        for callback in run_callbacks(self.args):
+            self.add_callback(callback)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; DeadProcessError where
+        another process died; ValueError, with the plan, where memory did not suffice."""
+        logging.disable_progress_bar()  # transformers' own, one for each save
+        ask_main_process(self._check_space_for_all)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(self._fit_to_processes(Path(resume_from_checkpoint)))
+        watchdog = Watchdog(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
+        with watchdog, self._explaining_full_memory():
+            output = super().train(resume_from_checkpoint, **kwargs)
+        if self._stop.reason:
+            step, reason = self.state.global_step, self._stop.reason
+            raise StoppedEarly(f"Stopped after step {step} ({reason}); the same command goes on from there")
+        return output
+
+    def _fit_to_processes(self, checkpoint: Path) -> Path:
+        """The checkpoint or, where it was saved by another number of processes, its universal form. Collective."""
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        check_loadable(checkpoint, config.get("zero_optimization", {}), self.args.world_size)
+        if not needs_conversion(checkpoint, self.args.world_size):
+            return checkpoint
+        config.setdefault("checkpoint", {})["load_universal"] = True
+        return ask_main_process(convert, checkpoint, Path(self.args.output_dir))
+
+    @contextmanager
+    def _explaining_full_memory(self):
+        """Out of memory: ValueError, with the plan beside the allocator's figures and what to change."""
+        try:
+            yield
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; of the host's memory there is no class
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            message = explain_failure(self.args.forecast, str(error), *self._allocated())
+            if not self.is_world_process_zero():  # the main process may not have failed
+                shout(message)
+            raise ValueError(message) from error
+
+    def _allocated(self) -> tuple[int, int, int]:
+        """(bytes at the peak that torch handed out on this device, that it held, that this process had of the host)"""
+        if not torch.cuda.is_available():
+            return 0, 0, peak_host_bytes()
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), peak_host_bytes()
+
+    def _run_epoch(self, *args, **kwargs):
+        """Not one step more where the run that is resumed had come to its end already."""
+        self._doing = "training"
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            recall_steps(self.optimizer)
+            gather(None)  # all have read it
+            if self.is_world_process_zero() and checkpoint.endswith(UNIVERSAL):
+                shutil.rmtree(checkpoint)
 
     def get_train_dataloader(self):
         """Trainer's own, or batches by their tokens where `--tokens_per_device_batch` asks for them."""
@@ -105,7 +208,7 @@ class TokenTrainer(Trainer):
         loader = self.get_eval_dataloader(dataset)
         self.callback_handler.eval_dataloader = loader
         began = time.perf_counter()
-        with self.stopwatch.paused():
+        with self._busy("evaluating"):
             loss_sum, num_labels = self._sum_losses(loader)
         loss = loss_sum / num_labels
         metrics = {
@@ -139,17 +242,142 @@ class TokenTrainer(Trainer):
             state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
 
-    def _save_checkpoint(self, *args, **kwargs):
+    @contextmanager
+    def _busy(self, doing: str):
+        """Something else than training: the clock stands still."""
+        before, self._doing = self._doing, doing
         with self.stopwatch.paused():
-            super()._save_checkpoint(*args, **kwargs)
+            yield
+        self._doing = before
+
+    def _save_checkpoint(self, model, trial=None):
+        """Writes `checkpoint-N`, all of it or nothing, then deletes those beyond `--save_total_limit`. Collective.
+
+        ValueError in every process where it cannot be written, `--on_full_disk go_on` excepted; earlier
+        checkpoints are not touched before this one is complete.
+        """
+        run, step = Path(self.args.output_dir), self.state.global_step
+        unfinished = run / f"checkpoint-{step}.part"
+        with self._busy(f"saving checkpoint-{step}"):
+            self.store_flos()
+            try:
+                ask_main_process(self._begin_checkpoint, unfinished)
+                self._write_checkpoint(unfinished)
+            except ValueError as error:
+                ask_main_process(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+                if self.args.on_full_disk == "stop":
+                    raise ValueError(
+                        f"{error}. The run's earlier checkpoints are whole; the same command goes on"
+                    ) from None
+                say(f"warning: {error}; going on without checkpoint-{step}")
+                return
+            ask_main_process(lambda: rotate(run, self.args.save_total_limit, self._find_best_step()))
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(unfinished.with_suffix("")))
+
+    def _begin_checkpoint(self, unfinished: Path) -> None:
+        check_space(unfinished.parent, self._checkpoint_bytes(), "the next checkpoint takes")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        files, engine = Files(folder), self.model_wrapped
+        with files.remembering_errors():
+            self._save_weights(folder)
+        engine.checkpoint_engine.save = files.save
+        engine._copy_recovery_script = lambda *_: None  # rank 0 alone would write it, and could fail alone
+        engine.save_checkpoint(str(folder), save_latest=False)  # that file: below
+        with files.remembering_errors():
+            self._save_rng_state(str(folder))
+            if self.is_world_process_zero():
+                files.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+                (folder / "latest").write_text(f"global_step{engine.global_steps}")
+                self._save_state(folder)
+        errors = [error for error in gather(files.error) if error]
+        entries = {name: entry for part in gather(files.entries) for name, entry in part.items()}
+        ask_main_process(self._complete_checkpoint, folder, errors, entries)
+
+    def _save_weights(self, folder: Path) -> None:
+        """Model and tokenizer; but no weights where ZeRO-3 is told not to gather them for a save: DeepSpeed's shards
+        hold them (Trainer would save those as well, a first time)."""
+        engine = self.model_wrapped
+        if not engine.zero_optimization_partition_weights() or engine.zero_gather_16bit_weights_on_model_save():
+            self.save_model(str(folder), _internal_call=True)
+            return
+        self._save(str(folder), state_dict={})
+        if self.args.should_save:
+            (folder / WEIGHTS_FILES[0]).unlink(missing_ok=True)  # an empty one, by some versions of transformers
+
+    def _save_state(self, folder: Path) -> None:
+        for stateful in (*self.callback_handler.callbacks, self.control):
+            if isinstance(stateful, ExportableState):
+                self.state.stateful_callbacks[type(stateful).__name__] = stateful.state()
+        self.state.save_to_json(str(folder / STATE_FILE))
+
+    def _complete_checkpoint(self, folder: Path, errors: list[str], entries: dict) -> None:
+        facts = {
+            "step": self.state.global_step,
+            "best_step": self._find_best_step(self.state.global_step),
+            "num_processes": self.args.world_size,
+            "zero_stage": self.model_wrapped.zero_optimization_stage(),
+        }
+        try:
+            if errors:
+                raise OSError(0, errors[0])
+            write_manifest(folder, facts, entries)
+            publish(folder)
+        except OSError as error:
+            raise ValueError(f"{folder.with_suffix('')} could not be written ({error.strerror})") from error
+
+    def _find_best_step(self, *more_steps: int) -> int | None:
+        """The step of the best evaluated checkpoint among those that are complete, and `more_steps`."""
+        if self.args.metric_for_best_model is None:
+            return None
+        metric = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
+        saved = {read_manifest(path)["step"] for path in list_checkpoints(Path(self.args.output_dir))} | set(more_steps)
+        scores = {line["step"]: line[metric] for line in self.state.log_history if metric in line}
+        scores = {step: score for step, score in scores.items() if step in saved}
+        choose = max if self.args.greater_is_better else min
+        return choose(scores, key=scores.get) if scores else None
+
+    def _checkpoint_bytes(self) -> int:
+        """What one checkpoint takes: what the last one took or, before there is one, a forecast."""
+        if earlier := list_checkpoints(Path(self.args.output_dir)):
+            return num_bytes(earlier[-1])
+        weights = list(self.model.parameters())
+        num_weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
+        return forecast_bytes(num_weights, weights[0].element_size())
+
+    def _check_space_for_all(self) -> None:
+        """ValueError where the disk cannot hold the checkpoints that will lie there side by side."""
+        args, run = self.args, Path(self.args.output_dir)
+        if args.save_strategy == "no":
+            return
+        num_kept = (args.save_total_limit or 1) + 1  # a new one is complete before an old one is deleted
+        missing = num_kept - len(list_checkpoints(run))
+        check_space(
+            run, max(missing, 1) * self._checkpoint_bytes(), f"{num_kept} checkpoints side by side need another"
+        )
 
     def save_best(self) -> None:
-        """Puts the best model at the top of the run's folder; where no best was kept, the model as it is."""
-        best = self.state.best_model_checkpoint
-        if best is None or not Path(best).is_dir():
+        """Puts the best model at the top of the run's folder, whole; where none was kept, the model as it is.
+        Collective."""
+        best = ask_main_process(self._find_best_checkpoint)
+        if best is None:
+            self.model_wrapped._config.zero_config.gather_16bit_weights_on_model_save = True
             self.save_model()
-        elif self.is_world_process_zero():
-            promote(best, self.args.output_dir)
+        else:
+            ask_main_process(self._promote, best)
+
+    def _promote(self, checkpoint: Path) -> None:
+        gather_weights(checkpoint)
+        promote(str(checkpoint), self.args.output_dir)
+
+    def _find_best_checkpoint(self) -> Path | None:
+        checkpoints = list_checkpoints(Path(self.args.output_dir))
+        if checkpoints and (best := find_best(checkpoints)) and read_manifest(checkpoints[-1])["best_step"]:
+            return best
+        return None
 
     def results(self) -> dict[str, float]:
         """The figures of a finished run, those of the model that `save_best` saved. Collective.
@@ -166,9 +394,16 @@ class TokenTrainer(Trainer):
             "epoch": self.state.epoch,
             "global_step": self.state.global_step,
         }
+        if self.args.forecast:
+            words, planned = compare(
+                self.args.forecast, figures["train_peak_device_bytes"], figures["train_peak_host_bytes"]
+            )
+            figures |= planned
+            say(words)
         evaluations = [line for line in self.state.log_history if "eval_loss" in line]
         if evaluations:
-            saved = [line for line in evaluations if line["step"] == self.state.best_global_step] or evaluations
+            best_step = ask_main_process(self._find_best_step)
+            saved = [line for line in evaluations if line["step"] == best_step] or evaluations
             figures |= {key: value for key, value in saved[-1].items() if key.startswith("eval_")}
             figures |= {"perplexity": saved[-1]["eval_perplexity"], "saved_step": saved[-1]["step"]}
             if evaluations[0]["step"] == 0:

@@ -41,6 +41,15 @@ def test_benchmarks_of_one_process(script, words, found, tmp_path, monkeypatch):
     assert line["command"].startswith(f"python benchmarks/{script} {words[0]}")
 
 
+def test_cost_of_a_manifest(tmp_path):
+    run_program(
+        PYTHON, "benchmarks/checkpoint.py", "--gib", "0.01", "--turns", "1", "--output", tmp_path / "line.jsonl"
+    )
+    (line,) = lines(tmp_path / "line.jsonl")
+    assert 0.01 * 2**30 < line["bytes"] < 0.011 * 2**30
+    assert min(line["seconds_without"], line["seconds_with"], line["ratio"]) >= 0
+
+
 def test_article_and_ours_side_by_side(tmp_path):
     words = ["--architecture", "demo", "--turns", "1", "--steps", "1", "--texts_per_step", "4"]
     run_program(PYTHON, "benchmarks/train.py", *words, "--output", str(tmp_path / "train.jsonl"))

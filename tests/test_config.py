@@ -151,7 +151,7 @@ def test_generate_finds_the_run_of_a_recipe():
 def test_flags_in_the_readme_exist(parse):
     readme = (ROOT / "README.md").read_text()
     known = {f"--{name}" for name in vars(parse())}
-    known |= {f"--{name}" for name in vars(parse_generate_args([]))} | {"--setup-only", "--num_accelerators"}
+    known |= {f"--{name}" for name in vars(parse_generate_args([]))} | {"--setup-only", "--num_accelerators", "--nodes"}
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--\w+)"', benchmark.read_text()))
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", readme))

@@ -1,10 +1,15 @@
 import json
+import shutil
 import sysconfig
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PYTHON, ROOT, run_program
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from torch.utils.cpp_extension import _get_build_directory
 
-from neoflix.ds_config import check_compiler, read_ds_config
+import train
+from neoflix.ds_config import OPEN_BLOCKS, check_compiler, read_ds_config
 
 
 def write(path, config):
@@ -30,9 +35,12 @@ def test_shipped_file_is_zero_2_with_offload_and_leaves_the_rest_to_trainer():
         ("{'stage': 2}", "not valid JSON"),
         ("[1]", "one JSON object"),
         ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
+        ({"aio": {"queue_dept": 8}}, "no key 'queue_dept' in 'aio' and would ignore it; did you mean 'queue_depth'"),
+        ({"data_types": {"grad_accum": "fp32"}}, "did you mean 'grad_accum_dtype'"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "stage 3 only"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "stage 3 only"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "not on NVMe"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "gather_16bit_weights"),
         ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "remove zenflow"),
     ],
 )
@@ -45,6 +53,17 @@ def test_json_itself_may_stand_for_a_file():
     assert read_ds_config('{"zero_optimization": {"stage": 1}}') == {"zero_optimization": {"stage": 1}}
     with pytest.raises(ValueError, match="did you mean"):
         read_ds_config('{"zero_optimisation": {}}')
+
+
+def test_keys_of_open_blocks_are_deepspeeds():
+    assert set(OPEN_BLOCKS["aio"]) == set(AIO_DEFAULT_DICT)
+
+
+def test_command_line_and_file_may_not_differ(train_words):
+    """Trainer's own check: both values are named."""
+    config = json.loads((ROOT / "ds_configs" / "cpu.json").read_text()) | {"train_micro_batch_size_per_gpu": 3}
+    with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu=3 vs hf per_device_train_batch_size=8"):
+        train.main([*train_words, "--deepspeed", json.dumps(config)])
 
 
 def test_missing_file(tmp_path):
@@ -70,3 +89,30 @@ def test_missing_headers_name_the_package(monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match="apt install python3-dev"):
         check_compiler({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+
+
+LOAD = """
+from neoflix.distributed import prepare_environment
+prepare_environment()
+from neoflix.ds_config import build_operators, leave_out_shared_memory
+leave_out_shared_memory()
+build_operators({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+print("loaded")
+"""
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_build_that_was_killed_keeps_nobody_waiting(tmp_path, is_held):
+    """torch's lock is passed over where nobody holds it, and only there."""
+    run_program(PYTHON, "-c", LOAD)  # built, for certain
+    built = Path(_get_build_directory("cpu_adam", verbose=False))
+    shutil.copytree(built, tmp_path / "cpu_adam")
+    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    lock = (tmp_path / "cpu_adam" / "lock").open("w")
+    if not is_held:
+        lock.close()
+        assert "loaded" in run_program(PYTHON, "-c", LOAD, env=env, timeout=60)
+        return
+    with pytest.raises(AssertionError, match="still running"):
+        run_program(PYTHON, "-c", LOAD, env=env, timeout=15)
+    lock.close()

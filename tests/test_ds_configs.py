@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 FOLLOWS_TRAINER = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 # What a CPU trains. Not here: nvme (libaio, and a disk of one's own) and bf16_states (other arithmetic, own test).
-EXACT = ["cpu", "multi_gpu", "no_offload", "twin_flow", "zero3_offload"]
+EXACT = ["cpu", "multi_gpu", "multi_gpu_zero1", "no_offload", "twin_flow", "zero3_offload"]
 
 
 def without_auto(config: dict) -> dict:

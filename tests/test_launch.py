@@ -9,15 +9,18 @@ from conftest import ROOT, run_program
 
 
 @pytest.fixture
-def dry_run(tmp_path):
+def dry_run(tmp_path, monkeypatch):
     """dry_run(*words, gpus=[MiB, ...], **env) -> what a dry run prints, nvidia-smi reporting those GPUs."""
 
-    def dry_run(*words, gpus=(), **env):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "CUDA_VISIBLE_DEVICES", "NGPU", "HOSTFILE"):
+        monkeypatch.delenv(name, raising=False)  # these tests may run in a job
+
+    def dry_run(*words, gpus=(), expect=0, **env):
         smi = tmp_path / "nvidia-smi"
         smi.write_text("#!/bin/sh\n" + ("".join(f"echo {mib}\n" for mib in gpus) or "exit 9\n"))
         smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
         path = f"{tmp_path}:{os.environ['PATH']}"
-        return run_program("./launch.sh", *words, env={"DRY_RUN": "1", "PATH": path, **env})
+        return run_program("./launch.sh", *words, env={"DRY_RUN": "1", "PATH": path, **env}, expect=expect)
 
     return dry_run
 
@@ -45,14 +48,42 @@ def test_arguments_go_to_train_and_the_run_to_generate(dry_run):
     output = dry_run("--config", "recipes/article.yaml", "--seed", "3", "--output_dir=my run", NGPU="2")
     assert "--num_accelerators 2 " in output
     assert r"train.py --config recipes/article.yaml --seed 3 --output_dir=my\ run " in output
-    assert r"generate.py --config recipes/article.yaml --output_dir=my\ run " in output
+    assert r"generate.py --config recipes/article.yaml --output_dir my\ run " in output
     assert "taking" not in output
 
 
-def test_hostfile_is_handed_on(dry_run):
-    output = dry_run("--config", "recipes/demo.yaml", HOSTFILE="hosts")
-    assert "deepspeed --quiet --hostfile hosts train.py" in output
+def test_of_several_output_dirs_the_last_counts(dry_run):
+    output = dry_run("--output_dir", "a", "--seed", "3", "--output_dir=b")
+    assert "generate.py --output_dir b \n" in output
+
+
+@pytest.mark.parametrize(
+    ("ngpu", "launcher"),
+    [("", "deepspeed --quiet --master_port"), ("1", "deepspeed --quiet --num_accelerators 1 ")],
+    ids=["those it names", "NGPU wins"],
+)
+def test_named_gpus_are_left_to_deepspeed(dry_run, ngpu, launcher):
+    assert launcher in dry_run(gpus=[24576], CUDA_VISIBLE_DEVICES="1", NGPU=ngpu)
+
+
+def test_no_gpu_is_taken_where_all_are_hidden(dry_run):
+    output = dry_run(gpus=[24576], CUDA_VISIBLE_DEVICES="")
+    assert "No GPU found" in output
+
+
+def test_hostfile_is_handed_on(dry_run, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=8\nnode2 slots=8\n")
+    output = dry_run("--config", "recipes/demo.yaml", HOSTFILE=str(hosts))
+    assert f"deepspeed --quiet --hostfile {hosts} train.py" in output
     assert "num_accelerators" not in output
+
+
+def test_a_missing_hostfile_is_one_sentence(dry_run):
+    """DeepSpeed would go on with this machine alone."""
+    output = dry_run("--config", "recipes/demo.yaml", HOSTFILE="missing", expect=2)
+    assert output.startswith("error: HOSTFILE=missing: no such file")
+    assert "train.py" not in output
 
 
 @pytest.mark.parametrize(("gpus", "numactl_works"), [([24576], True), ([24576], False), ([], True)])
@@ -74,8 +105,16 @@ def test_dry_run_runs_nothing(dry_run):
 
 def test_help_says_how_to_call_it():
     output = run_program("./launch.sh", "--help")
-    for word in ("--setup-only", "NGPU=2", "DRY_RUN=1", "HOSTFILE=hosts"):
+    for word in ("--setup-only", "sbatch launch.sh", "NGPU=2", "DRY_RUN=1", "HOSTFILE=hosts"):
         assert word in output
+    assert "SBATCH" not in output
+
+
+def test_sbatch_from_elsewhere_is_one_sentence(tmp_path):
+    """sbatch runs a copy from its spool, where the call was made."""
+    shutil.copy(ROOT / "launch.sh", tmp_path)
+    output = run_program("bash", "-c", f"cd {tmp_path} && ./launch.sh", expect=2)
+    assert output.startswith(f"error: {tmp_path} is not the project's folder")
 
 
 def test_old_python_is_one_sentence(tmp_path):

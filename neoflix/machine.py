@@ -1,0 +1,310 @@
+"""The machine a run is to start on: what it has, and what it lacks for this run. A leaf that does without torch, whose
+import alone takes longer than `--plan` may.
+
+`read_machine` looks; everything that decides takes the `Machine` it returns, so that a test hands in any machine.
+"""
+
+import importlib.util
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+# Oldest driver for each CUDA a torch may be built with (NVIDIA, "CUDA Toolkit Release Notes", table "CUDA Toolkit
+# and Minimum Required Driver Version for CUDA Minor Version Compatibility", Linux).
+OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a node has. Memory and disk in bytes, free ones; `None` where it could not be found out."""
+
+    host_memory: int  # available to this job: the kernel's MemAvailable, or less where a cgroup says so
+    disk: int | None  # free where the run's folder lies, and what its own checkpoints take already
+    num_cores: int
+    num_devices: int = 0  # GPUs; 0: the CPU trains, and its device memory is the host's
+    device_name: str = "CPU"
+    device_memory: int = 0  # of the smallest GPU, all of it
+    device_taken: int = 0  # of that, held by other processes
+    capability: tuple[int, int] = (0, 0)  # CUDA compute capability of the oldest GPU
+    driver: tuple[int, ...] = ()
+    is_linked: bool = False  # NVLink between the GPUs
+    locked_memory: int | None = None  # `ulimit -l`; None: no limit
+    shared_memory: int | None = None  # free in /dev/shm
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.num_devices > 0
+
+
+def read_machine(output_dir: str, use_cpu: bool = False) -> Machine:
+    """What this machine has free now, as this process sees it."""
+    gpus = [] if use_cpu else _read_gpus()
+    disk = shutil.disk_usage(nearest_folder(output_dir))
+    machine = Machine(
+        host_memory=read_host_memory(),
+        # /proc and the like have no size: nothing is written there anyway
+        disk=disk.free + checkpoint_bytes(output_dir) if disk.total else None,
+        num_cores=len(os.sched_getaffinity(0)),
+        locked_memory=_read_locked_memory(),
+        shared_memory=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
+    )
+    if not gpus:
+        return machine
+    smallest = min(gpus, key=lambda gpu: gpu["total"] - gpu["taken"])
+    return replace(
+        machine,
+        num_devices=len(gpus),
+        device_name=smallest["name"],
+        device_memory=smallest["total"],
+        device_taken=smallest["taken"],
+        capability=min(gpu["capability"] for gpu in gpus),
+        driver=smallest["driver"],
+        is_linked=len(gpus) > 1 and "NV" in _run("nvidia-smi", "topo", "-m"),
+    )
+
+
+def nearest_folder(path: str) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    nearest = Path(path).absolute()
+    while not nearest.is_dir():
+        nearest = nearest.parent
+    return nearest
+
+
+def checkpoint_bytes(output_dir: str) -> int:
+    """Of the checkpoints that lie in a run's folder."""
+    files = [path for path in Path(output_dir).glob("checkpoint-*/**/*") if path.is_file()]
+    return sum(path.stat().st_size for path in files)
+
+
+def read_host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take: MemAvailable, or what its cgroup (version 1 or 2) and those above it
+    leave. Pages of files count as free there, as the kernel drops them first."""
+    meminfo = (proc / "meminfo").read_text()
+    free = [int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]) * 1024]
+    with suppress(OSError):
+        for line in (proc / "self" / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root, names = (
+                (cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
+                if controllers
+                else (cgroups, ("memory.max", "memory.current", "inactive_file"))
+            )
+            folder = root / path.strip("/")
+            for place in [folder, *folder.parents]:
+                if root not in [place, *place.parents]:
+                    break
+                free += _cgroup_rest(place, *names)
+    return max(min(free), 0)
+
+
+def _cgroup_rest(folder: Path, limit_name: str, usage_name: str, cached_name: str) -> list[int]:
+    """[what this one cgroup leaves], or [] where it sets no limit."""
+    try:
+        limit = (folder / limit_name).read_text().strip()
+        usage = int((folder / usage_name).read_text())
+    except (OSError, ValueError):
+        return []
+    if limit == "max":
+        return []
+    with suppress(OSError):
+        if match := re.search(rf"^{cached_name} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE):
+            usage -= int(match[1])
+    return [int(limit) - usage]
+
+
+def _read_gpus() -> list[dict]:
+    """The GPUs that this process sees, by nvidia-smi; [] where there is none."""
+    fields = "index,uuid,name,memory.total,memory.used,compute_cap,driver_version"
+    rows = [
+        [field.strip() for field in line.split(",")]
+        for line in _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines()
+    ]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = None if visible is None else [word.strip() for word in visible.split(",") if word.strip()]
+    return [
+        {
+            "name": name,
+            "total": int(total) * 2**20,
+            "taken": int(used) * 2**20,
+            "capability": tuple(int(part) for part in capability.split(".")),
+            "driver": tuple(int(part) for part in driver.split(".")),
+        }
+        for index, uuid, name, total, used, capability, driver in (row for row in rows if len(row) == 7)
+        if chosen is None or index in chosen or any(word and uuid.startswith(word) for word in chosen)
+    ]
+
+
+def _run(*words: str) -> str:
+    """What a program prints; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _read_locked_memory() -> int | None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def torch_cuda() -> tuple[int, ...]:
+    """The CUDA that torch was built with, () where with none."""
+    return _torch_fact("cuda")
+
+
+def torch_version() -> tuple[int, ...]:
+    return _torch_fact("__version__")
+
+
+def _torch_fact(name: str) -> tuple[int, ...]:
+    """The first two numbers of a line of torch's version.py, which imports nothing; () where there are none."""
+    spec = importlib.util.find_spec("torch")
+    text = Path(spec.origin).with_name("version.py").read_text() if spec else ""
+    match = re.search(rf"^{name}\b.*=\s*'(\d+)\.(\d+)", text, re.MULTILINE)
+    return tuple(int(part) for part in match.groups()) if match else ()
+
+
+def toolkit_cuda() -> tuple[int, ...]:
+    """The CUDA toolkit that DeepSpeed would compile with, () where there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    match = re.search(r"release (\d+)\.(\d+)", _run(nvcc, "--version"))
+    return tuple(int(part) for part in match.groups()) if match else ()
+
+
+# ---- what would fail an hour in --------------------------------------------------------------------------
+
+
+def check_machine(machine: Machine, ds_config: dict, pinned_bytes: int, bf16: bool | None, num_processes: int) -> None:
+    """ValueError for the first thing that would end the run after it has begun: in one sentence, with the way out.
+
+    Args:
+        pinned_bytes: host memory that the processes of this node lock, by the plan.
+        bf16: what was asked for; None: the run takes what the device has.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    if machine.has_gpu:
+        check_gpu(machine, ds_config, bf16, torch_cuda(), toolkit_cuda())
+    check_locked_memory(machine, pinned_bytes)
+    if num_processes > 1:
+        check_shared_memory(machine, num_processes)
+        if not _is_connected():
+            check_port(os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") == "nvme":
+            check_nvme(zero[part].get("nvme_path"), part)
+
+
+def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple, toolkit: tuple) -> None:
+    """ValueError for a GPU that this torch or this precision cannot use, or an optimizer that cannot be compiled.
+
+    Args:
+        built, toolkit: CUDA of torch and of the toolkit, (major, minor); () where there is none.
+    """
+    oldest = OLDEST_DRIVER.get(built[0] if built else 0, ())
+    if not built:
+        raise ValueError(
+            f"{machine.device_name}: this torch was built without CUDA; install one that was (pytorch.org says which), "
+            "or train on the CPU with --use_cpu true"
+        )
+    if machine.driver < oldest:
+        raise ValueError(
+            f"driver {_dotted(machine.driver)} is older than {_dotted(oldest)}, the oldest for torch's CUDA "
+            f"{_dotted(built)}; update the driver or install a torch built for an older CUDA"
+        )
+    if bf16 and machine.capability < (8, 0):
+        raise ValueError(
+            f"--bf16 true: {machine.device_name} (compute capability {_dotted(machine.capability)}) has no bf16, it "
+            "came with 8.0 (Ampere); leave --bf16 out, and the run takes fp16"
+        )
+    optimizer = ds_config.get("optimizer", {})
+    is_offloaded = "offload_optimizer" in ds_config.get("zero_optimization", {})
+    compiles = optimizer.get("type", "").lower() in ("adam", "adamw") and not is_offloaded
+    if compiles and not optimizer.get("params", {}).get("torch_adam"):
+        if not toolkit:
+            raise ValueError(
+                "DeepSpeed compiles its GPU Adam and found no CUDA toolkit (nvcc): install the one for CUDA "
+                f'{_dotted(built)}, or say "torch_adam": true in the optimizer\'s params of the DeepSpeed file'
+            )
+        if toolkit[0] != built[0]:
+            raise ValueError(
+                f"DeepSpeed compiles its GPU Adam with CUDA {_dotted(toolkit)}, and torch was built for "
+                f'{_dotted(built)}: install that toolkit (CUDA_HOME names its folder), or say "torch_adam": true in '
+                "the optimizer's params of the DeepSpeed file"
+            )
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def check_locked_memory(machine: Machine, pinned_bytes: int) -> None:
+    """`ulimit -l` bounds what DeepSpeed's own pinning (DS_PIN_MEMORY_BACKEND=native: mlock) and libaio may lock; CUDA
+    locks by its driver, which no limit of the shell's holds back."""
+    uses_mlock = os.environ.get("DS_PIN_MEMORY_BACKEND") == "native"
+    if uses_mlock and machine.locked_memory is not None and machine.locked_memory < pinned_bytes:
+        raise ValueError(
+            f"DS_PIN_MEMORY_BACKEND=native locks {pinned_bytes / 2**30:.1f} GiB, and `ulimit -l` allows "
+            f"{machine.locked_memory / 2**30:.1f} GiB: raise it (`ulimit -l unlimited`), leave the variable out, or "
+            'say "pin_memory": false in the DeepSpeed file'
+        )
+
+
+def check_shared_memory(machine: Machine, num_processes: int) -> None:
+    """NCCL connects the processes of a node through /dev/shm: about 33 MB for each (a container's default of 64 MB
+    is not enough for three; NCCL documentation, "Troubleshooting: shared memory")."""
+    needed = num_processes * 33 * 2**20 if machine.has_gpu else 0
+    if machine.shared_memory is not None and machine.shared_memory < needed:
+        raise ValueError(
+            f"/dev/shm: {machine.shared_memory / 2**20:.0f} MiB are free, {num_processes} processes connect through "
+            f"{needed / 2**20:.0f} MiB; in a container start it with --shm-size=1g"
+        )
+
+
+def check_port(address: str | None, port: str | None) -> None:
+    """The main process waits at this port for the others; ValueError where another program has it."""
+    has_server = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own, which holds the port
+    if int(os.environ.get("RANK", "0")) or not port or address is None or has_server:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} is taken ({error.strerror}); choose another: deepspeed --master_port N, MASTER_PORT for "
+                "launch.sh"
+            ) from error
+
+
+def _is_connected() -> bool:
+    """Whether this process has met the others already: a second run in it takes the same port."""
+    connections = sys.modules.get("torch.distributed")
+    return connections is not None and connections.is_available() and connections.is_initialized()
+
+
+def check_nvme(path: str | None, part: str) -> None:
+    """ValueError where DeepSpeed could not swap to `nvme_path`: not there, not writable, or no libaio."""
+    if not path or not Path(path).is_dir():
+        raise ValueError(f"{part}: nvme_path {path}: no such folder; make one on a local NVMe disk and name it")
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"{part}: nvme_path {path}: cannot be written ({error.strerror})") from error
+    header = [Path(folder, "libaio.h").is_file() for folder in ("/usr/include", "/usr/local/include")]
+    if not any(header):
+        raise ValueError(
+            f"{part} to NVMe: DeepSpeed compiles against libaio, which is not here: install it (Debian, Ubuntu: apt "
+            "install libaio-dev; Fedora: dnf install libaio-devel)"
+        )

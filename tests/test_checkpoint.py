@@ -1,0 +1,153 @@
+"""Which checkpoint a run goes on from, which are kept, which one is sampled."""
+
+import json
+
+import pytest
+
+from neoflix.checkpoint import (
+    RESULTS_FILE,
+    RUN_FILE,
+    check_space,
+    delete,
+    find_model,
+    find_resume_point,
+    list_checkpoints,
+    read_texts_per_step,
+    rotate,
+    settle,
+)
+from neoflix.manifest import MANIFEST, write_manifest
+
+
+@pytest.fixture
+def save(tmp_path):
+    """save(step) makes a small complete checkpoint of the run in tmp_path."""
+
+    def save(step: int, name: str = "checkpoint-{}", best_step: int | None = None):
+        folder = tmp_path / name.format(step)
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(f"weights of step {step}")
+        write_manifest(folder, {"step": step, "best_step": best_step}, {})
+        return folder
+
+    return save
+
+
+def names(run) -> list[str]:
+    return [path.name for path in list_checkpoints(run)]
+
+
+def test_newest_is_by_number_not_by_name_or_time(save, tmp_path):
+    for step in (10, 9, 100):
+        save(step)
+    save(2)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    assert find_resume_point(str(tmp_path), None) == str(tmp_path / "checkpoint-100")
+
+
+def test_damaged_ones_are_passed_over_by_name_and_left_alone(save, tmp_path):
+    save(1)
+    (save(2) / MANIFEST).unlink()
+    (save(3) / "model.safetensors").write_text("WEIGHTS of step 3")  # the same size
+    said = []
+    assert find_resume_point(str(tmp_path), None, said.append) == str(tmp_path / "checkpoint-1")
+    assert ["checkpoint-3" in said[0], "checksum" in said[0]] == [True, True]
+    assert ["checkpoint-2" in said[1], "interrupted" in said[1]] == [True, True]
+    assert (tmp_path / "checkpoint-2").is_dir()
+    assert (tmp_path / "checkpoint-3").is_dir()
+
+
+def test_no_run_no_resume(tmp_path):
+    assert find_resume_point(str(tmp_path / "nowhere"), None) is None
+
+
+def test_a_damaged_one_asked_for_by_name_is_refused(save, tmp_path):
+    save(1)
+    (save(2) / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no complete checkpoint \(model.safetensors is missing\)"):
+        find_resume_point(str(tmp_path), str(tmp_path / "checkpoint-2"))
+
+
+def test_what_an_interrupted_save_left_is_cleared_away(save, tmp_path):
+    save(2)
+    (tmp_path / "checkpoint-4.part").mkdir()
+    (tmp_path / "checkpoint-1.old").mkdir()
+    save(6, "checkpoint-{}.part")  # all but its renaming was done
+    settle(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_saved_again_a_checkpoint_takes_its_own_place(save, tmp_path):
+    (save(2) / "more").write_text("of before")
+    save(2, "checkpoint-{}.part")
+    settle(tmp_path)
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert not (tmp_path / "checkpoint-2" / "more").exists()
+
+
+def test_rotation_keeps_the_newest_and_the_best(save, tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        save(step)
+    rotate(tmp_path, 3, best_step=2)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    rotate(tmp_path, 1, best_step=2)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+    rotate(tmp_path, None, best_step=None)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+
+
+def test_rotation_counts_no_damaged_one(save, tmp_path):
+    """Two damaged newer ones must not push the only good ones out."""
+    for step in (1, 2):
+        save(step)
+    for step in (3, 4):
+        (save(step) / MANIFEST).unlink()
+    rotate(tmp_path, 2, best_step=None)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    assert (tmp_path / "checkpoint-4").is_dir()
+
+
+def test_an_interrupted_deletion_leaves_nothing_under_the_name(save, tmp_path, monkeypatch):
+    def die(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neoflix.checkpoint.shutil.rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        delete(save(1))
+    monkeypatch.undo()
+    assert list_checkpoints(tmp_path) == []
+    settle(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_run_is_sampled_from_its_best_checkpoint(save, tmp_path):
+    (tmp_path / RUN_FILE).write_text("{}")
+    for name in ("config.json", "model.safetensors"):  # of an earlier end, or half of a new one
+        (tmp_path / name).write_text("{}")
+    save(1, best_step=1)
+    save(2, best_step=1)
+    assert find_model(str(tmp_path)).name == "checkpoint-1"
+    (tmp_path / RESULTS_FILE).write_text("{}")
+    assert find_model(str(tmp_path)) == tmp_path
+
+
+def test_where_the_best_is_gone_the_newest_is_sampled(save, tmp_path):
+    (tmp_path / RUN_FILE).write_text("{}")
+    save(2, best_step=1)
+    save(3, best_step=1)
+    assert find_model(str(tmp_path)).name == "checkpoint-3"
+
+
+def test_texts_per_step_are_known_where_a_run_goes_on(save, tmp_path):
+    (tmp_path / RUN_FILE).write_text(json.dumps({"texts_per_step": 32}))
+    assert read_texts_per_step(str(tmp_path), None) is None, "nothing was trained yet: the command decides"
+    checkpoint = save(1)
+    assert read_texts_per_step(str(tmp_path), None) == 32
+    assert read_texts_per_step("elsewhere", str(checkpoint)) == 32
+
+
+def test_too_little_space_is_a_sentence(tmp_path):
+    check_space(tmp_path / "not" / "there" / "yet", 1, "it takes")
+    with pytest.raises(ValueError, match=r"it takes 1048576.0 GiB of disk, .* GiB are free; make room"):
+        check_space(tmp_path, 2**50, "it takes")
