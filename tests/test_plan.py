@@ -562,16 +562,23 @@ def test_processes_with_other_texts_are_refused(train_words, tmp_path, catalogue
     assert "process 1 has other texts than process 0" in output
 
 
-@pytest.mark.parametrize(("name", "deepspeed"), [("plain", "ds_configs/cpu.json"), ("offloaded", "ds_config.json")])
-def test_forecast_of_a_run_that_runs_here(name, deepspeed, train_words, tmp_path):
-    """18 million parameters, most of them the embedding: enough to be seen beside what Python and torch take."""
+@pytest.mark.parametrize("deepspeed", ["ds_configs/cpu.json", "ds_config.json"])
+def test_forecast_of_a_run_that_runs_here(deepspeed, train_words, tmp_path):
+    """18 million parameters, most of them the embedding, beside next to none. The difference is the model's own: what
+    Python and torch take by themselves is another 100 MiB from machine to machine. Seen: within 12%."""
     folder = tmp_path / "model"
     config = tiny_config(vocab_size=50257, hidden_size=256, num_heads=4)
     build_model(config, torch.float32).save_pretrained(folder)
     for file in Path(train_words[1]).iterdir():
         if file.name.startswith(("tokenizer", "vocab", "merges")):
             (folder / file.name).write_bytes(file.read_bytes())
-    words = [*train_words, "--model_name_or_path", str(folder), "--deepspeed", deepspeed, "--max_steps", "2"]
-    run_program(PYTHON, "train.py", *words, env={"OMP_NUM_THREADS": "2"})
-    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
-    assert results["plan_host_bytes"] == pytest.approx(results["train_peak_host_bytes"], rel=0.1)
+
+    def run(model: Path) -> tuple[int, int]:
+        words = ["--model_name_or_path", str(model), "--output_dir", str(tmp_path / f"run-{model.name}")]
+        words += ["--deepspeed", deepspeed, "--max_steps", "2"]
+        run_program(PYTHON, "train.py", *train_words, *words, env={"OMP_NUM_THREADS": "2"})
+        results = json.loads((Path(words[3]) / "all_results.json").read_text())
+        return results["plan_host_bytes"], results["train_peak_host_bytes"]
+
+    (forecast, measured), (small_forecast, small_measured) = run(folder), run(Path(train_words[1]))
+    assert forecast - small_forecast == pytest.approx(measured - small_measured, rel=0.25)
