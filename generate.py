@@ -1,29 +1,33 @@
 """Sample new texts from a fine-tuned model: `python generate.py --model_dir results --num_samples 20`."""
 
-import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
+
+from transformers import TextStreamer
 
 from neoflix.checkpoint import find_model
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args
-from neoflix.distributed import progress, run_and_exit
-from neoflix.generation import Sample, Sampler
+from neoflix.distributed import run_and_exit
+from neoflix.generation import Sampler
+from neoflix.samples import describe_job, find_done, save_samples
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_generate_args(argv)
-    prompts = read_prompts(args.prompt)
-    if args.output and os.path.exists(args.output):
-        raise ValueError(f"--output {args.output}: exists already; choose another name or delete it")
-
-    sampler = Sampler.load(find_model(args.model_dir), allow_pickle=args.allow_pickle)
+    prompts, model_dir = read_prompts(args.prompt), find_model(args.model_dir)
     settings = {name: getattr(args, name) for name in SAMPLING_DEFAULTS}
-    samples = sampler.sample(prompts, args.num_samples, args.seed, args.batch_size, **settings)
+    job = describe_job(model_dir, prompts, num_samples=args.num_samples, seed=args.seed, **settings)
+    done = find_done(args.output, job) if args.output else 0
+
+    sampler = Sampler.load(model_dir, allow_pickle=args.allow_pickle)
+    streamer = TextStreamer(sampler.tokenizer) if args.stream else None
+    samples = sampler.sample(
+        prompts, args.num_samples, args.seed, args.batch_size, first_index=done, streamer=streamer, **settings
+    )
     if args.output:
-        save_samples(samples, args.output, total=len(prompts) * args.num_samples)
-    else:
-        for number, sample in enumerate(samples, start=1):
+        samples = save_samples(samples, args.output, job, len(prompts) * args.num_samples, done, quiet=args.stream)
+    for number, sample in enumerate(samples, start=1):
+        if not (args.output or args.stream):
             print(f"{number:>3}. {' '.join(sample.text.split())}", flush=True)
 
 
@@ -38,17 +42,6 @@ def read_prompts(prompt: str) -> list[str]:
     if not prompts:
         raise ValueError(f"--prompt {prompt}: the file has no line with text")
     return prompts
-
-
-def save_samples(samples: Iterable[Sample], path: str, total: int) -> None:
-    """Writes one JSON object a line, as they come; never over a file that exists."""
-    try:
-        with open(path, "x", encoding="utf-8") as output:
-            for sample in progress(samples, total=total, desc="Sampling", unit="text"):
-                output.write(json.dumps(sample.to_dict(), ensure_ascii=False) + "\n")
-                output.flush()
-    except OSError as error:
-        raise ValueError(f"--output {path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

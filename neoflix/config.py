@@ -294,7 +294,8 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_samples", type=int, help="how many texts, for each prompt (default: 20)")
     add("--seed", type=int, default=42, help="sample i of a seed is the same text in any batch size")
     add("--batch_size", type=int, default=20, help="how many texts grow side by side")
-    add("--output", help="JSONL file to write, a line a text, as they come; must not exist yet")
+    add("--output", help="JSONL file to write, a line a text, as they come; the same command goes on with it")
+    add("--stream", **yes_or_no, help="print each text as it is written")
     add("--config", help="a recipe: its run is the default folder, its 'generation' section sets the flags below")
     for name, default in SAMPLING_DEFAULTS.items():
         add(f"--{name}", type=type(default), help="default: what the model was saved with")

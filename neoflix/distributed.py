@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import functools
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -192,6 +193,9 @@ def exit_code_of(main) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough, as in `generate.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
+        return 128 + signal.SIGPIPE
     return 0
 
 

@@ -1,11 +1,12 @@
-"""Sampling on top of Hugging Face's `generate`, each text from a random stream of its own.
+"""Sampling: prompts in, texts out, each from a random stream of its own.
 
-Text i of seed s is argmax over logits + Gumbel noise, which is a draw from their softmax (the Gumbel-max
-trick, https://arxiv.org/abs/1411.0030); the noise at a step is a hash of (s, i, step, token). So a text
-depends neither on the batch it grew in nor on those before it, rounding aside, and no generator has to be
-stored to go on after an interruption.
+Text i of seed s depends neither on the batch it grew in nor on those before it, rounding aside, and no generator has
+to be stored to go on after an interruption: the noise at each step is a hash of (s, i, step, token). How texts grow,
+side by side and fast, is in `decoding.py`.
 
-Shapes: B texts, V vocabulary.
+    from neoflix.generation import Sampler
+    for sample in Sampler.load("results").sample(prompts=["A young"], num_samples=3):
+        print(sample.text)
 """
 
 from collections.abc import Iterator
@@ -13,23 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from neoflix.config import SAMPLING_DEFAULTS
 from neoflix.consolidation import whole_weights
+from neoflix.decoding import Decoder, Draw, Text, quicken
 from neoflix.model import get_window, load_pretrained
-
-MASK_64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -45,50 +35,8 @@ class Sample:
     to_dict = asdict
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finalizer on int64 (arithmetic modulo 2^64): nearby inputs, unrelated outputs.
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
-    """
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def _signed(x: int) -> int:
-    x &= MASK_64
-    return x - (1 << 64) if x >> 63 else x
-
-
-class GumbelNoise(LogitsProcessor):
-    """Adds the noise that turns `generate`'s argmax into a draw, a stream for each row.
-
-    Args:
-        seed: of the whole run.
-        indices: which text each row is, B of them.
-        prompt_length: columns of `input_ids` before the first new token.
-    """
-
-    def __init__(self, seed: int, indices: list[int], prompt_length: int, device: torch.device):
-        self.prompt_length = prompt_length
-        keys = [_signed((seed << 32) ^ index) for index in indices]
-        self.keys_B1 = _mix(_mix(torch.tensor(keys, device=device)) + 1).unsqueeze(1)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step = input_ids.shape[1] - self.prompt_length
-        tokens_V = torch.arange(scores.shape[1], device=scores.device)
-        bits_BV = _mix(_mix(self.keys_B1 + step) + tokens_V)
-        uniform_BV = (((bits_BV >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
-        return scores - uniform_BV.log().neg().log().to(scores.dtype)
-
-
 class Sampler:
-    """A model, its tokenizer and its sampling settings, ready to write.
-
-    sampler = Sampler.load("results")
-    for sample in sampler.sample(prompts=["A young"], num_samples=3):
-        print(sample.text)
-    """
+    """A model, its tokenizer and its sampling settings, ready to write."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.model = model.eval()
@@ -134,68 +82,74 @@ class Sampler:
         num_samples: int = 1,
         seed: int = 42,
         batch_size: int = 20,
+        first_index: int = 0,
+        streamer: TextStreamer | None = None,
         **settings,
     ) -> Iterator[Sample]:
-        """Writes `num_samples` texts for each prompt, in order, and yields each batch as it is done.
+        """Writes `num_samples` texts for each prompt and yields each as it is done, in order.
 
         Args:
             prompts: how the texts begin; space at a prompt's end is dropped, since no training text ends there.
+                What looks like a control token in one is text.
+            batch_size: how many texts grow side by side.
+            first_index: leaves out the texts before this one: text i of a seed is the same with them and without.
+            streamer: is given the tokens of each text in turn, as they come.
             settings: temperature, top_k (0: off), top_p, repetition_penalty, max_new_tokens (fewer where the
                 model's window ends).
 
         Raises:
-            ValueError: where a prompt leaves no room in the model's window.
+            ValueError: where a prompt leaves no room in the model's window, or the texts none in memory.
         """
         jobs = [prompt.rstrip() for prompt in prompts or [""] for _ in range(num_samples)]
         encoded = {prompt: self._encode(prompt) for prompt in set(jobs)}
-        return self._write(jobs, encoded, seed, batch_size, self.settings(**settings))
+        settings = self.settings(**settings)
+        texts = []
+        for index, prompt in enumerate(jobs):
+            limit = min(settings["max_new_tokens"], self.window - len(encoded[prompt]))
+            texts.append(Text(index, encoded[prompt], limit))
+        decoder = self._decoder(texts, seed, batch_size, settings)
+        return self._write(decoder, jobs[first_index:], texts[first_index:], seed, streamer)
 
-    def _write(self, jobs, encoded, seed, batch_size, settings) -> Iterator[Sample]:
-        for start in range(0, len(jobs), batch_size):
-            indices = list(range(start, min(start + batch_size, len(jobs))))
-            new_ids = self._grow([encoded[jobs[i]] for i in indices], indices, seed, settings)
-            for index, ids in zip(indices, new_ids, strict=True):
-                yield self._as_sample(jobs[index], encoded[jobs[index]], ids, seed)
+    def _decoder(self, texts: list[Text], seed: int, batch_size: int, settings: dict) -> Decoder:
+        num_slots = min(batch_size, len(texts))
+        return Decoder(
+            quicken(self.model, num_slots),
+            num_slots,
+            max(len(text.prompt_ids) + text.limit for text in texts),
+            seed,
+            Draw(settings["temperature"], settings["top_k"], settings["top_p"]),
+            settings["repetition_penalty"],
+            self.tokenizer.eos_token_id,
+            self.never_sampled,
+        )
+
+    def _write(self, decoder, prompts, texts, seed, streamer) -> Iterator[Sample]:
+        steps = decoder.grow(texts)
+        for prompt, text in zip(prompts, texts, strict=True):
+            shown = 0
+            if streamer and text.prompt_ids[1:]:
+                streamer.put(torch.tensor(text.prompt_ids[1:]))
+            while True:
+                if streamer and text.new_ids[shown:]:
+                    streamer.put(torch.tensor(text.new_ids[shown:]))
+                    shown = len(text.new_ids)
+                if text.finish_reason:
+                    break
+                next(steps)
+            if streamer:
+                streamer.end()
+            whole = self.tokenizer.decode(text.prompt_ids[1:] + text.new_ids, skip_special_tokens=False)
+            yield Sample(whole.strip(), prompt, seed, len(text.new_ids), text.finish_reason)
+
+    @property
+    def window(self) -> int:
+        """Most tokens a text can have, prompt and beginning token included."""
+        return min(get_window(self.model), getattr(self.model.config, "sliding_window", None) or 2**31)
 
     def _encode(self, prompt: str) -> list[int]:
         ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if len(ids) + 2 > get_window(self.model):
+        if len(ids) + 2 > self.window:
             raise ValueError(
-                f"--prompt: {len(ids):,} tokens leave no room in the model's window of "
-                f"{get_window(self.model):,}; shorten it"
+                f"--prompt: {len(ids):,} tokens leave no room in the model's window of {self.window:,}; shorten it"
             )
         return [self.tokenizer.bos_token_id, *ids]
-
-    @torch.inference_mode()
-    def _grow(self, prompts: list[list[int]], indices: list[int], seed: int, settings: dict) -> list[list[int]]:
-        """Token ids that follow each prompt."""
-        batch = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.model.device)
-        prompt_length = batch["input_ids"].shape[1]
-        processors = LogitsProcessorList()
-        if settings["temperature"] != 1.0:
-            processors.append(TemperatureLogitsWarper(float(settings["temperature"])))
-        if settings["top_k"]:
-            processors.append(TopKLogitsWarper(settings["top_k"]))
-        if settings["top_p"] < 1.0:
-            processors.append(TopPLogitsWarper(settings["top_p"]))
-        processors.append(GumbelNoise(seed, indices, prompt_length, self.model.device))
-        output = self.model.generate(
-            **batch,
-            logits_processor=processors,
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=min(settings["max_new_tokens"], get_window(self.model) - prompt_length),
-                repetition_penalty=settings["repetition_penalty"],
-                suppress_tokens=self.never_sampled or None,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-            ),
-        )
-        return output[:, prompt_length:].tolist()
-
-    def _as_sample(self, prompt: str, prompt_ids: list[int], new_ids: list[int], seed: int) -> Sample:
-        eos = self.tokenizer.eos_token_id
-        ended = eos in new_ids
-        new_ids = new_ids[: new_ids.index(eos)] if ended else new_ids
-        text = self.tokenizer.decode(prompt_ids[1:] + new_ids, skip_special_tokens=False)
-        return Sample(text.strip(), prompt, seed, len(new_ids), "eos" if ended else "length")

@@ -1,7 +1,6 @@
 """Sampling draws from the right distribution, from a stream for each text, and writes what it promises."""
 
 import json
-from itertools import takewhile
 
 import pytest
 import torch
@@ -9,7 +8,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import generate
 from neoflix.config import SAMPLING_DEFAULTS
-from neoflix.generation import GumbelNoise, Sampler
+from neoflix.decoding import Draw, Text, stream_keys
+from neoflix.generation import Sampler
 from neoflix.model import load_model
 from neoflix.tokenizer import load_tokenizer
 
@@ -32,9 +32,19 @@ def sampler(run_dir):
     return Sampler.load(run_dir, device="cpu")
 
 
-def draws(seed: int, num: int, logits: torch.Tensor, step: int = 0) -> torch.Tensor:
-    noise = GumbelNoise(seed, list(range(num)), prompt_length=0, device=logits.device)
-    return noise(torch.zeros(num, step, dtype=torch.long), logits.expand(num, -1)).argmax(-1)
+def draws(seed: int, num: int, logits: torch.Tensor, step: int = 0, **settings) -> torch.Tensor:
+    draw = Draw(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings))
+    tokens, _ = draw(logits.expand(num, -1), stream_keys(seed, list(range(num))), torch.full((num,), step))
+    return tokens
+
+
+def grow(sampler, prompts: list[list[int]], seed: int = 1, **settings) -> list[list[int]]:
+    """Token ids that follow each prompt, all texts side by side."""
+    settings = sampler.settings(**settings)
+    grown = [Text(i, prompt, settings["max_new_tokens"]) for i, prompt in enumerate(prompts)]
+    for _ in sampler._decoder(grown, seed, len(grown), settings).grow(grown):
+        pass
+    return [text.new_ids for text in grown]
 
 
 @pytest.mark.parametrize("step", [0, 1, 57])
@@ -91,8 +101,8 @@ def test_no_filter_is_the_models_own_distribution(sampler, run_dir):
     top = logits.topk(5).indices
     probabilities = logits.softmax(-1)
     num = 4000
-    settings = sampler.settings(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=1)
-    first = torch.tensor(sampler._grow([[int(bos)]] * num, list(range(num)), 9, settings))[:, 0]
+    rows = grow(sampler, [[int(bos)]] * num, 9, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=1)
+    first = torch.tensor([row[0] if row else sampler.tokenizer.eos_token_id for row in rows])
     for token in top.tolist():
         p = probabilities[token].item()
         assert abs((first == token).float().mean().item() - p) < 4.5 * (p * (1 - p) / num) ** 0.5
@@ -113,8 +123,7 @@ def test_greedy_is_transformers_greedy(sampler, run_dir):
         do_sample=False, max_new_tokens=30, eos_token_id=0, pad_token_id=501, suppress_tokens=sampler.never_sampled
     )
     theirs = model.generate(torch.tensor([ids]), generation_config=config)[0, len(ids) :].tolist()
-    mine = sampler._grow([ids], [0], 1, sampler.settings(top_k=1, max_new_tokens=30))[0]
-    assert mine == theirs
+    assert grow(sampler, [ids], top_k=1, max_new_tokens=30) == [theirs]
 
 
 def test_saved_settings_hold_unless_overruled(sampler):
@@ -125,9 +134,8 @@ def test_saved_settings_hold_unless_overruled(sampler):
 
 def test_rows_without_a_token_are_never_sampled(sampler):
     """At this temperature every row is as likely as any other: 3,000 draws would hit the 11 rows without a text."""
-    settings = sampler.settings(temperature=1e4, top_p=1.0, max_new_tokens=40)
-    rows = sampler._grow([[500]] * 100, list(range(100)), 1, settings)
-    drawn = {token for row in rows for token in takewhile(lambda token: token != 0, row)}  # padding follows the end
+    rows = grow(sampler, [[500]] * 100, temperature=1e4, top_p=1.0, max_new_tokens=40)
+    drawn = {token for row in rows for token in row}
     assert sampler.never_sampled == list(range(500, 512))
     assert len(drawn) > 300
     assert not drawn & set(sampler.never_sampled)

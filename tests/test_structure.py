@@ -11,7 +11,7 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
     {"attention", "distributed", "loss", "machine", "manifest", "preemption", "tokenizer"},
-    {"checkpoint", "ds_config", "watchdog"},
+    {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
     {"consolidation", "plan", "universal"},
     {"config"},
     {"callbacks", "data", "model"},

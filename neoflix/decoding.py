@@ -1,0 +1,419 @@
+"""The decoding loop: texts grow side by side, each at its own place, and a finished one makes room for the next.
+
+A batch has B slots. Every step appends one token to each; a text that has ended leaves its slot to the next one in
+line, so that no slot waits for the slowest text of a batch (Yu et al., "Orca: A Distributed Serving System for
+Transformer-Based Generative Models", OSDI 2022, call it continuous batching). Keys and values lie in one static cache
+[B, H, L, D] a layer. All a step needs is on the device, so that on CUDA it is one graph, replayed; the host reads
+tokens two steps late and never has the device wait.
+
+Shapes: B slots, V vocabulary, K candidates, H heads, L places of a slot, D dimensions a head, T tokens of a prompt.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache, PreTrainedModel
+from transformers.activations import NewGELUActivation
+
+from neoflix.attention import ATTENTION_NAME
+from neoflix.machine import read_host_memory
+
+MASK_64 = (1 << 64) - 1
+PLACES = 32  # attention reads the cache up to the next multiple of this; on CUDA each has a graph of its own
+CANDIDATES = 1024  # likeliest tokens looked at for top_p; more, where these do not hold the share
+GIB = 2**30
+
+
+@dataclass(eq=False)
+class Text:
+    """A text that grows. `index`: names its random stream; `limit`: most new tokens; `finish_reason`: None, "eos" or
+    "length"; the end token is not in `new_ids`."""
+
+    index: int
+    prompt_ids: list[int]
+    limit: int
+    new_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+# ---- the draw ----------------------------------------------------------------------------------------------
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finalizer on int64 (arithmetic modulo 2^64): nearby inputs, unrelated outputs.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _signed(x: int) -> int:
+    x &= MASK_64
+    return x - (1 << 64) if x >> 63 else x
+
+
+def stream_keys(seed: int, indices: list[int]) -> torch.Tensor:
+    """int64 [B]: what names the random streams of texts `indices` of `seed`."""
+    return _mix(_mix(torch.tensor([_signed((seed << 32) ^ index) for index in indices])) + 1)
+
+
+def gumbel_noise(keys_B: torch.Tensor, steps_B: torch.Tensor, tokens_BK: torch.Tensor) -> torch.Tensor:
+    """float64 [B, K]: Gumbel noise that is a hash of (stream, step, token), whatever else is in the batch."""
+    bits_BK = _mix(_mix(keys_B + steps_B).unsqueeze(1) + tokens_BK)
+    uniform_BK = (((bits_BK >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+    return -uniform_BK.log().neg().log()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a token is drawn: temperature, then top_k (0: off), then top_p, as `generate` has them.
+
+    The token is argmax over logits + Gumbel noise, which is a draw from their softmax (the Gumbel-max trick,
+    https://arxiv.org/abs/1411.0030). top_p needs no sort of the vocabulary: the likeliest tokens are taken out, and
+    as a rule they hold the share.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    num_candidates: int = CANDIDATES
+
+    def wider(self) -> "Draw":
+        """The same draw from eight times as many candidates."""
+        return replace(self, num_candidates=8 * self.num_candidates)
+
+    def __call__(
+        self, logits_BV: torch.Tensor, keys_B: torch.Tensor, steps_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (token [B], whether more candidates are needed to know it, bool [B])."""
+        num_tokens = logits_BV.shape[1]
+        logits_BV = logits_BV.float()
+        logits_BV = logits_BV / self.temperature if self.temperature != 1 else logits_BV
+        count = min(self.top_k or (self.num_candidates if self.top_p < 1 else num_tokens), num_tokens)
+        if count < num_tokens or self.top_p < 1:
+            scores_BK, tokens_BK = logits_BV.topk(count)
+        else:
+            scores_BK, tokens_BK = logits_BV, torch.arange(num_tokens, device=logits_BV.device).expand_as(logits_BV)
+        is_short_B = torch.zeros_like(steps_B, dtype=torch.bool)
+        if self.top_p < 1:
+            if self.top_k:
+                shares_BK = scores_BK.softmax(-1)
+            else:
+                shares_BK = logits_BV.softmax(-1).gather(1, tokens_BK)
+                if count < num_tokens:
+                    is_short_B = shares_BK.sum(-1) < self.top_p
+            likelier_BK = shares_BK.cumsum(-1) - shares_BK  # the share of all tokens before this one
+            likelier_BK[:, 0] = 0
+            scores_BK = scores_BK.masked_fill(likelier_BK >= self.top_p, float("-inf"))
+        best_B1 = (scores_BK + gumbel_noise(keys_B, steps_B, tokens_BK)).argmax(-1, keepdim=True)
+        return tokens_BK.gather(1, best_B1).squeeze(1), is_short_B
+
+
+# ---- the model ---------------------------------------------------------------------------------------------
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with its weight in the blocks that oneDNN's products take.
+
+    On a CPU in fp32 (one core of a 2023 Xeon, GPT-Neo-125M's shapes) 1.3 times as fast with 20 rows, twice with 12,
+    not at all with one. The operator is the one that torch.compile puts in a linear layer's place.
+    """
+
+    def __init__(self, linear: nn.Linear, num_rows: int):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), num_rows)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def quicken(model: PreTrainedModel, num_rows: int) -> PreTrainedModel:
+    """Puts faster modules of the same function into a model that only samples: GELU in one kernel instead of eight;
+    in fp32 on a CPU, linear layers packed for `num_rows` texts side by side."""
+    packs = model.device.type == "cpu" and model.dtype == torch.float32 and num_rows > 1
+    packs = packs and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+            elif packs and type(child) is nn.Linear:
+                setattr(module, name, PackedLinear(child, num_rows))
+    return model
+
+
+# ---- the cache ---------------------------------------------------------------------------------------------
+
+
+class SlotCache(Cache):
+    """Keys and values of B texts, the next token of each at a place of its own.
+
+    `length`: places that attention reads, the same for all slots.
+    """
+
+    def __init__(self, places_B: torch.Tensor, num_places: int):
+        super().__init__(layers=[])
+        self.places_B, self.num_places, self.length = places_B, num_places, num_places
+        self.slots_B = torch.arange(len(places_B), device=places_B.device)
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+    def _room(self, layer: int, key_BH1D: torch.Tensor, value_BH1D: torch.Tensor) -> None:
+        """A layer's room is made when its shape is known. Unwritten places are read, with weight 0: no NaN there."""
+        if layer not in self.keys:
+            for room, new in ((self.keys, key_BH1D), (self.values, value_BH1D)):
+                shape = (len(self.places_B), new.shape[1], self.num_places, new.shape[3])
+                room[layer] = torch.zeros(shape, dtype=new.dtype, device=new.device)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """One new token of each slot: keys and values [B, H, 1, D] -> all [B, H, length, D]."""
+        self._room(layer_idx, key_states, value_states)
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[self.slots_B, :, self.places_B] = key_states[:, :, 0]
+        values[self.slots_B, :, self.places_B] = value_states[:, :, 0]
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def fill(self, slot: int, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """The first T tokens of a slot: keys and values [1, H, T, D] of each layer."""
+        for layer, (key, value) in enumerate(layers):
+            self._room(layer, key, value)
+            self.keys[layer][slot, :, : key.shape[2]] = key[0]
+            self.values[layer][slot, :, : value.shape[2]] = value[0]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """Grows texts in `num_slots` slots.
+
+    Args:
+        model: a causal language model of transformers, whose layers all see the whole text (or, in GPT-Neo with our
+            attention, its window).
+        num_places: most tokens of a text, prompt included.
+        draw: how tokens are drawn.
+        repetition_penalty: divides the logits of tokens that the text has already, as `generate` does; 1: none.
+        eos_token_id: the token that ends a text.
+        never_drawn: token ids that no text may get.
+
+    Raises:
+        ValueError: where keys and values of so many slots do not fit into the memory that is free.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_slots: int,
+        num_places: int,
+        seed: int,
+        draw: Draw,
+        repetition_penalty: float,
+        eos_token_id: int,
+        never_drawn: list[int],
+    ):
+        self.model, self.device, self.seed = model, model.device, seed
+        self.draw, self.repetition_penalty, self.eos_token_id = draw, repetition_penalty, eos_token_id
+        check_memory(model, num_slots, num_places)
+        self.slots: list[Text | None] = [None] * num_slots
+        self.reached = [0] * num_slots  # the host's own count of `places_B`
+        self.never_drawn = torch.tensor(never_drawn, dtype=torch.long, device=self.device)
+        self.prefilled: dict[tuple, list] = {}  # keys and values of the last prompts, for other texts that begin so
+
+        def room(*shape, dtype=torch.long):
+            return torch.zeros(num_slots, *shape, dtype=dtype, device=self.device)
+
+        self.ids_B, self.places_B, self.begins_B, self.keys_B = room(), room(), room(), room()
+        self.drawn_B = room()  # -1: not known without more candidates
+        self.has_BV = room(self._num_rows, dtype=torch.bool) if repetition_penalty != 1 else None
+        self.cache = SlotCache(self.places_B, num_places)
+        self.is_cuda = self.device.type == "cuda"  # steps are graphs, and tokens are read later
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    @property
+    def _num_rows(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @torch.inference_mode()
+    def grow(self, texts: list[Text]) -> Iterator[None]:
+        """Grows all texts, in line, and yields after each step; `new_ids` and `finish_reason` tell how far each is.
+
+        On CUDA a step's tokens are read when the device is two steps on.
+        """
+        waiting, unread = deque(texts), deque()
+        # Prompts take a pass of their own: as soon as there is one slot where they are known, else several at once.
+        num_prompts = len({tuple(text.prompt_ids) for text in texts})
+        refill_at = 1 if num_prompts == 1 else max(1, len(self.slots) // 8)
+        while waiting or any(text and not text.finish_reason for text in self.slots):
+            free = [slot for slot, text in enumerate(self.slots) if text is None or text.finish_reason]
+            if waiting and (len(free) >= refill_at or len(free) >= len(waiting)):
+                self._fill([(slot, waiting.popleft()) for slot in free[: len(waiting)]])
+            self._step()
+            unread.append(([(text, text.new_ids) if text else None for text in self.slots], self._send_tokens()))
+            if len(unread) > 2 * self.is_cuda:
+                waiting.extendleft(reversed(self._read(*unread.popleft())))
+            yield
+
+    def _fill(self, texts: list[tuple[int, Text]]) -> None:
+        """Puts texts into slots: all tokens but the last into the cache; the next step takes that one."""
+        ids = [text.prompt_ids + text.new_ids for _, text in texts]
+        self._prefill({tuple(known[:-1]) for known in ids} - {()})
+        for (slot, text), known in zip(texts, ids, strict=True):
+            self.slots[slot], self.reached[slot] = text, len(known) - 1
+            if known[:-1]:
+                self.cache.fill(slot, self.prefilled[tuple(known[:-1])])
+            if self.has_BV is not None:
+                self.has_BV[slot] = False
+                self.has_BV[slot, torch.tensor(known, device=self.device)] = True
+        slots_N = torch.tensor([slot for slot, _ in texts]).to(self.device, non_blocking=True)
+        columns = {
+            self.ids_B: torch.tensor([known[-1] for known in ids]),
+            self.places_B: torch.tensor([len(known) - 1 for known in ids]),
+            self.begins_B: torch.tensor([len(text.prompt_ids) - 1 for _, text in texts]),
+            self.keys_B: stream_keys(self.seed, [text.index for _, text in texts]),
+        }
+        for column_B, values_N in columns.items():
+            column_B[slots_N] = values_N.to(self.device, non_blocking=True)
+
+    def _prefill(self, prompts: set[tuple]) -> None:
+        """Keys and values of prompts, in one pass: on the right they are padded, which no real token sees."""
+        new = sorted(prompts - self.prefilled.keys(), key=len)
+        self.prefilled = {prompt: self.prefilled[prompt] for prompt in prompts - set(new)}
+        if not new:
+            return
+        ids = pad_sequence([torch.tensor(prompt) for prompt in new], batch_first=True).to(self.device)
+        layers = self.model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
+        for row, prompt in enumerate(new):
+            T = len(prompt)
+            self.prefilled[prompt] = [
+                (layer.keys[row : row + 1, :, :T], layer.values[row : row + 1, :, :T]) for layer in layers
+            ]
+
+    def _step(self) -> None:
+        """One token for every slot."""
+        live = [place for place, text in zip(self.reached, self.slots, strict=True) if text and not text.finish_reason]
+        length = min(-(-(max(live, default=0) + 1) // PLACES) * PLACES, self.cache.num_places)
+        if self.is_cuda:
+            if length not in self.graphs:
+                self.graphs[length] = self._capture(length)
+            self.graphs[length].replay()
+        else:
+            self._advance(length)
+        self.reached = [place + 1 for place in self.reached]
+
+    def _advance(self, length: int) -> None:
+        """A step on the device: from the last tokens to the next ones, nothing of which the host sees."""
+        self.cache.length = length
+        mask_B11L = (torch.arange(length, device=self.device) <= self.places_B.unsqueeze(1))[:, None, None]
+        if self.model.config._attn_implementation != ATTENTION_NAME:  # others may add masks up
+            lowest = torch.finfo(self.model.dtype).min
+            mask_B11L = torch.zeros_like(mask_B11L, dtype=self.model.dtype).masked_fill(~mask_B11L, lowest)
+        logits_BV = self.model(
+            input_ids=self.ids_B.unsqueeze(1),
+            position_ids=self.places_B.unsqueeze(1),
+            attention_mask=mask_B11L,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        if self.has_BV is not None:
+            penalised = torch.where(logits_BV < 0, self.repetition_penalty, 1 / self.repetition_penalty) * logits_BV
+            logits_BV = torch.where(self.has_BV, penalised, logits_BV)
+        logits_BV = logits_BV.index_fill(1, self.never_drawn, float("-inf"))
+        steps_B = self.places_B - self.begins_B
+        tokens_B, is_short_B = self.draw(logits_BV, self.keys_B, steps_B)
+        draw = self.draw
+        while not self.is_cuda and is_short_B.any():  # on CUDA the host must not ask: `_read` hears of it
+            draw, short = draw.wider(), is_short_B.nonzero().squeeze(1)
+            tokens_B[short], is_short_B[short] = draw(logits_BV[short], self.keys_B[short], steps_B[short])
+        if self.has_BV is not None:
+            self.has_BV[self.cache.slots_B, tokens_B] = True
+        self.drawn_B.copy_(torch.where(is_short_B, -1, tokens_B))
+        self.ids_B.copy_(tokens_B)
+        self.places_B.add_(1).clamp_(max=self.cache.num_places - 1)  # an empty slot goes on, unseen
+
+    def _capture(self, length: int) -> torch.cuda.CUDAGraph:
+        """The step as a CUDA graph. It is run once before, as torch asks; what that changed is put back."""
+        state = [x for x in (self.ids_B, self.places_B, self.drawn_B, self.has_BV) if x is not None]
+        before = [x.clone() for x in state]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._advance(length)
+        torch.cuda.current_stream().wait_stream(side)
+        for x, old in zip(state, before, strict=True):
+            x.copy_(old)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            self._advance(length)
+        return graph
+
+    def _send_tokens(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """A step's tokens on their way to the host, and what says that they are there."""
+        if not self.is_cuda:
+            return self.drawn_B.clone(), None
+        tokens_B = torch.empty(len(self.slots), dtype=torch.long, pin_memory=True)
+        tokens_B.copy_(self.drawn_B, non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+        return tokens_B, there
+
+    def _read(self, texts: list, sent: tuple[torch.Tensor, torch.cuda.Event | None]) -> list[Text]:
+        """Appends a step's tokens to the texts that stood in the slots then. Returns texts that go on with more
+        candidates, from their last token that is known."""
+        tokens_B, there = sent
+        if there:
+            there.synchronize()
+        again = []
+        for slot, (entry, token) in enumerate(zip(texts, tokens_B.tolist(), strict=True)):
+            text, new_ids = entry or (None, None)
+            if text is None or text.finish_reason or text.new_ids is not new_ids:
+                continue
+            if token < 0:  # takes its place in line again, as far as it is
+                text.new_ids, self.slots[slot] = new_ids.copy(), None
+                again.append(text)
+            elif token == self.eos_token_id:
+                text.finish_reason = "eos"
+            else:
+                new_ids.append(token)
+                text.finish_reason = "length" if len(new_ids) == text.limit else None
+        if again:  # a flat distribution, as at high temperatures
+            if self.is_cuda:
+                torch.cuda.synchronize()  # no graph is thrown away as it runs
+            self.draw = self.draw.wider()
+            self.graphs.clear()
+        return again
+
+
+def place_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the keys and values of one token."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+
+
+def check_memory(model: PreTrainedModel, num_slots: int, num_places: int) -> None:
+    """ValueError where keys, values and logits of so many texts need more memory than is free."""
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = read_host_memory()
+    logits = 16 * model.get_output_embeddings().weight.shape[0]  # fp32: as they are, scaled, their shares, spare
+    need = place_bytes(model) * num_places + logits
+    if num_slots * need <= free:
+        return
+    raise ValueError(
+        f"--batch_size {num_slots}: texts of up to {num_places:,} tokens need {num_slots * need / GIB:.1f} GiB beside "
+        f"the model, and {free / GIB:.1f} are free; "
+        + (f"--batch_size {free // need} would fit" if free >= need else "lower --max_new_tokens")
+    )
