@@ -236,6 +236,7 @@ class Decoder:
         self.has_BV = room(self._num_rows, dtype=torch.bool) if repetition_penalty != 1 else None
         self.cache = SlotCache(self.places_B, num_places)
         self.is_cuda = self.device.type == "cuda"  # steps are graphs, and tokens are read later
+        self.asks = not self.is_cuda  # whether a draw needs more candidates; else `_read` hears of it
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     @property
@@ -330,7 +331,7 @@ class Decoder:
         steps_B = self.places_B - self.begins_B
         tokens_B, is_short_B = self.draw(logits_BV, self.keys_B, steps_B)
         draw = self.draw
-        while not self.is_cuda and is_short_B.any():  # on CUDA the host must not ask: `_read` hears of it
+        while self.asks and is_short_B.any():
             draw, short = draw.wider(), is_short_B.nonzero().squeeze(1)
             tokens_B[short], is_short_B[short] = draw(logits_BV[short], self.keys_B[short], steps_B[short])
         if self.has_BV is not None:
