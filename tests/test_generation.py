@@ -1,9 +1,14 @@
 """Sampling draws from the right distribution, from a stream for each text, and writes what it promises."""
 
 import json
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import PYTHON, ROOT
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import generate
@@ -198,3 +203,77 @@ def test_bad_words_write_nothing(run_dir, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         generate.main(words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_control_tokens_in_a_prompt_are_text(sampler):
+    """Typed by a user, the end token's name is thirteen characters."""
+    ids = sampler._encode("A <|endoftext|> <|startoftext|>")
+    assert ids[0] == sampler.tokenizer.bos_token_id
+    assert not {sampler.tokenizer.eos_token_id, sampler.tokenizer.bos_token_id} & set(ids[1:])
+    assert sampler.tokenizer.decode(ids[1:]) == "A <|endoftext|> <|startoftext|>"
+
+
+def test_texts_after_the_first_ones(sampler):
+    whole = texts(sampler, num_samples=9, batch_size=4)
+    assert texts(sampler, num_samples=9, batch_size=4, first_index=5) == whole[5:]
+    assert texts(sampler, num_samples=9, batch_size=4, first_index=9) == []
+
+
+def test_stream_prints_each_text_as_it_is_written(run_dir, tmp_path, capsys):
+    words = ["--model_dir", str(run_dir), "--num_samples", "3", "--seed", "3", "--prompt", "A young"]
+    generate.main([*words, "--output", str(tmp_path / "x.jsonl")])
+    capsys.readouterr()
+    rows = [json.loads(line)["text"] for line in (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()]
+    generate.main([*words, "--stream"])
+    printed = capsys.readouterr().out
+    assert "".join(printed.split()) == "".join("".join(rows).split())
+
+
+@pytest.fixture
+def long_job(run_dir, tmp_path) -> tuple[list[str], Path]:
+    """Words of a command that writes 600 texts, and its file."""
+    output = tmp_path / "samples.jsonl"
+    words = [PYTHON, "generate.py", "--model_dir", str(run_dir), "--num_samples", "600", "--max_new_tokens", "60"]
+    return [*words, "--temperature", "1.0", "--output", str(output)], output
+
+
+def test_killed_and_started_again(long_job):
+    """The same file as if never killed, half a line and all; and no other job goes on with it."""
+    words, output = long_job
+    program = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not output.exists() or output.read_bytes().count(b"\n") < 40:
+        assert program.poll() is None
+        time.sleep(0.05)
+    program.send_signal(signal.SIGKILL)
+    program.wait()
+    written = output.read_bytes()
+    assert written.count(b"\n") < 600
+    output.write_bytes(written[: written.rfind(b"\n") + 1] + b'{"text": "A yo')
+
+    arguments = words[2:]
+    with pytest.raises(ValueError, match=r"was begun with other temperature \(1.0, now 0.9\)"):
+        generate.main([*arguments, "--temperature", "0.9"])
+    with pytest.raises(ValueError, match="was begun with other prompts"):
+        generate.main([*arguments, "--prompt", "Two"])
+    generate.main(arguments)
+    again = output.read_bytes()
+    output.unlink()
+    generate.main(arguments)
+    assert again == output.read_bytes()
+    assert again.startswith(written[: written.rfind(b"\n") + 1])
+    assert again.count(b"\n") == 600
+    assert sorted(path.name for path in output.parent.iterdir()) == [output.name]
+    with pytest.raises(ValueError, match="exists already"):
+        generate.main(arguments)
+
+
+def test_reader_that_has_seen_enough(long_job):
+    """`generate.py | head -1` ends by itself, quietly."""
+    words, _ = long_job
+    program = subprocess.Popen(words[:-2], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert program.stdout.readline().startswith("  1. ")
+    program.stdout.close()
+    complaints = program.stderr.read()
+    assert program.wait(120) == 128 + signal.SIGPIPE
+    assert "Error" not in complaints
+    program.stderr.close()
