@@ -134,12 +134,14 @@ class Sampler:
         num_samples: int = 1,
         seed: int = 42,
         batch_size: int = 20,
+        first_index: int = 0,
         **settings,
     ) -> Iterator[Sample]:
         """Writes `num_samples` texts for each prompt, in order, and yields each batch as it is done.
 
         Args:
             prompts: how the texts begin; space at a prompt's end is dropped, since no training text ends there.
+            first_index: which of the seed's texts the first one is; the others follow.
             settings: temperature, top_k (0: off), top_p, repetition_penalty, max_new_tokens (fewer where the
                 model's window ends).
 
@@ -148,14 +150,15 @@ class Sampler:
         """
         jobs = [prompt.rstrip() for prompt in prompts or [""] for _ in range(num_samples)]
         encoded = {prompt: self._encode(prompt) for prompt in set(jobs)}
-        return self._write(jobs, encoded, seed, batch_size, self.settings(**settings))
+        return self._write(jobs, encoded, seed, batch_size, first_index, self.settings(**settings))
 
-    def _write(self, jobs, encoded, seed, batch_size, settings) -> Iterator[Sample]:
+    def _write(self, jobs, encoded, seed, batch_size, first_index, settings) -> Iterator[Sample]:
         for start in range(0, len(jobs), batch_size):
-            indices = list(range(start, min(start + batch_size, len(jobs))))
-            new_ids = self._grow([encoded[jobs[i]] for i in indices], indices, seed, settings)
-            for index, ids in zip(indices, new_ids, strict=True):
-                yield self._as_sample(jobs[index], encoded[jobs[index]], ids, seed)
+            batch = jobs[start : start + batch_size]
+            indices = [first_index + start + i for i in range(len(batch))]
+            new_ids = self._grow([encoded[prompt] for prompt in batch], indices, seed, settings)
+            for prompt, ids in zip(batch, new_ids, strict=True):
+                yield self._as_sample(prompt, encoded[prompt], ids, seed)
 
     def _encode(self, prompt: str) -> list[int]:
         ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
