@@ -238,7 +238,7 @@ def _bleu(owner: int, of_text: list[Counter], highest: dict, lengths: list[int])
     length = of_text[0].total()
     place = bisect_left(lengths, length)
     others = lengths[max(place - 1, 0) : place] + lengths[place + 1 : place + 2]  # the nearest ones but itself
-    nearest = min(others, key=lambda other: (abs(other - length), other))
+    nearest = min(others, key=lambda other: abs(other - length))  # the shorter one of two as near
     return min(1.0, exp(1 - nearest / length)) * exp(sum(logs) / len(logs))
 
 
