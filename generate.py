@@ -1,10 +1,13 @@
 """Sample new texts from a fine-tuned model: `python generate.py --model_dir results --num_samples 20`."""
 
 import os
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from transformers import TextStreamer
 
+from neoflix import judging
 from neoflix.checkpoint import find_model
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args
 from neoflix.distributed import run_and_exit
@@ -14,21 +17,33 @@ from neoflix.samples import describe_job, find_done, save_samples
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_generate_args(argv)
+    if isinstance(args.judge, str):
+        return judging.judge_file(args)
     prompts, model_dir = read_prompts(args.prompt), find_model(args.model_dir)
     settings = {name: getattr(args, name) for name in SAMPLING_DEFAULTS}
-    job = describe_job(model_dir, prompts, num_samples=args.num_samples, seed=args.seed, **settings)
-    done = find_done(args.output, job) if args.output else 0
+    job = describe_job(model_dir, prompts, num_samples=args.num_samples, seed=args.seed, novel=args.novel, **settings)
+    done = find_done(args.output, job) if args.output and not args.sweep else 0
 
+    # What is judged by comes before the model: a data set that cannot be read costs seconds then.
+    judge = judging.Judge(args) if args.judge or args.novel or args.sweep else None
     sampler = Sampler.load(model_dir, allow_pickle=args.allow_pickle)
-    streamer = TextStreamer(sampler.tokenizer) if args.stream else None
-    samples = sampler.sample(
-        prompts, args.num_samples, args.seed, args.batch_size, first_index=done, streamer=streamer, **settings
-    )
+    sample = partial(sampler.sample, seed=args.seed, batch_size=args.batch_size, **settings)
+    if args.sweep:
+        return judging.sweep(judge, partial(sample, prompts, args.num_samples), args.sweep, args.output)
+    if args.novel:  # which draws were kept only drawing tells
+        samples = islice(judging.keep_novel(sample, judge.training, prompts, args.num_samples), done, None)
+    else:
+        streamer = TextStreamer(sampler.tokenizer) if args.stream else None
+        samples = sample(prompts, args.num_samples, skip=done, streamer=streamer)
     if args.output:
         samples = save_samples(samples, args.output, job, len(prompts) * args.num_samples, done, quiet=args.stream)
-    for number, sample in enumerate(samples, start=1):
+    rows = []
+    for number, text in enumerate(samples, start=1):
         if not (args.output or args.stream):
-            print(f"{number:>3}. {' '.join(sample.text.split())}", flush=True)
+            print(f"{number:>3}. {' '.join(text.text.split())}", flush=True)
+        rows.append(text.to_dict())
+    if args.judge:
+        judge.report(judging.read_samples(args.output) if args.output else rows, args.output)
 
 
 def read_prompts(prompt: str) -> list[str]:

@@ -17,6 +17,7 @@ STATE_FILE = "trainer_state.json"
 UNIVERSAL = ".universal"  # a checkpoint's copy for another number of processes (universal.py)
 RUN_FILE = "run.json"  # what the run in this folder learns, and from what
 RESULTS_FILE = "all_results.json"  # written last of all: the run is finished
+NAMED_DATASETS = ("netflix", "sample")  # --dataset's other values are files
 LEARNING_ARGUMENTS = (
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 "
     "adam_epsilon max_grad_norm optim seed data_seed bf16 fp16 tokens_per_device_batch early_stopping_patience "
@@ -130,11 +131,18 @@ def describe_run(args, model, tokenizer, train_tokens) -> dict:
     architecture = ("model_type", "hidden_size", "num_layers", "num_hidden_layers", "vocab_size")
     backend = tokenizer.backend_tokenizer.to_str().encode()
     arguments = json.loads(args.to_json_string())
+    is_file = args.dataset not in NAMED_DATASETS
     return {
         "model": args.model_name_or_path,
         "architecture": {key: getattr(model.config, key) for key in architecture if hasattr(model.config, key)},
         "tokenizer": hashlib.sha256(backend).hexdigest()[:16],
         "data": str(train_tokens.split),
+        "texts": {  # where to find the data again; it may lie elsewhere tomorrow and be the same
+            "dataset": str(Path(args.dataset).expanduser().absolute()) if is_file else args.dataset,
+            "text_column": args.text_column,
+            "validation_fraction": args.validation_fraction,
+            "num_training_texts": len(train_tokens),
+        },
         "texts_per_step": args.texts_per_step,
         "arguments": {key: arguments[key] for key in LEARNING_ARGUMENTS},
     }
@@ -179,7 +187,8 @@ def check_same_run(checkpoint: str, run: dict) -> None:
 
 def is_finished(output_dir: str, run: dict) -> bool:
     """True where this very run, arguments and all, has already come to its end in this folder."""
-    return read_run(output_dir) == run and Path(output_dir, RESULTS_FILE).is_file()
+    before = read_run(output_dir) or {}
+    return before | {"texts": run["texts"]} == run and Path(output_dir, RESULTS_FILE).is_file()
 
 
 def save_results(output_dir: str, results: dict) -> None:

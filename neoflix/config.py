@@ -6,6 +6,7 @@ A recipe is a YAML file whose keys are `train.py`'s flags, plus an optional `gen
 
 import argparse
 import difflib
+import itertools
 import json
 import os
 import sys
@@ -37,6 +38,15 @@ SAMPLING_DEFAULTS = {
     "top_p": 0.95,
     "repetition_penalty": 1.0,
     "max_new_tokens": 96,
+}
+SAMPLING_RULES = {
+    "num_samples": (lambda v: v >= 1, "1 or more"),
+    "batch_size": (lambda v: v >= 1, "1 or more"),
+    "max_new_tokens": (lambda v: v >= 1, "1 or more"),
+    "temperature": (lambda v: v > 0, "above 0 (the lower, the safer; --top_k 1 takes the likeliest word)"),
+    "top_k": (lambda v: v >= 0, "0 (off) or more"),
+    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "repetition_penalty": (lambda v: v > 0, "above 0 (1: none)"),
 }
 
 
@@ -297,6 +307,17 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", help="JSONL file to write, a line a text, as they come; the same command goes on with it")
     add("--stream", **yes_or_no, help="print each text as it is written")
     add("--config", help="a recipe: its run is the default folder, its 'generation' section sets the flags below")
+    add("--judge", nargs="?", const=True, help="judge the samples just made or, with a JSONL file, those in it")
+    add("--novel", **yes_or_no, help="drop copies and near twins of training texts, and draw others")
+    sweep = "sample and judge every combination: temperature=0.7,1.0 top_p=0.9,1.0; --output is a folder then"
+    add("--sweep", nargs="+", metavar="SETTING=A,B", help=sweep)
+    add("--dataset", help="training texts to judge against: as for train.py (default: those the run learnt from)")
+    add("--text_column", help="the column that holds them (default: the run's, or description)")
+    add("--validation_fraction", type=float, help="share held out of training (default: the run's, or 0.1)")
+    add(
+        "--base_model",
+        help="hub name or folder: its perplexity of the samples; 'none': leave it out (default: the run's)",
+    )
     for name, default in SAMPLING_DEFAULTS.items():
         add(f"--{name}", type=type(default), help="default: what the model was saved with")
     args = parser.parse_args(argv)
@@ -305,22 +326,53 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in (defaults | generation).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_sampling(args)
+    for name in SAMPLING_RULES:
+        if (value := getattr(args, name)) is not None:
+            check_sampling(f"--{name} {value}", name, value)
+    args.sweep = parse_sweep(args.sweep) if args.sweep else None
+    check_judging(args)
     return args
 
 
-def check_sampling(args: argparse.Namespace) -> None:
-    """ValueError for sampling settings that mean nothing."""
-    rules = {
-        "num_samples": (lambda v: v >= 1, "1 or more"),
-        "batch_size": (lambda v: v >= 1, "1 or more"),
-        "max_new_tokens": (lambda v: v >= 1, "1 or more"),
-        "temperature": (lambda v: v > 0, "above 0 (the lower, the safer; --top_k 1 takes the likeliest word)"),
-        "top_k": (lambda v: v >= 0, "0 (off) or more"),
-        "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-        "repetition_penalty": (lambda v: v > 0, "above 0 (1: none)"),
-    }
-    for name, (holds, rule) in rules.items():
-        value = getattr(args, name)
-        if value is not None and not holds(value):
-            raise ValueError(f"--{name} {value}: should be {rule}")
+def check_sampling(said: str, name: str, value: float) -> None:
+    """ValueError for a sampling setting that means nothing; `said`: how the user put it."""
+    holds, rule = SAMPLING_RULES[name]
+    if not holds(value):
+        raise ValueError(f"{said}: should be {rule}")
+
+
+def parse_sweep(words: list[str]) -> list[dict]:
+    """['temperature=0.7,1.0', 'top_p=0.9,1.0'] -> the four combinations, each as settings for `Sampler.sample`."""
+    axes: dict[str, list] = {}
+    for word in words:
+        name, _, values = word.partition("=")
+        if name not in SAMPLING_DEFAULTS:
+            known = ", ".join(SAMPLING_DEFAULTS)
+            raise ValueError(f"--sweep {word}: {name!r} is no sampling setting; there are {known}, as in top_p=0.9,1.0")
+        if name in axes:
+            raise ValueError(f"--sweep {word}: {name} was given before; put its values in one list")
+        number = type(SAMPLING_DEFAULTS[name])
+        try:
+            axes[name] = list(dict.fromkeys(map(number, values.split(","))))
+        except ValueError:
+            kind = "whole numbers" if number is int else "numbers"
+            raise ValueError(f"--sweep {word}: should be {name}= and {kind} with commas between") from None
+        for value in axes[name]:
+            check_sampling(f"--sweep {name}={value}", name, value)
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def check_judging(args: argparse.Namespace) -> None:
+    """ValueError for flags that do not go together, and for a share that is none."""
+    if isinstance(args.judge, str) and (args.sweep or args.novel or args.output):
+        other = "--sweep" if args.sweep else "--novel" if args.novel else "--output"
+        raise ValueError(f"--judge {args.judge}: judges that file and samples nothing; leave out {other} or the file")
+    if args.sweep and args.novel:
+        raise ValueError("--sweep shows what each setting brings by itself; leave out --novel")
+    if args.stream and (args.sweep or args.novel):
+        other = "--sweep" if args.sweep else "--novel"
+        raise ValueError(f"--stream shows each text before it can be judged; leave it out, or {other}")
+    if args.validation_fraction is not None and not 0 <= args.validation_fraction < 1:
+        raise ValueError(f"--validation_fraction {args.validation_fraction}: should be at least 0 and below 1")
+    if args.sweep and args.output is None:
+        args.output = "samples-sweep"

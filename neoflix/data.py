@@ -6,7 +6,6 @@ Shapes: B = 1 row a batch where texts are packed, else texts; T tokens a row.
 import hashlib
 import heapq
 import json
-import unicodedata
 import urllib.request
 import uuid
 from http.client import HTTPException
@@ -29,6 +28,7 @@ from neoflix.attention import lay_out_texts
 from neoflix.config import ROOT
 from neoflix.distributed import progress, say
 from neoflix.loss import IGNORED
+from neoflix.quality import split_words
 
 NETFLIX_PATH = ROOT / "data" / "netflix_titles.csv"
 NETFLIX_URL = (
@@ -195,8 +195,7 @@ def split_texts(texts: list[str], validation_fraction: float) -> TextSplit:
 
 def _rank(text: str) -> float:
     """A number in [0, 1) that depends on a text's words alone, spread evenly."""
-    words = "".join(c if c.isalnum() else " " for c in unicodedata.normalize("NFKC", text).casefold()).split()
-    digest = hashlib.blake2b(" ".join(words or [text]).encode(), digest_size=6).digest()
+    digest = hashlib.blake2b(" ".join(split_words(text)).encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
 

@@ -83,6 +83,7 @@ class Sampler:
         seed: int = 42,
         batch_size: int = 20,
         first_index: int = 0,
+        skip: int = 0,
         streamer: TextStreamer | None = None,
         **settings,
     ) -> Iterator[Sample]:
@@ -92,7 +93,8 @@ class Sampler:
             prompts: how the texts begin; space at a prompt's end is dropped, since no training text ends there.
                 What looks like a control token in one is text.
             batch_size: how many texts grow side by side.
-            first_index: leaves out the texts before this one: text i of a seed is the same with them and without.
+            first_index: which of the seed's texts the first one is; the others follow.
+            skip: leaves out so many of the texts, the first ones; the others are the same as with them.
             streamer: is given the tokens of each text in turn, as they come.
             settings: temperature, top_k (0: off), top_p, repetition_penalty, max_new_tokens (fewer where the
                 model's window ends).
@@ -104,11 +106,11 @@ class Sampler:
         encoded = {prompt: self._encode(prompt) for prompt in set(jobs)}
         settings = self.settings(**settings)
         texts = []
-        for index, prompt in enumerate(jobs):
+        for index, prompt in enumerate(jobs, start=first_index):
             limit = min(settings["max_new_tokens"], self.window - len(encoded[prompt]))
             texts.append(Text(index, encoded[prompt], limit))
         decoder = self._decoder(texts, seed, batch_size, settings)
-        return self._write(decoder, jobs[first_index:], texts[first_index:], seed, streamer)
+        return self._write(decoder, jobs[skip:], texts[skip:], seed, streamer)
 
     def _decoder(self, texts: list[Text], seed: int, batch_size: int, settings: dict) -> Decoder:
         num_slots = min(batch_size, len(texts))

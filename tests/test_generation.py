@@ -215,8 +215,9 @@ def test_control_tokens_in_a_prompt_are_text(sampler):
 
 def test_texts_after_the_first_ones(sampler):
     whole = texts(sampler, num_samples=9, batch_size=4)
-    assert texts(sampler, num_samples=9, batch_size=4, first_index=5) == whole[5:]
-    assert texts(sampler, num_samples=9, batch_size=4, first_index=9) == []
+    assert texts(sampler, num_samples=9, batch_size=4, skip=5) == whole[5:]
+    assert texts(sampler, num_samples=9, batch_size=4, skip=9) == []
+    assert texts(sampler, num_samples=4, batch_size=4, first_index=5) == whole[5:]
 
 
 def test_stream_prints_each_text_as_it_is_written(run_dir, tmp_path, capsys):

@@ -10,12 +10,12 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
-    {"attention", "distributed", "loss", "machine", "manifest", "preemption", "tokenizer"},
+    {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "tokenizer"},
     {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
     {"consolidation", "plan", "universal"},
     {"config"},
     {"callbacks", "data", "model"},
-    {"generation", "trainer"},
+    {"generation", "judging", "trainer"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 
