@@ -206,12 +206,12 @@ def _model_files(folder: Path) -> list[Path]:
     return [path for pattern in MODEL_FILES + TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()]
 
 
-def find_model(model_dir: str) -> Path:
+def find_model(model_dir: str, flag: str = "--model_dir") -> Path:
     """The folder to load a model from: `model_dir` itself or, where a run has not come to its end, its best
-    complete checkpoint."""
+    complete checkpoint. `flag` is how the user named it."""
     folder = Path(model_dir)
     if not folder.is_dir():
-        raise ValueError(f"--model_dir {model_dir}: no such folder; name a run's folder or one checkpoint of it")
+        raise ValueError(f"{flag} {model_dir}: no such folder; name a run's folder or one checkpoint of it")
     checkpoints = list_checkpoints(folder)
     is_unfinished = (folder / RUN_FILE).is_file() and not (folder / RESULTS_FILE).is_file()
     weights = WEIGHTS_FILES + PICKLED_WEIGHTS_FILES + (SHARDS_FILE,)
@@ -220,7 +220,7 @@ def find_model(model_dir: str) -> Path:
         return find_best(checkpoints)
     if holds_model:
         return folder
-    raise ValueError(f"--model_dir {model_dir}: holds no model and no complete checkpoint; train one first")
+    raise ValueError(f"{flag} {model_dir}: holds no model and no complete checkpoint; train one first")
 
 
 def has_weights(folder: Path) -> bool:

@@ -283,6 +283,19 @@ def _plan(args: argparse.Namespace, must_fit: bool) -> tuple[Plan | None, list[s
     return forecast, [word for flag in is_auto for word in (f"--{flag}", str(getattr(args, flag)))]
 
 
+def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of `python -m neoflix.export`."""
+    parser = _GenerateParser(prog="python -m neoflix.export", description="Rewrite a model for other engines.")
+    add = parser.add_argument
+    add("--to", choices=["gpt2"], required=True, help="the layout: GPT-2's, exact up to GPT-Neo's window of 256 tokens")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as they were saved)")
+    yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
+    add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")
+    add("run", metavar="RUN", help="a run's folder, or one checkpoint of it")
+    add("out", metavar="OUT", help="the folder to write; must not exist yet, or be empty")
+    return parser.parse_args(argv)
+
+
 def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     """`generate.py`'s command line. Sampling flags left unsaid are None: the model's own settings hold."""
     parser = _GenerateParser(prog="generate.py", description="Sample new texts from a fine-tuned model.")

@@ -112,7 +112,7 @@ def _gather(checkpoint: Path, target: Path) -> dict:
     unfinished = target / f"{WEIGHTS}.part"
     try:
         with closing(HashedFile(unfinished)) as file, progress(total=total, unit="B", unit_scale=True) as bar:
-            file.write(_header(names, dtypes, weights, sizes))
+            file.write(safetensors_header(names, dtypes, weights, sizes))
             num_mapped = 0
             for name in names:
                 if (
@@ -131,8 +131,8 @@ def _gather(checkpoint: Path, target: Path) -> dict:
     return file.entry()
 
 
-def _header(names: list[str], dtypes: dict, weights: dict, sizes: dict) -> bytes:
-    """The beginning of a safetensors file: its length, and where which weight lies.
+def safetensors_header(names: list[str], dtypes: dict, weights: dict, sizes: dict) -> bytes:
+    """The beginning of a safetensors file: its length, and where which weight lies. Of the weights, shapes suffice.
 
     Source: https://huggingface.co/docs/safetensors, "Format".
     """

@@ -64,12 +64,13 @@ def build_model(config: GPTNeoConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_pretrained(model_name_or_path: str, dtype: torch.dtype, allow_pickle: bool = False) -> PreTrainedModel:
+def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pickle: bool = False) -> PreTrainedModel:
     """Loads a causal language model from a folder or the hub; GPT-Neo comes with our attention and loss.
 
     Weights come from safetensors, and no code of the model's own is run (docs/loading.md).
 
     Args:
+        dtype: of the weights in memory; "auto": as they were saved.
         allow_pickle: where there is no safetensors file, take weights from pytorch_model.bin. torch then reads it
             with `weights_only=True`.
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"consolidation", "plan", "universal"},
     {"config"},
     {"callbacks", "data", "model"},
-    {"generation", "trainer"},
+    {"export", "generation", "trainer"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 
