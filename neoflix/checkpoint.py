@@ -135,9 +135,17 @@ def describe_run(args, model, tokenizer, train_tokens) -> dict:
         "architecture": {key: getattr(model.config, key) for key in architecture if hasattr(model.config, key)},
         "tokenizer": hashlib.sha256(backend).hexdigest()[:16],
         "data": str(train_tokens.split),
+        "texts": describe_texts(args),
         "texts_per_step": args.texts_per_step,
         "arguments": {key: arguments[key] for key in LEARNING_ARGUMENTS},
     }
+
+
+def describe_texts(args) -> dict:
+    """The flags that say which texts are held out, for whoever measures the run later."""
+    file = Path(args.dataset).expanduser()
+    texts = {key: getattr(args, key) for key in ("text_column", "validation_fraction", "max_length")}
+    return {"dataset": str(file.resolve()) if file.is_file() else args.dataset, **texts}
 
 
 def read_run(folder: str | Path) -> dict | None:
@@ -146,6 +154,13 @@ def read_run(folder: str | Path) -> dict | None:
         return json.loads(Path(folder, RUN_FILE).read_text())
     except FileNotFoundError:
         return None
+
+
+def find_run(folder: str | Path) -> dict | None:
+    """What the run is that a folder belongs to, its own or one checkpoint's; None where it is no run's."""
+    folder = Path(folder).resolve()
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
+    return read_run(folder) or (read_run(folder.parent) if is_checkpoint else None)
 
 
 def read_texts_per_step(output_dir: str, resume_from_checkpoint: str | None) -> int | None:
@@ -178,8 +193,11 @@ def check_same_run(checkpoint: str, run: dict) -> None:
 
 
 def is_finished(output_dir: str, run: dict) -> bool:
-    """True where this very run, arguments and all, has already come to its end in this folder."""
-    return read_run(output_dir) == run and Path(output_dir, RESULTS_FILE).is_file()
+    """True where this very run, arguments and all, has already come to its end in this folder. (Its texts are told by
+    their hash, "data", wherever the file lies now.)"""
+    before = read_run(output_dir) or {}
+    is_same = before | {"texts": None} == run | {"texts": None}
+    return is_same and Path(output_dir, RESULTS_FILE).is_file()
 
 
 def save_results(output_dir: str, results: dict) -> None:

@@ -32,13 +32,18 @@ WINDOWS = {  # config -> most tokens
 
 @pytest.fixture(scope="module")
 def make_run(model_dir, tmp_path_factory):
-    """make_run(config's changes) -> a folder as a finished run leaves it."""
+    """make_run(config's changes) -> a folder as a finished run leaves it.
 
-    def make_run(dtype: torch.dtype = torch.float32, **overrides) -> Path:
+    `eos_weight` makes the end token's row larger, and texts end sooner.
+    """
+
+    def make_run(dtype: torch.dtype = torch.float32, seed: int = 0, eos_weight: float = 1.0, **overrides) -> Path:
         folder = tmp_path_factory.mktemp("run")
         base = shutil.copytree(model_dir, folder / "base")
-        torch.manual_seed(0)
-        GPTNeoForCausalLM(tiny_config(**overrides)).save_pretrained(base)
+        torch.manual_seed(seed)
+        model = GPTNeoForCausalLM(tiny_config(**overrides))
+        model.transformer.wte.weight.data[0] *= eos_weight
+        model.save_pretrained(base)
         tokenizer = load_tokenizer(str(base))
         load_model(str(base), tokenizer, dtype, SAMPLING_DEFAULTS).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -177,7 +182,8 @@ def test_a_weight_too_large_for_a_dtype_is_refused(make_run):
 
 
 def test_ctranslate2_writes_the_same_tokens(make_run, titles):
-    run = make_run(window_size=64)
+    # Of this model, no two likeliest tokens come closer than 0.0007 on these prompts; rounding moves them by 0.00001.
+    run = make_run(window_size=64, seed=1, eos_weight=2.5)
     out = exported(run)
     ctranslate2.converters.TransformersConverter(str(out)).convert(str(run / "ctranslate2"))
     engine = ctranslate2.Generator(str(run / "ctranslate2"), inter_threads=1, intra_threads=1)
@@ -194,6 +200,7 @@ def test_ctranslate2_writes_the_same_tokens(make_run, titles):
         suppress_sequences=[[token] for token in tokenizer.convert_ids_to_tokens(never)],
     )
     theirs = [result.sequences_ids[0] for result in written]
+    assert 20 < sum(len(new) < 32 for new in theirs) < 80, "texts that end, and texts that do not"
 
     # Token by token: each is what our model finds likeliest after those before it.
     model = load_pretrained(str(run), torch.float32).eval()

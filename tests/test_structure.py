@@ -16,6 +16,7 @@ FLOORS = [
     {"config"},
     {"callbacks", "data", "model"},
     {"export", "generation", "trainer"},
+    {"evaluation"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 
