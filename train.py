@@ -13,15 +13,18 @@ from neoflix import data
 from neoflix.checkpoint import check_same_run, describe_run, find_resume_point, is_finished, save_results, save_run
 from neoflix.config import parse_train_args
 from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit, say
-from neoflix.model import DEMO, DEMO_VOCAB_SIZE, get_window, keeps_texts_apart, load_model
+from neoflix.evaluation import evaluate_only
+from neoflix.model import find_tokenizer, get_window, keeps_texts_apart, load_model
 from neoflix.preemption import catch_stop_requests
-from neoflix.tokenizer import load_tokenizer, train_tokenizer
 from neoflix.trainer import TokenTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
     prepare_environment()
     args = parse_train_args(argv, must_fit=True)
+    if args.eval_only:
+        evaluate_only(args)
+        return
     say(plan.plan_table(args.forecast))
     if args.plan:
         return
@@ -32,10 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     with args.main_process_first():
         texts = data.read_texts(data.find_dataset(args.dataset), args.text_column)
         texts = data.split_texts(texts, args.validation_fraction)
-        if args.model_name_or_path == DEMO:
-            tokenizer = train_tokenizer(texts.train, DEMO_VOCAB_SIZE, cache_dir)
-        else:
-            tokenizer = load_tokenizer(args.model_name_or_path)
+        tokenizer = find_tokenizer(args.model_name_or_path, texts.train, cache_dir)
     plan.check_same_everywhere(args, texts)
 
     # Model and tokens.

@@ -17,7 +17,6 @@ STATE_FILE = "trainer_state.json"
 UNIVERSAL = ".universal"  # a checkpoint's copy for another number of processes (universal.py)
 RUN_FILE = "run.json"  # what the run in this folder learns, and from what
 RESULTS_FILE = "all_results.json"  # written last of all: the run is finished
-NAMED_DATASETS = ("netflix", "sample")  # --dataset's other values are files
 LEARNING_ARGUMENTS = (
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 "
     "adam_epsilon max_grad_norm optim seed data_seed bf16 fp16 tokens_per_device_batch early_stopping_patience "
@@ -131,21 +130,23 @@ def describe_run(args, model, tokenizer, train_tokens) -> dict:
     architecture = ("model_type", "hidden_size", "num_layers", "num_hidden_layers", "vocab_size")
     backend = tokenizer.backend_tokenizer.to_str().encode()
     arguments = json.loads(args.to_json_string())
-    is_file = args.dataset not in NAMED_DATASETS
     return {
         "model": args.model_name_or_path,
         "architecture": {key: getattr(model.config, key) for key in architecture if hasattr(model.config, key)},
         "tokenizer": hashlib.sha256(backend).hexdigest()[:16],
         "data": str(train_tokens.split),
-        "texts": {  # where to find the data again; it may lie elsewhere tomorrow and be the same
-            "dataset": str(Path(args.dataset).expanduser().absolute()) if is_file else args.dataset,
-            "text_column": args.text_column,
-            "validation_fraction": args.validation_fraction,
-            "num_training_texts": len(train_tokens),
-        },
+        "num_training_texts": len(train_tokens),
+        "texts": describe_texts(args),
         "texts_per_step": args.texts_per_step,
         "arguments": {key: arguments[key] for key in LEARNING_ARGUMENTS},
     }
+
+
+def describe_texts(args) -> dict:
+    """The flags that say which texts are held out, for whoever measures the run later."""
+    file = Path(args.dataset).expanduser()
+    texts = {key: getattr(args, key) for key in ("text_column", "validation_fraction", "max_length")}
+    return {"dataset": str(file.resolve()) if file.is_file() else args.dataset, **texts}
 
 
 def read_run(folder: str | Path) -> dict | None:
@@ -154,6 +155,13 @@ def read_run(folder: str | Path) -> dict | None:
         return json.loads(Path(folder, RUN_FILE).read_text())
     except FileNotFoundError:
         return None
+
+
+def find_run(folder: str | Path) -> dict | None:
+    """What the run is that a folder belongs to, its own or one checkpoint's; None where it is no run's."""
+    folder = Path(folder).resolve()
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
+    return read_run(folder) or (read_run(folder.parent) if is_checkpoint else None)
 
 
 def read_texts_per_step(output_dir: str, resume_from_checkpoint: str | None) -> int | None:
@@ -186,9 +194,11 @@ def check_same_run(checkpoint: str, run: dict) -> None:
 
 
 def is_finished(output_dir: str, run: dict) -> bool:
-    """True where this very run, arguments and all, has already come to its end in this folder."""
+    """True where this very run, arguments and all, has already come to its end in this folder. (Its texts are told by
+    their hash, "data", wherever the file lies now.)"""
     before = read_run(output_dir) or {}
-    return before | {"texts": run["texts"]} == run and Path(output_dir, RESULTS_FILE).is_file()
+    is_same = before | {"texts": None} == run | {"texts": None}
+    return is_same and Path(output_dir, RESULTS_FILE).is_file()
 
 
 def save_results(output_dir: str, results: dict) -> None:
@@ -215,12 +225,12 @@ def _model_files(folder: Path) -> list[Path]:
     return [path for pattern in MODEL_FILES + TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()]
 
 
-def find_model(model_dir: str) -> Path:
+def find_model(model_dir: str, flag: str = "--model_dir") -> Path:
     """The folder to load a model from: `model_dir` itself or, where a run has not come to its end, its best
-    complete checkpoint."""
+    complete checkpoint. `flag` is how the user named it."""
     folder = Path(model_dir)
     if not folder.is_dir():
-        raise ValueError(f"--model_dir {model_dir}: no such folder; name a run's folder or one checkpoint of it")
+        raise ValueError(f"{flag} {model_dir}: no such folder; name a run's folder or one checkpoint of it")
     checkpoints = list_checkpoints(folder)
     is_unfinished = (folder / RUN_FILE).is_file() and not (folder / RESULTS_FILE).is_file()
     weights = WEIGHTS_FILES + PICKLED_WEIGHTS_FILES + (SHARDS_FILE,)
@@ -229,7 +239,7 @@ def find_model(model_dir: str) -> Path:
         return find_best(checkpoints)
     if holds_model:
         return folder
-    raise ValueError(f"--model_dir {model_dir}: holds no model and no complete checkpoint; train one first")
+    raise ValueError(f"{flag} {model_dir}: holds no model and no complete checkpoint; train one first")
 
 
 def has_weights(folder: Path) -> bool:

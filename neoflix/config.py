@@ -19,7 +19,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from neoflix.checkpoint import read_texts_per_step
+from neoflix.checkpoint import RUN_FILE, find_run, read_run, read_texts_per_step
 from neoflix.distributed import say
 from neoflix.ds_config import (
     ROOT,
@@ -70,6 +70,7 @@ class TrainArguments(TrainingArguments):
     early_stopping_patience: int = _option(2, "Stop after this many evaluations without a better loss; 0: never.")
     on_full_disk: str = _option("stop", "When a checkpoint cannot be written: 'stop', or 'go_on' without it.")
     cache_dir: str | None = _option(None, "Where token caches lie; default: beside Hugging Face's data set cache.")
+    eval_only: bool = _option(False, "Measure the model on the held-out texts and end; a run's own texts, if unsaid.")
     plan: bool = _option(False, "Say what the run will take and whether it fits, and end.")
     plan_must_fit: bool = _option(True, "Refuse a run that by its plan does not fit; false: warn, and try.")
     plan_device_memory: str | None = _option(None, "With --plan: plan for a GPU of this size, such as 24GiB.")
@@ -107,8 +108,13 @@ class TrainArguments(TrainingArguments):
     forecast = None  # the run's Plan, by parse_train_args; no field: it is no argument
 
     def __post_init__(self):
-        self.deepspeed = find_ds_config(self.deepspeed)
         self.tokens_per_device_batch = _count_or_auto(self.tokens_per_device_batch, "tokens_per_device_batch")
+        if self.eval_only:
+            self.deepspeed = None
+            self.check()
+            super().__post_init__()
+            return
+        self.deepspeed = find_ds_config(self.deepspeed)
         self.check()
         self.keep_texts_per_step()
         leave_out_shared_memory()
@@ -168,10 +174,29 @@ class TrainArguments(TrainingArguments):
             raise ValueError(f"--on_full_disk {self.on_full_disk}: should be stop or go_on")
         if self.learning_rate <= 0:
             raise ValueError(f"--learning_rate {self.learning_rate}: should be above 0")
+        if self.eval_only:
+            self.check_evaluation()
+            return
         if self.validation_fraction == 0:  # nothing to evaluate on
             self.eval_strategy, self.eval_on_start, self.metric_for_best_model = "no", False, None
         check_writable(self.output_dir)
         check_compiler(read_ds_config(self.deepspeed))
+
+    def check_evaluation(self) -> None:
+        """ValueError where there is nothing to evaluate on, or a run's folder would be written to."""
+        if self.validation_fraction == 0:
+            raise ValueError("--validation_fraction 0: no text is held out, and --eval_only has nothing to measure on")
+        if self.plan:
+            raise ValueError("--plan forecasts training; with --eval_only, leave it out")
+        if not self.output_dir:
+            return
+        check_writable(self.output_dir)
+        folder = Path(self.output_dir).absolute()
+        if run := next((path for path in (folder, *folder.parents) if read_run(path)), None):
+            raise ValueError(
+                f"--output_dir {self.output_dir}: {run} is a run's folder (it has a {RUN_FILE}), which --eval_only "
+                "leaves alone; name another one, or none"
+            )
 
 
 def _count_or_auto(value: int | str | None, flag: str) -> int | str | None:
@@ -246,10 +271,23 @@ def _as_flags(recipe: dict) -> list[str]:
     return words
 
 
+def _said(words: list[str]) -> set[str]:
+    """The flags among a command line's words: `--output-dir=x` as `__output_dir`."""
+    return {word.split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+
+
+def _evaluation_flags(model_name_or_path: str, words: list[str]) -> tuple[list[str], list[str]]:
+    """Flags of `--eval_only` (before, after) what the command line says: the texts that a run held out, by its own
+    record, and nothing written but where the command line itself asks for it."""
+    texts = (find_run(model_name_or_path) or {}).get("texts", {})
+    after = ["--eval_strategy", "no", "--save_strategy", "no", "--report_to", "none"]
+    return _as_flags(texts), after if "__output_dir" in _said(words) else [*after, "--output_dir", ""]
+
+
 def _hardware_flags(words: list[str]) -> list[str]:
     """bf16 where the device has it, fp16 where it has not, fp32 on the CPU, and beside a GPU a process that has the
     next batch ready, unless the user has said so."""
-    said = {word.split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    said = _said(words)
     if not torch.cuda.is_available():
         return [] if "__use_cpu" in said else ["--use_cpu", "true"]
     flags = [] if "__dataloader_num_workers" in said else ["--dataloader_num_workers", "1"]
@@ -271,12 +309,15 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     recipe, generation = {}, {}
     if path := parser.parse_known_args(words)[0].config:
         recipe, generation = read_recipe(path)
-    words = _as_flags(recipe) + words
+    asked, _ = parser.parse_known_args(_as_flags(recipe) + words)
+    before, after = _evaluation_flags(asked.model_name_or_path, words) if asked.eval_only else ([], [])
+    words = _as_flags(recipe) + before + words + after
     _, unknown = parser.parse_known_args(words)
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0], parser._option_string_actions)}")
     words += _hardware_flags(words)
-    forecast, choices = _plan(parser.parse_known_args(words)[0], must_fit)
+    asked = parser.parse_known_args(words)[0]
+    forecast, choices = (None, []) if asked.eval_only else _plan(asked, must_fit)
     (args,) = parser.parse_args_into_dataclasses(words + choices, look_for_args_file=False)
     args.generation, args.forecast = SAMPLING_DEFAULTS | generation, forecast
     return args
@@ -291,6 +332,19 @@ def _plan(args: argparse.Namespace, must_fit: bool) -> tuple[Plan | None, list[s
     is_auto = [flag for flag in flags if getattr(args, flag) == "auto"]
     forecast = plan_run(args, must_fit)
     return forecast, [word for flag in is_auto for word in (f"--{flag}", str(getattr(args, flag)))]
+
+
+def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of `python -m neoflix.export`."""
+    parser = _GenerateParser(prog="python -m neoflix.export", description="Rewrite a model for other engines.")
+    add = parser.add_argument
+    add("--to", choices=["gpt2"], required=True, help="the layout: GPT-2's, exact up to GPT-Neo's window of 256 tokens")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as they were saved)")
+    yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
+    add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")
+    add("run", metavar="RUN", help="a run's folder, or one checkpoint of it")
+    add("out", metavar="OUT", help="the folder to write; must not exist yet, or be empty")
+    return parser.parse_args(argv)
 
 
 def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:

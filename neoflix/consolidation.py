@@ -35,16 +35,20 @@ SAFETENSORS_DTYPES = {
 
 
 @contextmanager
-def whole_weights(folder: Path) -> Iterator[Path]:
+def whole_weights(folder: Path, in_place: bool = True) -> Iterator[Path]:
     """A folder with the whole weights of `folder`: itself, gathered where need be or, where it cannot be written to,
-    a temporary one that is deleted when the context ends. ValueError as `gather_weights`."""
-    if os.access(folder, os.W_OK) or not has_shards_alone(folder):
+    a temporary one that is deleted when the context ends. ValueError as `gather_weights`.
+
+    Args:
+        in_place: False leaves `folder` as it is, whether it can be written to or not.
+    """
+    if (in_place and os.access(folder, os.W_OK)) or not has_shards_alone(folder):
         gather_weights(folder)
         yield folder
         return
     _check_shards(folder)
     with tempfile.TemporaryDirectory(prefix="neoflix-") as temporary:
-        say(f"{folder} cannot be written to: gathering into {temporary}, for this time only")
+        say(f"{folder} is left as it is: gathering into {temporary}, for this time only")
         promote(str(folder), temporary)
         _gather(folder, Path(temporary))
         yield Path(temporary)
@@ -112,7 +116,7 @@ def _gather(checkpoint: Path, target: Path) -> dict:
     unfinished = target / f"{WEIGHTS}.part"
     try:
         with closing(HashedFile(unfinished)) as file, progress(total=total, unit="B", unit_scale=True) as bar:
-            file.write(_header(names, dtypes, weights, sizes))
+            file.write(safetensors_header(names, dtypes, weights, sizes))
             num_mapped = 0
             for name in names:
                 if (
@@ -131,8 +135,8 @@ def _gather(checkpoint: Path, target: Path) -> dict:
     return file.entry()
 
 
-def _header(names: list[str], dtypes: dict, weights: dict, sizes: dict) -> bytes:
-    """The beginning of a safetensors file: its length, and where which weight lies.
+def safetensors_header(names: list[str], dtypes: dict, weights: dict, sizes: dict) -> bytes:
+    """The beginning of a safetensors file: its length, and where which weight lies. Of the weights, shapes suffice.
 
     Source: https://huggingface.co/docs/safetensors, "Format".
     """

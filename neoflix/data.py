@@ -233,20 +233,21 @@ def tokenize_texts(
         Dataset with `input_ids` (list of int32) and `num_chars` (characters of the text that was kept), its
         number of tokens, and how many texts were cut.
     """
-    path = cache_dir / f"tokens-{_fingerprint(texts, tokenizer, max_length)}.arrow"
+    path = cache_dir / f"{name_tokens(texts, tokenizer, max_length)}.arrow"
     if not path.is_file():
         _write_tokens(texts, tokenizer, max_length, path)
     counts = json.loads(path.with_suffix(".json").read_text())
     return Dataset.from_file(str(path), split=path.stem), counts["num_tokens"], counts["num_cut"]
 
 
-def _fingerprint(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+def name_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """What these texts' tokens are called: a hash of all that they depend on. A run's record has it as "data"."""
     digest = hashlib.sha256(f"1 {max_length} {tokenizer.bos_token_id} {tokenizer.eos_token_id}".encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for text in texts:
         digest.update(text.encode())
         digest.update(b"\0")
-    return digest.hexdigest()[:24]
+    return f"tokens-{digest.hexdigest()[:24]}"
 
 
 def _write_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from neoflix.checkpoint import read_run
+from neoflix.checkpoint import find_run
 from neoflix.config import TrainArguments
 from neoflix.data import find_dataset, read_texts, split_texts
 from neoflix.distributed import progress, say
@@ -35,18 +35,13 @@ BATCH_SIZE = 8  # texts that the base model reads at once
 DRAWS_PER_TEXT = 20  # --novel gives up beyond: a model that mostly repeats its texts is not mended by drawing
 
 
-def find_run(model_dir: str) -> dict:
-    """What the run of a folder, or of a checkpoint in it, recorded of itself; {} where nothing did."""
-    folder = Path(model_dir).absolute()
-    return read_run(folder) or read_run(folder.parent) or {}
-
-
 def read_training_texts(args) -> list[str]:
     """The texts a run has learnt from, without those it held out; or those of `--dataset`.
 
     ValueError where no one says which they are, or where the file is no longer what it was.
     """
-    recorded = find_run(args.model_dir).get("texts", {})
+    run = find_run(args.model_dir) or {}
+    recorded = run.get("texts", {})
     dataset = args.dataset or recorded.get("dataset")
     if dataset is None:
         raise ValueError(
@@ -59,9 +54,9 @@ def read_training_texts(args) -> list[str]:
         fraction = recorded.get("validation_fraction", TrainArguments.validation_fraction)
     texts = split_texts(read_texts(find_dataset(dataset), column), fraction).train
     is_as_recorded = (args.dataset, args.text_column, args.validation_fraction) == (None, None, None)
-    if is_as_recorded and len(texts) != recorded["num_training_texts"]:
+    if is_as_recorded and len(texts) != run["num_training_texts"]:
         raise ValueError(
-            f"{dataset}: has changed since the run learnt from it ({recorded['num_training_texts']:,} training texts "
+            f"{dataset}: has changed since the run learnt from it ({run['num_training_texts']:,} training texts "
             f"then, {len(texts):,} now); name the file as it was with --dataset"
         )
     held_out = f" (without those held out, {fraction:.0%})" if fraction else ""
@@ -78,7 +73,7 @@ def find_base_model(args) -> tuple[str | None, str]:
         return None, "left out by --base_model none"
     if isinstance(args.judge, str) and args.base_model is None:
         return None, "no model was loaded; name one with --base_model"
-    name = args.base_model or find_run(args.model_dir).get("model")
+    name = args.base_model or (find_run(args.model_dir) or {}).get("model")
     if name is None:
         return None, f"nothing in {args.model_dir} says what the model was; name it with --base_model"
     if name == DEMO:

@@ -32,6 +32,7 @@ from transformers.utils import (
 from neoflix.attention import ATTENTION_NAME, register_attention
 from neoflix.checkpoint import has_shards_alone
 from neoflix.loss import causal_lm_loss
+from neoflix.tokenizer import load_tokenizer, train_tokenizer
 
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
 DEMO_VOCAB_SIZE = 4096
@@ -64,12 +65,13 @@ def build_model(config: GPTNeoConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_pretrained(model_name_or_path: str, dtype: torch.dtype, allow_pickle: bool = False) -> PreTrainedModel:
+def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pickle: bool = False) -> PreTrainedModel:
     """Loads a causal language model from a folder or the hub; GPT-Neo comes with our attention and loss.
 
     Weights come from safetensors, and no code of the model's own is run (docs/loading.md).
 
     Args:
+        dtype: of the weights in memory; "auto": as they were saved.
         allow_pickle: where there is no safetensors file, take weights from pytorch_model.bin. torch then reads it
             with `weights_only=True`.
 
@@ -166,6 +168,13 @@ def load_model(
         make_room_for_tokens(model, tokenizer)
     set_token_ids(model, tokenizer, sampling)
     return model
+
+
+def find_tokenizer(model_name_or_path: str, texts: list[str], cache_dir: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; the demo's is trained on `texts`, and kept in `cache_dir`."""
+    if model_name_or_path == DEMO:
+        return train_tokenizer(texts, DEMO_VOCAB_SIZE, cache_dir)
+    return load_tokenizer(model_name_or_path)
 
 
 def _padded(vocab_size: int) -> int:

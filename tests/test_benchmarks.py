@@ -28,6 +28,7 @@ def test_everything_for_a_gpu_runs_dry():
     [
         ("operators.py", ["--num_texts", "4", "--width", "64"], ("loss", "attention")),
         ("generate.py", ["--architecture", "demo", "--turns", "1", "--max_new_tokens", "2"], ("1", "20")),
+        ("export.py", ["--architecture", "demo", "--turns", "1", "--max_new_tokens", "2"], ("1 greedy", "20 sampled")),
     ],
 )
 def test_benchmarks_of_one_process(script, words, found, tmp_path, monkeypatch):
@@ -36,7 +37,7 @@ def test_benchmarks_of_one_process(script, words, found, tmp_path, monkeypatch):
     runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
     (line,) = lines(tmp_path / "figures.jsonl")
     for key in found:
-        figures = line.get("batch_sizes", line)[key]
+        figures = line.get("batch_sizes", line.get("batches", line))[key]
         assert any(name.startswith("ours") for name in figures), figures
     assert line["command"].startswith(f"python benchmarks/{script} {words[0]}")
 

@@ -16,7 +16,8 @@ from test_manifest import small_disk  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
 import generate
-from neoflix import consolidation
+import train
+from neoflix import consolidation, export
 from neoflix.checkpoint import RESULTS_FILE, RUN_FILE, find_model, has_shards_alone
 from neoflix.consolidation import gather_weights, whole_weights
 from neoflix.distributed import exit_code_of
@@ -147,6 +148,25 @@ def test_a_run_that_died_is_sampled_as_if_it_had_gathered(runs_of, request, tmp_
     assert sample(checkpoint, tmp_path / "again.jsonl") == texts
     assert (checkpoint / WEIGHTS).stat().st_mtime_ns == stamp
     assert AutoModelForCausalLM.from_pretrained(checkpoint).lm_head.weight.shape[0] == 512
+
+
+def test_a_checkpoint_of_shards_is_measured_and_left_as_it_is(runs, unfinished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in unfinished.rglob("*")}
+    figures = []
+    for checkpoint in (unfinished / "checkpoint-2", runs / "gathered" / "checkpoint-2"):
+        train.main(["--eval_only", "--model_name_or_path", str(checkpoint), "--bf16", "true", "--use_cpu", "true"])
+        lines = capsys.readouterr().out.splitlines()
+        figures.append(json.loads(next(line for line in lines if line.startswith('{"model"'))))
+    assert figures[0]["eval_loss"] == figures[1]["eval_loss"]
+    assert figures[0]["same_texts_as_run"] is True
+    assert {path: path.stat().st_mtime_ns for path in unfinished.rglob("*")} == before
+
+
+def test_shards_are_exported_as_if_they_had_been_gathered(runs, unfinished, tmp_path):
+    died(runs / "gathered", tmp_path / "gathered")
+    for run in (unfinished, tmp_path / "gathered"):
+        export.main(["--to", "gpt2", str(run), str(tmp_path / f"{run.name}-gpt2")])
+    assert_same_weights(tmp_path / "unfinished-gpt2", tmp_path / "gathered-gpt2")
 
 
 def test_an_older_model_on_top_is_not_what_a_new_run_is_sampled_from(runs, unfinished):

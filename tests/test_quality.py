@@ -432,7 +432,7 @@ def test_texts_that_no_one_names_or_that_have_changed(learnt, model_dir, tmp_pat
         generate.main(["--model_dir", str(model_dir), "--judge"])
     changed = shutil.copytree(learnt, tmp_path / "run")
     run = json.loads((changed / "run.json").read_text())
-    run["texts"]["num_training_texts"] += 1
+    run["num_training_texts"] += 1
     (changed / "run.json").write_text(json.dumps(run))
     with pytest.raises(ValueError, match="has changed since the run learnt from it"):
         generate.main(["--model_dir", str(changed), "--judge"])

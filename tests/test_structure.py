@@ -15,7 +15,8 @@ FLOORS = [
     {"consolidation", "plan", "universal"},
     {"config"},
     {"callbacks", "data", "model"},
-    {"generation", "judging", "trainer"},
+    {"export", "generation", "judging", "trainer"},
+    {"evaluation"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 

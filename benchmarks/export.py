@@ -1,0 +1,170 @@
+"""Sampling by this project and by CTranslate2 out of `python -m neoflix.export`: same weights, same CPU cores.
+
+    python benchmarks/export.py                        # GPT-Neo-125M's shape, random weights: speed does not care
+    python benchmarks/export.py --architecture small
+
+CTranslate2 (`pip install -r requirements-dev.txt`) runs the export in fp32 and in int8; this project runs the GPT-Neo
+that it was made from. The sides take turns, so that what else the machine does falls on all of them: where other work
+ran beside it, only the ratios count. A turn goes from the prompt, a beginning token, to decoded texts, greedy (top_k 1)
+or sampled (temperature 0.8 and top_p 0.95, as `python generate.py` does). No text ends before its last token, and every
+turn's tokens are counted. The last line is JSON; with --output it is also appended to a file.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, GPT2TokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ctranslate2  # noqa: E402
+from architectures import ARCHITECTURES, build_model  # noqa: E402
+from machine import write_line  # noqa: E402
+
+from neoflix.config import SAMPLING_DEFAULTS  # noqa: E402
+from neoflix.export import export_gpt2  # noqa: E402
+from neoflix.generation import Sampler  # noqa: E402
+from neoflix.model import set_token_ids  # noqa: E402
+
+WAYS = {"greedy": {"top_k": 1}, "sampled": {"temperature": 0.8, "top_k": 0, "top_p": 0.95}}
+END = 0  # `<|endoftext|>`
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        write_run(args.architecture, Path(folder, "run"))
+        export_gpt2(str(Path(folder, "run")), str(Path(folder, "gpt2")))
+        ctranslate2.converters.TransformersConverter(str(Path(folder, "gpt2"))).convert(
+            str(Path(folder, "ctranslate2"))
+        )
+        sides = build_sides(Path(folder), args)
+        batches = {}
+        print(f"{'texts at a time':<18}{'way':<10}{'side':<20}{'tokens/s':>10}{'ratio':>8}", flush=True)
+        for num_texts in args.batch_sizes:
+            for way, settings in WAYS.items():
+                seconds = take_turns(sides, num_texts, settings, args)
+                batches[f"{num_texts} {way}"] = figures = summarise(seconds, num_texts * args.max_new_tokens)
+                print_rows(num_texts, way, figures)
+    figures = {"architecture": args.architecture, "max_new_tokens": args.max_new_tokens, "threads": args.threads}
+    figures |= {"turns": args.turns, "ctranslate2": version("ctranslate2"), "batches": batches}
+    write_line(figures, args.output)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="125M")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 20], help="texts written at a time")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="each text's length")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU cores of each side")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--output", help="JSON lines file to append to")
+    return parser.parse_args()
+
+
+def write_run(architecture: str, folder: Path) -> None:
+    """A model as a run leaves it, with a tokenizer of as many tokens as the model has rows."""
+    torch.manual_seed(0)
+    model = build_model(architecture, torch.float32, "cpu", "ours")
+    # The end token's logit becomes -10 (10 + a number about 1), far below all others: no side ever draws it.
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = 10.0
+        model.transformer.wte.weight[END] = 0.0
+        model.transformer.wte.weight[END, 0] = -10.0
+    rows = model.config.vocab_size
+    with tempfile.TemporaryDirectory() as vocabulary:
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator(["a"], 260, show_progress=False, special_tokens=["<|endoftext|>"])
+        bpe.save_model(vocabulary)
+        tokenizer = GPT2TokenizerFast.from_pretrained(vocabulary)
+    assert tokenizer.eos_token_id == END
+    tokenizer.add_tokens([f"word{i}" for i in range(rows - len(tokenizer) - 2)])
+    tokenizer.add_special_tokens({"bos_token": "<|startoftext|>", "pad_token": "<|pad|>"})
+    set_token_ids(model, tokenizer, SAMPLING_DEFAULTS)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_sides(folder: Path, args: argparse.Namespace) -> dict[str, Callable]:
+    """Functions that write so many texts at once, in a way, and return how many tokens they wrote."""
+    sampler = Sampler.load(folder / "run", device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "gpt2")
+    sides = {"ours": lambda *asked: sample_with_ours(sampler, args.max_new_tokens, *asked)}
+    for compute_type in ("float32", "int8"):
+        engine = ctranslate2.Generator(
+            str(folder / "ctranslate2"), "cpu", compute_type=compute_type, inter_threads=1, intra_threads=args.threads
+        )
+        sides[f"ctranslate2 {compute_type}"] = lambda *asked, engine=engine: sample_with_ctranslate2(
+            engine, tokenizer, args.max_new_tokens, *asked
+        )
+    return sides
+
+
+def sample_with_ours(sampler: Sampler, num_tokens: int, num_texts: int, settings: dict) -> int:
+    """As `python generate.py` does."""
+    settings = settings | {"max_new_tokens": num_tokens}
+    samples = sampler.sample([""], num_samples=num_texts, seed=42, batch_size=num_texts, **settings)
+    return sum(sample.num_tokens for sample in samples)
+
+
+def sample_with_ctranslate2(engine, tokenizer, num_tokens: int, num_texts: int, settings: dict) -> int:
+    """As docs/export.md shows, to the text."""
+    results = engine.generate_batch(
+        [[tokenizer.bos_token]] * num_texts,
+        max_length=num_tokens,
+        sampling_topk=settings["top_k"],
+        sampling_topp=settings.get("top_p", 1.0),
+        sampling_temperature=settings.get("temperature", 1.0),
+        suppress_sequences=[[tokenizer.bos_token], [tokenizer.pad_token]],
+        include_prompt_in_result=False,
+    )
+    ids = [result.sequences_ids[0] for result in results]
+    tokenizer.batch_decode(ids)
+    return sum(map(len, ids))
+
+
+def take_turns(sides: dict[str, Callable], num_texts: int, settings: dict, args: argparse.Namespace) -> dict:
+    """{side: seconds of each turn}, after a first one that is not counted."""
+    seconds = {name: [] for name in sides}
+    for _ in range(args.turns + 1):
+        for name, sample in sides.items():
+            began = time.perf_counter()
+            written = sample(num_texts, settings)
+            seconds[name].append(time.perf_counter() - began)
+            if written != num_texts * args.max_new_tokens:
+                sys.exit(f"error: {name} wrote {written:,} tokens, not {num_texts} times {args.max_new_tokens}")
+    return {name: timed[1:] for name, timed in seconds.items()}
+
+
+def summarise(seconds: dict[str, list[float]], num_tokens: int) -> dict:
+    """Medians over the turns. `ratio`: how many times as fast as ours, turn by turn."""
+    figures = {}
+    for name, timed in seconds.items():
+        ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], timed, strict=True)]
+        figures[name] = {
+            "tokens_per_second": num_tokens / statistics.median(timed),
+            "ratio": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+        }
+    return figures
+
+
+def print_rows(num_texts: int, way: str, figures: dict) -> None:
+    for name, side in figures.items():
+        row = f"{num_texts:<18}{way:<10}{name:<20}{side['tokens_per_second']:>10,.1f}{side['ratio']:>8.2f}"
+        print(row + f"  ({side['ratio_min']:.2f}-{side['ratio_max']:.2f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""`python -m neoflix.export --to gpt2 RUN OUT`: GPT-Neo in GPT-2's layout, for engines that do not know GPT-Neo.
+
+Both are the same network but for three things. GPT-Neo does not divide attention scores by sqrt(head width): its
+queries are multiplied by that here, which GPT-2's division takes back. GPT-2 has biases for queries, keys and values:
+zeros. And every second layer of GPT-Neo looks no further back than its window of 256 tokens. GPT-2 has no such layer;
+up to 256 tokens there is no difference, so that the export has so many positions and no more.
+
+Sources: transformers' modeling_gpt_neo.py and modeling_gpt2.py.
+"""
+
+import json
+import math
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPTNeoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from neoflix.checkpoint import find_model
+from neoflix.config import parse_export_args
+from neoflix.consolidation import WEIGHTS, safetensors_header, whole_weights
+from neoflix.distributed import progress, run_and_exit, say
+from neoflix.manifest import HashedFile, free_bytes, sync_folder
+from neoflix.model import load_pretrained
+
+README = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# GPT-Neo in GPT-2's layout
+
+{name}, rewritten by neoflix for engines that know GPT-2. The texts are GPT-Neo's as long as prompt and text together
+have at most **{positions} tokens**. {limit}
+
+Begin each text with `{bos}`; it is over at `{eos}`. Never to be sampled: {never}
+(`generation_config.json` says so to transformers; other engines have to be told).
+
+Weights: {dtype}. {rounding}
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_export_args(argv)
+    export_gpt2(args.run, args.out, args.dtype, args.allow_pickle)
+
+
+def export_gpt2(run: str, out: str, dtype: str | None = None, allow_pickle: bool = False) -> None:
+    """Writes a model's folder in GPT-2's layout: config, weights (safetensors), tokenizer, generation settings, README.
+
+    `out` appears whole or not at all. Memory: the model's weights as they were saved, and one tensor more.
+
+    Args:
+        run: a run's folder (its best model), or one checkpoint of it.
+        out: a folder that does not exist yet, or is empty.
+        dtype: "float32", "float16" or "bfloat16"; None: what the weights were saved in.
+        allow_pickle: see `load_pretrained`.
+
+    Raises:
+        ValueError: where there is no model or none of GPT-Neo's, where `out` holds something or cannot be written, and
+            where a weight is too large for `dtype`.
+    """
+    folder, target = find_model(run, "RUN"), Path(out)
+    check_target(target)
+    with whole_weights(folder) as source:
+        check_architecture(source)
+        model = load_pretrained(str(source), "auto", allow_pickle).eval()
+        tokenizer = load_tokenizer(source, model)
+    config = gpt2_config(model.config, len(tokenizer), getattr(torch, dtype) if dtype else model.dtype)
+
+    unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
+    try:
+        unfinished.mkdir(parents=True)
+        write_weights(model, config, unfinished)
+        save_settings(model, tokenizer, config, unfinished, folder.absolute().name)
+        sync_folder(unfinished)
+        unfinished.rename(target)
+        sync_folder(target.absolute().parent)
+    except OSError as error:
+        raise ValueError(f"OUT {target}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    say(f"{folder} -> {target}: GPT-2's layout, {_name(config.dtype)}, texts of up to {config.n_positions:,} tokens")
+    for sentence in filter(None, (limit_of(model.config), rounding_of(model.config, config.dtype))):
+        say(sentence)
+
+
+def check_target(target: Path) -> None:
+    """ValueError unless a folder of this name can be made without touching anything that is there."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"OUT {target}: is a file; name a folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"OUT {target}: exists already and is not empty; choose another name or delete it")
+
+
+def check_architecture(folder: Path) -> None:
+    """ValueError unless a folder's model is a GPT-Neo."""
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if found != "gpt_neo":
+        raise ValueError(f"RUN {folder}: its model is a {found}, not a GPT-Neo; only GPT-Neo is rewritten as GPT-2")
+
+
+def load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. ValueError where there is none, or one with more tokens than the model."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"RUN {folder}: holds a model but no tokenizer") from error
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) < 2:  # what transformers makes of no files at all
+        raise ValueError(f"RUN {folder}: holds a model but no tokenizer")
+    if len(tokenizer) > rows:
+        raise ValueError(f"RUN {folder}: its tokenizer has {len(tokenizer):,} tokens, its model {rows:,}")
+    return tokenizer
+
+
+def context_limit(config: GPTNeoConfig) -> int:
+    """Most tokens, prompt and text together, for which GPT-2's attention is this GPT-Neo's."""
+    if "local" in config.attention_layers:
+        return min(config.window_size, config.max_position_embeddings)
+    return config.max_position_embeddings
+
+
+def gpt2_config(config: GPTNeoConfig, vocab_size: int, dtype: torch.dtype) -> GPT2Config:
+    """GPT-2's config of a GPT-Neo, for texts up to `context_limit` tokens.
+
+    Args:
+        vocab_size: the tokenizer's: rows beyond it belong to no token, and engines want none.
+    """
+    limit = context_limit(config)
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=limit,
+        n_ctx=limit,  # llama.cpp's converter asks for it by this name
+        n_embd=config.hidden_size,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        n_inner=config.intermediate_size,
+        activation_function=config.activation_function,
+        resid_pdrop=config.resid_dropout,
+        embd_pdrop=config.embed_dropout,
+        attn_pdrop=config.attention_dropout,
+        layer_norm_epsilon=config.layer_norm_epsilon,
+        initializer_range=config.initializer_range,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        tie_word_embeddings=config.tie_word_embeddings,
+        architectures=["GPT2LMHeadModel"],
+        dtype=dtype,
+        exported_from={
+            "model_type": config.model_type,
+            "max_position_embeddings": config.max_position_embeddings,
+            "exact_up_to_tokens": limit,
+        },
+    )
+
+
+def rewrite(weights: dict[str, torch.Tensor], config: GPTNeoConfig, gpt2: GPT2Config) -> Iterator:
+    """(name, tensor) of a GPT-2's weights, one after the other, out of a GPT-Neo's.
+
+    GPT-2 multiplies by its weights from the right (transformers' Conv1D): they are transposed, and queries, keys and
+    values are one matrix [width, 3 width].
+    """
+    yield "transformer.wte.weight", weights["transformer.wte.weight"][: gpt2.vocab_size]
+    yield "transformer.wpe.weight", weights["transformer.wpe.weight"][: gpt2.n_positions]
+    for number in range(config.num_layers):
+        layer = f"transformer.h.{number}."
+        query, key, value = (weights[f"{layer}attn.attention.{name}_proj.weight"].float() for name in "qkv")
+        query = query * math.sqrt(config.hidden_size // config.num_heads)
+        yield f"{layer}attn.c_attn.weight", torch.cat([query, key, value]).t()
+        yield f"{layer}attn.c_attn.bias", query.new_zeros(3 * config.hidden_size)
+        yield f"{layer}attn.c_proj.weight", weights[f"{layer}attn.attention.out_proj.weight"].t()
+        yield f"{layer}attn.c_proj.bias", weights[f"{layer}attn.attention.out_proj.bias"]
+        for name in ("c_fc", "c_proj"):
+            yield f"{layer}mlp.{name}.weight", weights[f"{layer}mlp.{name}.weight"].t()
+            yield f"{layer}mlp.{name}.bias", weights[f"{layer}mlp.{name}.bias"]
+        for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
+            yield layer + name, weights[layer + name]
+    for name in ("transformer.ln_f.weight", "transformer.ln_f.bias"):
+        yield name, weights[name]
+    if not gpt2.tie_word_embeddings:
+        yield "lm_head.weight", weights["lm_head.weight"][: gpt2.vocab_size]
+
+
+def write_weights(model: PreTrainedModel, config: GPT2Config, folder: Path) -> None:
+    """Streams the rewritten weights into `folder`'s model.safetensors. OSError where the disk is full, ValueError where
+    a weight is too large for the dtype."""
+    weights = model.state_dict()
+    shapes = dict(rewrite({name: weight.to("meta") for name, weight in weights.items()}, model.config, config))
+    dtypes = dict.fromkeys(shapes, config.dtype)
+    sizes = {name: weight.numel() * config.dtype.itemsize for name, weight in shapes.items()}
+    total, free = sum(sizes.values()), free_bytes(folder)
+    if free < total:
+        raise ValueError(f"OUT: the weights take {total / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free")
+    with closing(HashedFile(folder / WEIGHTS)) as file, progress(total=total, unit="B", unit_scale=True) as bar:
+        file.write(safetensors_header(list(shapes), dtypes, shapes, sizes))
+        for name, weight in rewrite(weights, model.config, config):
+            cast = weight.to(config.dtype)
+            if not cast.isfinite().all():
+                raise ValueError(
+                    f"{name} holds numbers that {_name(config.dtype)} cannot; take --dtype bfloat16 or float32"
+                )
+            file.write(cast.contiguous().flatten().view(torch.uint8).numpy())
+            bar.update(sizes[name])
+
+
+def save_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GPT2Config, folder: Path, name: str
+) -> None:
+    """Tokenizer, generation settings, README and, last of all, the config, without which the folder is no model."""
+    tokenizer.model_max_length = config.n_positions
+    tokenizer.save_pretrained(folder)
+    generation = model.generation_config
+    never = [token for token in generation.suppress_tokens or [] if token < config.vocab_size]
+    generation.suppress_tokens = never or None
+    if generation.max_new_tokens:
+        generation.max_new_tokens = min(generation.max_new_tokens, config.n_positions - 1)
+    generation.save_pretrained(folder)
+    text = README.format(
+        name=name,
+        positions=config.n_positions,
+        limit=limit_of(model.config),
+        bos=tokenizer.bos_token,
+        eos=tokenizer.eos_token,
+        never=", ".join(f"`{token}`" for token in tokenizer.convert_ids_to_tokens(never)) or "nothing",
+        dtype=_name(config.dtype),
+        rounding=rounding_of(model.config, config.dtype),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    config.save_pretrained(folder)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def limit_of(config: GPTNeoConfig) -> str:
+    """What was cut off, in a sentence; empty where nothing was."""
+    limit = context_limit(config)
+    if limit == config.max_position_embeddings:
+        return ""
+    return (
+        f"Longer texts would come out wrong: GPT-Neo's local layers look {config.window_size} tokens back, GPT-2's to "
+        f"the beginning. The other {config.max_position_embeddings - limit:,} positions are left out, so that no "
+        "engine gets there."
+    )
+
+
+def rounding_of(config: GPTNeoConfig, dtype: torch.dtype) -> str:
+    """What scaling the queries cost, in a sentence; empty where it was exact (a power of two) or in float32."""
+    scale = math.sqrt(config.hidden_size // config.num_heads)
+    if dtype == torch.float32 or math.log2(scale).is_integer():
+        return ""
+    return (
+        f"The queries' weights, scaled by {scale:.4g}, were rounded once more to fit {_name(dtype)}; "
+        "--dtype float32 keeps them."
+    )
+
+
+if __name__ == "__main__":
+    run_and_exit(main)
