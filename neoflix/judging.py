@@ -150,7 +150,7 @@ class Judge:
         try:
             return BaseModel.load(self.base_name, self.allow_pickle)
         except ValueError as error:
-            self.no_base = str(error)
+            self.no_base = str(error).replace("--model_name_or_path", "--base_model", 1)
             return None
 
     def _perplexity_of_texts(self, num: int) -> float | None:

@@ -64,7 +64,8 @@ class _WordArrays:
 
 
 class TrainingTexts:
-    """What a model has learnt from, indexed once: 1,000,000 texts of 24 words take about 2 GiB (docs/sampling.md).
+    """What a model has learnt from, indexed once. 1,000,000 texts of 24 words take 33 CPU seconds and, with 100,000
+    samples judged by them, 5.8 GiB at the peak (docs/sampling.md).
 
     Raises:
         ValueError: where there is no text.
@@ -367,6 +368,7 @@ def draw_sweep(judgements: dict[str, Judgement], path: Path) -> None:
     has_perplexity = all(judgement.samples.perplexity for judgement in judgements.values())
     figure = Figure(figsize=(8, 6), layout="constrained")
     axis = figure.subplots()
+    axis.margins(x=0.25)  # room for names
     for name, judgement in judgements.items():
         fluency = judgement.samples.perplexity if has_perplexity else 1 - judgement.unknown_words
         point = (judgement.novel_trigrams, fluency)

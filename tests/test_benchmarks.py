@@ -42,6 +42,17 @@ def test_benchmarks_of_one_process(script, words, found, tmp_path, monkeypatch):
     assert line["command"].startswith(f"python benchmarks/{script} {words[0]}")
 
 
+def test_judging_finds_what_was_planted(tmp_path, monkeypatch):
+    words = ["--samples", "200", "--texts", "300", "--output", str(tmp_path / "judge.jsonl")]
+    monkeypatch.setattr("sys.argv", ["judge.py", *words])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    runpy.run_path(str(ROOT / "benchmarks" / "judge.py"), run_name="__main__")
+    (line,) = lines(tmp_path / "judge.jsonl")
+    assert line["found"]["copies"] >= 0.05
+    assert line["found"]["near_twins"] >= 0.1
+    assert line["cpu_seconds"] == pytest.approx(line["cpu_seconds_index"] + line["cpu_seconds_judge"])
+
+
 def test_cost_of_a_manifest(tmp_path):
     run_program(
         PYTHON, "benchmarks/checkpoint.py", "--gib", "0.01", "--turns", "1", "--output", tmp_path / "line.jsonl"
