@@ -234,7 +234,8 @@ class Decoder:
         self.ids_B, self.places_B, self.begins_B, self.keys_B = room(), room(), room(), room()
         self.drawn_B = room()  # -1: not known without more candidates
         self.has_BV = room(self._num_rows, dtype=torch.bool) if repetition_penalty != 1 else None
-        self.cache = SlotCache(self.places_B, num_places)
+        self.last_place = num_places - 1
+        self.cache = SlotCache(self.places_B, -(-num_places // PLACES) * PLACES)
         self.is_cuda = self.device.type == "cuda"  # steps are graphs, and tokens are read later
         self.asks = not self.is_cuda  # whether a draw needs more candidates; else `_read` hears of it
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -301,7 +302,7 @@ class Decoder:
     def _step(self) -> None:
         """One token for every slot."""
         live = [place for place, text in zip(self.reached, self.slots, strict=True) if text and not text.finish_reason]
-        length = min(-(-(max(live, default=0) + 1) // PLACES) * PLACES, self.cache.num_places)
+        length = -(-(max(live, default=0) + 1) // PLACES) * PLACES
         if self.is_cuda:
             if length not in self.graphs:
                 self.graphs[length] = self._capture(length)
@@ -338,7 +339,7 @@ class Decoder:
             self.has_BV[self.cache.slots_B, tokens_B] = True
         self.drawn_B.copy_(torch.where(is_short_B, -1, tokens_B))
         self.ids_B.copy_(tokens_B)
-        self.places_B.add_(1).clamp_(max=self.cache.num_places - 1)  # an empty slot goes on, unseen
+        self.places_B.add_(1).clamp_(max=self.last_place)  # an empty slot goes on, unseen
 
     def _capture(self, length: int) -> torch.cuda.CUDAGraph:
         """The step as a CUDA graph. It is run once before, as torch asks; what that changed is put back."""
