@@ -231,7 +231,7 @@ class _Parser(_OneSentence, HfArgumentParser):
     pass
 
 
-class _GenerateParser(_OneSentence, argparse.ArgumentParser):
+class _PlainParser(_OneSentence, argparse.ArgumentParser):
     pass
 
 
@@ -336,7 +336,7 @@ def _plan(args: argparse.Namespace, must_fit: bool) -> tuple[Plan | None, list[s
 
 def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line of `python -m neoflix.export`."""
-    parser = _GenerateParser(prog="python -m neoflix.export", description="Rewrite a model for other engines.")
+    parser = _PlainParser(prog="python -m neoflix.export", description="Rewrite a model for other engines.")
     add = parser.add_argument
     add("--to", choices=["gpt2"], required=True, help="the layout: GPT-2's, exact up to GPT-Neo's window of 256 tokens")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as they were saved)")
@@ -349,7 +349,7 @@ def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     """`generate.py`'s command line. Sampling flags left unsaid are None: the model's own settings hold."""
-    parser = _GenerateParser(prog="generate.py", description="Sample new texts from a fine-tuned model.")
+    parser = _PlainParser(prog="generate.py", description="Sample new texts from a fine-tuned model.")
     add = parser.add_argument
     add("--model_dir", "--output_dir", help="a run's folder, or one checkpoint of it (default: results)")
     yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
