@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPTNeoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPTNeoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from neoflix.checkpoint import find_model
 from neoflix.config import parse_export_args
@@ -25,6 +25,7 @@ from neoflix.consolidation import WEIGHTS, safetensors_header, whole_weights
 from neoflix.distributed import progress, run_and_exit, say
 from neoflix.manifest import HashedFile, free_bytes, sync_folder
 from neoflix.model import load_pretrained
+from neoflix.tokenizer import read_tokenizer
 
 README = """---
 library_name: transformers
@@ -68,7 +69,8 @@ def export_gpt2(run: str, out: str, dtype: str | None = None, allow_pickle: bool
     with whole_weights(folder) as source:
         check_architecture(source)
         model = load_pretrained(str(source), "auto", allow_pickle).eval()
-        tokenizer = load_tokenizer(source, model)
+        tokenizer = read_tokenizer(source, f"RUN {folder}")
+    check_tokenizer(tokenizer, model, folder)
     config = gpt2_config(model.config, len(tokenizer), getattr(torch, dtype) if dtype else model.dtype)
 
     unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
@@ -103,18 +105,11 @@ def check_architecture(folder: Path) -> None:
         raise ValueError(f"RUN {folder}: its model is a {found}, not a GPT-Neo; only GPT-Neo is rewritten as GPT-2")
 
 
-def load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. ValueError where there is none, or one with more tokens than the model."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"RUN {folder}: holds a model but no tokenizer") from error
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> None:
+    """ValueError for a tokenizer with more tokens than the model."""
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) < 2:  # what transformers makes of no files at all
-        raise ValueError(f"RUN {folder}: holds a model but no tokenizer")
     if len(tokenizer) > rows:
         raise ValueError(f"RUN {folder}: its tokenizer has {len(tokenizer):,} tokens, its model {rows:,}")
-    return tokenizer
 
 
 def context_limit(config: GPTNeoConfig) -> int:

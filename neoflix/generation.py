@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from neoflix.config import SAMPLING_DEFAULTS
 from neoflix.consolidation import whole_weights
 from neoflix.decoding import Decoder, Draw, Text, quicken
-from neoflix.model import get_window, load_pretrained
+from neoflix.model import get_window, load_for_reading
+from neoflix.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ class Sampler:
         self.tokenizer = tokenizer
         self.saved = model.generation_config
         model.generation_config = GenerationConfig()  # else `generate` mixes the saved settings into ours
-        if tokenizer.pad_token_id is None:  # a pretrained model as it came
-            tokenizer.pad_token_id = tokenizer.eos_token_id
-        control = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+        control = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id, None}
         rows = model.get_output_embeddings().weight.shape[0]
         self.never_sampled = sorted(control | set(range(len(tokenizer), rows)))
 
@@ -56,16 +55,9 @@ class Sampler:
         Args:
             allow_pickle: take weights from pytorch_model.bin where there is no safetensors file (docs/loading.md).
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.float32
-        if device.startswith("cuda"):
-            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         with whole_weights(Path(folder)) as source:
-            model = load_pretrained(str(source), dtype, allow_pickle).to(device)
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"--model_dir {folder}: holds a model but no tokenizer") from error
+            model = load_for_reading(str(source), device, allow_pickle)
+            tokenizer = read_tokenizer(source, f"--model_dir {folder}")
         return cls(model, tokenizer)
 
     def settings(self, **overrides) -> dict:

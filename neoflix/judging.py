@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neoflix.checkpoint import find_run
 from neoflix.config import TrainArguments
@@ -18,7 +18,7 @@ from neoflix.data import find_dataset, read_texts, split_texts
 from neoflix.distributed import progress, say
 from neoflix.loss import IGNORED
 from neoflix.manifest import write_json
-from neoflix.model import DEMO, get_window, load_pretrained
+from neoflix.model import DEMO, get_window, load_for_reading
 from neoflix.quality import (
     Judgement,
     TrainingTexts,
@@ -29,6 +29,7 @@ from neoflix.quality import (
     sweep_header,
     sweep_line,
 )
+from neoflix.tokenizer import read_tokenizer
 
 PERPLEXITY_TEXTS = 1000  # a large model reads no more of them: at 1,000 texts chance moves the figure by a few per cent
 BATCH_SIZE = 8  # texts that the base model reads at once
@@ -94,15 +95,8 @@ class BaseModel:
     @classmethod
     def load(cls, name: str, allow_pickle: bool = False) -> "BaseModel":
         """Loads it, on CUDA in bf16 (fp16 before Ampere), else on the CPU in fp32. ValueError where it is not there."""
-        device, dtype = "cpu", torch.float32
-        if torch.cuda.is_available():
-            device = "cuda"
-            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        model = load_pretrained(name, dtype, allow_pickle).to(device)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"--base_model {name}: holds a model but no tokenizer") from error
+        model = load_for_reading(name, None, allow_pickle)
+        tokenizer = read_tokenizer(name, f"--base_model {name}")
         if tokenizer.eos_token_id is None:
             raise ValueError(f"--base_model {name}: its tokenizer has no end token to put before a text")
         return cls(model, tokenizer)

@@ -111,6 +111,26 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
     return model
 
 
+def load_for_reading(model_name_or_path: str, device: str | None = None, allow_pickle: bool = False) -> PreTrainedModel:
+    """Loads a model that is not to be trained: on CUDA in bf16 (fp16 before Ampere), else on the CPU in fp32.
+
+    ValueError as `load_pretrained`, and where the GPU has no room for the weights.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32
+    if device.startswith("cuda"):
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    model = load_pretrained(model_name_or_path, dtype, allow_pickle)
+    try:
+        return model.eval().to(device)
+    except torch.OutOfMemoryError as error:
+        need, free = model.get_memory_footprint() / 2**30, torch.cuda.mem_get_info()[0] / 2**30
+        raise ValueError(
+            f"{model_name_or_path}: its weights take {need:.1f} GiB, and {free:.1f} of the GPU are free; end what else "
+            "runs there, or set CUDA_VISIBLE_DEVICES= to sample on the CPU"
+        ) from error
+
+
 def find_pickle(model_name_or_path: str, config: PreTrainedConfig) -> str | None:
     """The pickled file that transformers would read weights from; None where it finds safetensors, or nothing.
 

@@ -29,6 +29,21 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def read_tokenizer(folder: str | Path, named: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a model, as it is.
+
+    ValueError, which begins with how the user `named` it, where none does: of no files at all transformers makes an
+    empty one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{named}: holds a model but no tokenizer") from error
+    if len(tokenizer) < 2:
+        raise ValueError(f"{named}: holds a model but no tokenizer")
+    return tokenizer
+
+
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Adds what is missing of bos, eos and pad, in place; what a tokenizer already tells apart stays."""
     missing = {}

@@ -278,3 +278,11 @@ def test_reader_that_has_seen_enough(long_job):
     assert program.wait(120) == 128 + signal.SIGPIPE
     assert "Error" not in complaints
     program.stderr.close()
+
+
+def test_model_without_a_tokenizer(run_dir, tmp_path):
+    """transformers would build an empty one, and every text would be empty."""
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((run_dir / name).read_bytes())
+    with pytest.raises(ValueError, match=rf"--model_dir {tmp_path}: holds a model but no tokenizer"):
+        generate.main(["--model_dir", str(tmp_path)])
