@@ -10,12 +10,13 @@ from transformers import TextStreamer
 from neoflix import judging
 from neoflix.checkpoint import find_model
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args
-from neoflix.distributed import run_and_exit
+from neoflix.distributed import keep_freed_memory, run_and_exit
 from neoflix.generation import Sampler
 from neoflix.samples import describe_job, find_done, save_samples
 
 
 def main(argv: list[str] | None = None) -> None:
+    keep_freed_memory()
     args = parse_generate_args(argv)
     if isinstance(args.judge, str):
         return judging.judge_file(args)

@@ -2,6 +2,7 @@
 
     python benchmarks/generate.py                        # a small GPT-Neo with the real vocabulary's size
     python benchmarks/generate.py --architecture 2.7B    # random weights: speed does not care
+    python benchmarks/generate.py --mixed_texts 1000     # besides: slots refilled against batches that wait
 
 The two take turns (transformers, ours, transformers, ours, ...), so that what else the machine does falls on both.
 A turn goes from the prompt, a beginning token, to decoded texts, with the sampling settings of `python generate.py`.
@@ -14,10 +15,12 @@ CPU's may hold the small one) can lift it above 100%.
 """
 
 import argparse
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +35,8 @@ from architectures import ARCHITECTURES, build_model  # noqa: E402
 from machine import cap_device_memory, copy_bytes_per_second, write_line  # noqa: E402
 
 from neoflix.config import SAMPLING_DEFAULTS  # noqa: E402
+from neoflix.decoding import Text  # noqa: E402
+from neoflix.distributed import keep_freed_memory  # noqa: E402
 from neoflix.generation import Sampler  # noqa: E402
 
 # As spread as a trained model's: at temperature 0.8 about 500 of 50,304 tokens hold top_p's 95%. Random weights as they
@@ -44,12 +49,14 @@ def main() -> None:
     args = parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cap_device_memory(args.device_memory_gib)
+    keep_freed_memory()  # as generate.py does; it is good for both sides
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     bandwidth = copy_bytes_per_second(device)
     torch.manual_seed(0)
     model = build_model(args.architecture, dtype, device, "ours")
     model.transformer.ln_f.weight.data.fill_(LOGITS_DEVIATION / (0.02 * model.config.hidden_size**0.5))
-    sides = build_sides(model, args)
+    sampler = Sampler(model, build_tokenizer(model.config.vocab_size))
+    sides = build_sides(sampler, args)
 
     batches = {}
     print_header()
@@ -58,6 +65,7 @@ def main() -> None:
         limit = step_bytes(model, batch_size, args.max_new_tokens) / bandwidth
         batches[batch_size] = summarise(seconds, batch_size, args.max_new_tokens, limit)
         print_rows(batch_size, batches[batch_size])
+    mixed = compare_refilling(sampler, args) if args.mixed_texts else {}
     figures = {
         "architecture": args.architecture,
         "parameters": model.num_parameters(),
@@ -67,6 +75,7 @@ def main() -> None:
         "turns": args.turns,
         "copy_gb_per_second": bandwidth / 1e9,
         "batch_sizes": batches,
+        **mixed,
     }
     print()
     write_line(figures, args.output)
@@ -78,21 +87,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 20], help="texts written at a time")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="each text's length")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--mixed_texts", type=int, default=0, help="how many texts of 8 to 96 tokens; 0: none")
     parser.add_argument("--device_memory_gib", type=float, help="a share of the GPU's memory")
     parser.add_argument("--output", help="JSON lines file to append to")
     return parser.parse_args()
 
 
-def build_sides(model: GPTNeoForCausalLM, args: argparse.Namespace) -> dict[str, Callable]:
+def build_sides(sampler: Sampler, args: argparse.Namespace) -> dict[str, Callable]:
     """Functions that write so many texts at once and return how many tokens they wrote."""
+    model = sampler.model
     eager = build_model(args.architecture, model.dtype, model.device, "eager").eval()
     eager.load_state_dict(model.state_dict(), assign=True)  # the very same weights, in memory once
-    tokenizer = build_tokenizer(model.config.vocab_size)
-    sampler = Sampler(model, tokenizer)
     settings = SAMPLING_DEFAULTS | {"max_new_tokens": args.max_new_tokens}
     return {
-        "transformers": lambda num_texts: sample_with_transformers(eager, tokenizer, num_texts, settings),
-        "ours": lambda num_texts: sample_with_ours(sampler, num_texts, settings),
+        "transformers": partial(sample_with_transformers, eager, sampler.tokenizer, settings),
+        "ours": partial(sample_with_ours, sampler, settings),
     }
 
 
@@ -107,7 +116,7 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def sample_with_transformers(
-    model: GPTNeoForCausalLM, tokenizer: PreTrainedTokenizerBase, num_texts: int, settings: dict
+    model: GPTNeoForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: dict, num_texts: int
 ) -> int:
     """As whoever has the model and transformers would: eager attention, a cache that grows."""
     prompt = torch.tensor([[tokenizer.bos_token_id]], device=model.device)
@@ -126,7 +135,7 @@ def sample_with_transformers(
     return output[:, 1:].numel()
 
 
-def sample_with_ours(sampler: Sampler, num_texts: int, settings: dict) -> int:
+def sample_with_ours(sampler: Sampler, settings: dict, num_texts: int) -> int:
     """As `python generate.py` does."""
     samples = sampler.sample(num_samples=num_texts, batch_size=num_texts, **settings)
     return sum(sample.num_tokens for sample in samples)
@@ -143,6 +152,33 @@ def take_turns(sides: dict[str, Callable], batch_size: int, num_tokens: int, tur
             if written != batch_size * num_tokens:
                 sys.exit(f"error: {name} wrote {written:,} tokens, not {batch_size} times {num_tokens}")
     return {name: timed[1:] for name, timed in seconds.items()}
+
+
+def compare_refilling(sampler: Sampler, args: argparse.Namespace) -> dict:
+    """Texts of 8 to 96 tokens, every length as likely as any other, in 20 slots: a finished text's slot goes to the
+    next text, against the same engine with batches of 20, each of which waits for its longest text."""
+    rng = random.Random(0)
+    limits = [rng.randint(8, 96) for _ in range(args.mixed_texts)]
+    seconds = {"refilled": [], "batches": []}
+    for _ in range(args.turns):
+        for name, size in (("refilled", len(limits)), ("batches", 20)):
+            start = time.perf_counter()
+            for first in range(0, len(limits), size):
+                grow(sampler, limits[first : first + size])
+            seconds[name].append(time.perf_counter() - start)
+    ratios = [theirs / ours for theirs, ours in zip(seconds["batches"], seconds["refilled"], strict=True)]
+    figures = {name: sum(limits) / statistics.median(timed) for name, timed in seconds.items()}
+    print(f"\n{len(limits)} texts of 8 to 96 tokens, 20 slots: {figures['refilled']:,.1f} tokens/s refilled,", end=" ")
+    print(f"{figures['batches']:,.1f} in batches, ratio {statistics.median(ratios):.2f}", flush=True)
+    return {"mixed_texts": len(limits), "mixed_tokens_per_second": figures, "mixed_ratio": statistics.median(ratios)}
+
+
+def grow(sampler: Sampler, limits: list[int]) -> None:
+    texts = [Text(i, [sampler.tokenizer.bos_token_id], limit) for i, limit in enumerate(limits)]
+    for _ in sampler._decoder(texts, seed=0, batch_size=20, settings=SAMPLING_DEFAULTS).grow(texts):
+        pass
+    if [len(text.new_ids) for text in texts] != limits:
+        sys.exit("error: a text has not the length that it was to have")
 
 
 def step_bytes(model: GPTNeoForCausalLM, batch_size: int, num_tokens: int) -> float:

@@ -56,7 +56,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns
     _share_cores()
     if not torch.cuda.is_available():
-        _keep_freed_memory()
+        keep_freed_memory()
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:
@@ -96,8 +96,8 @@ def _pin_what_is_asked() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:64"
 
 
-def _keep_freed_memory() -> None:
-    """Has glibc keep the tensors that training frees, up to 2 GiB, for those of the next step.
+def keep_freed_memory() -> None:
+    """Has glibc keep the tensors that a step frees, up to 2 GiB, for those of the next one.
 
     Without this each large tensor is a new mapping that the kernel fills with zeros page by page as it is first
     written: `torch.zeros` of 96 MB takes 22 ms then, and 2 ms from kept memory. A GPU's tensors have torch's own

@@ -261,7 +261,7 @@ def sweep(judge: Judge, sample: Callable[..., Iterator], settings: list[dict], o
     width = max(map(len, names))
     print(sweep_header(width), flush=True)
     for name, each in zip(names, settings, strict=True):
-        samples = [one.to_dict() for one in progress(sample(**each), desc=name, unit="text", leave=False)]
+        samples = [one.to_dict() for one in progress(sample(**each), desc=name, unit="text", leave=False, disable=None)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         judgements[name] = judge.judge(samples)

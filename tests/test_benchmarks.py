@@ -27,7 +27,11 @@ def test_everything_for_a_gpu_runs_dry():
     ("script", "words", "found"),
     [
         ("operators.py", ["--num_texts", "4", "--width", "64"], ("loss", "attention")),
-        ("generate.py", ["--architecture", "demo", "--turns", "1", "--max_new_tokens", "2"], ("1", "20")),
+        (
+            "generate.py",
+            ["--architecture", "demo", "--turns", "1", "--max_new_tokens", "2", "--mixed_texts", "3"],
+            ("1", "20"),
+        ),
         ("export.py", ["--architecture", "demo", "--turns", "1", "--max_new_tokens", "2"], ("1 greedy", "20 sampled")),
     ],
 )
