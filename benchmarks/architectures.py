@@ -9,6 +9,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 from neoflix import model
 
 VOCAB_SIZE = 50_304  # GPT-Neo's 50,257 tokens and two more special ones, rounded up to a multiple of 64
+LOGITS_DEVIATION = 3.2
 PADDED_LENGTH = 62  # the article pads every text to the longest
 
 
@@ -50,6 +51,14 @@ def build_model(architecture: str, dtype: torch.dtype, device: str | torch.devic
         if side == "ours":
             return model.build_model(config, dtype)
         return GPTNeoForCausalLM._from_config(config, attn_implementation="eager", dtype=dtype)
+
+
+def spread_logits(model: GPTNeoForCausalLM) -> None:
+    """Makes logits as unlike each other as a trained model's: at temperature 0.8 about 500 of 50,304 tokens hold
+    top_p's 95%. Random weights as they come would make all tokens alike. (transformers sorts all, however they are.)
+    """
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(LOGITS_DEVIATION / (0.02 * model.config.hidden_size**0.5))
 
 
 def draw_texts(num_texts: int, vocab_size: int = 50_257) -> list[list[int]]:

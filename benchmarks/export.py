@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ctranslate2  # noqa: E402
-from architectures import ARCHITECTURES, build_model  # noqa: E402
+from architectures import ARCHITECTURES, build_model, spread_logits  # noqa: E402
 from machine import write_line  # noqa: E402
 
 from neoflix.config import SAMPLING_DEFAULTS  # noqa: E402
@@ -76,8 +76,10 @@ def write_run(architecture: str, folder: Path) -> None:
     """A model as a run leaves it, with a tokenizer of as many tokens as the model has rows."""
     torch.manual_seed(0)
     model = build_model(architecture, torch.float32, "cpu", "ours")
-    # The end token's logit becomes -10 (10 + a number about 1), far below all others: no side ever draws it.
+    spread_logits(model)
+    # The end token's logit becomes -100, far below all others: no side ever draws it.
     with torch.no_grad():
+        model.transformer.ln_f.weight[0] = 0.0
         model.transformer.ln_f.bias[0] = 10.0
         model.transformer.wte.weight[END] = 0.0
         model.transformer.wte.weight[END, 0] = -10.0

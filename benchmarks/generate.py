@@ -31,7 +31,7 @@ from transformers import GenerationConfig, GPTNeoForCausalLM, PreTrainedTokenize
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from architectures import ARCHITECTURES, build_model  # noqa: E402
+from architectures import ARCHITECTURES, build_model, spread_logits  # noqa: E402
 from machine import cap_device_memory, copy_bytes_per_second, write_line  # noqa: E402
 
 from neoflix.config import SAMPLING_DEFAULTS  # noqa: E402
@@ -39,9 +39,6 @@ from neoflix.decoding import Text  # noqa: E402
 from neoflix.distributed import keep_freed_memory  # noqa: E402
 from neoflix.generation import Sampler  # noqa: E402
 
-# As spread as a trained model's: at temperature 0.8 about 500 of 50,304 tokens hold top_p's 95%. Random weights as they
-# come would make all tokens alike. transformers sorts all of them, however they are spread.
-LOGITS_DEVIATION = 3.2
 TOKENIZER_SIZE = 50_259  # GPT-Neo's tokens and two more special ones; the 45 rows beyond are padding
 
 
@@ -54,7 +51,7 @@ def main() -> None:
     bandwidth = copy_bytes_per_second(device)
     torch.manual_seed(0)
     model = build_model(args.architecture, dtype, device, "ours")
-    model.transformer.ln_f.weight.data.fill_(LOGITS_DEVIATION / (0.02 * model.config.hidden_size**0.5))
+    spread_logits(model)
     sampler = Sampler(model, build_tokenizer(model.config.vocab_size))
     sides = build_sides(sampler, args)
 
