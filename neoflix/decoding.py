@@ -236,8 +236,9 @@ class Decoder:
         self.has_BV = room(self._num_rows, dtype=torch.bool) if repetition_penalty != 1 else None
         self.last_place = num_places - 1
         self.cache = SlotCache(self.places_B, -(-num_places // PLACES) * PLACES)
-        self.is_cuda = self.device.type == "cuda"  # steps are graphs, and tokens are read later
-        self.asks = not self.is_cuda  # whether a draw needs more candidates; else `_read` hears of it
+        self.is_cuda = self.device.type == "cuda"
+        # On CUDA the host reads a step's tokens two steps late, and never asks whether a draw needs more candidates.
+        self.lag, self.asks = (2, False) if self.is_cuda else (0, True)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     @property
@@ -260,7 +261,7 @@ class Decoder:
                 self._fill([(slot, waiting.popleft()) for slot in free[: len(waiting)]])
             self._step()
             unread.append(([(text, text.new_ids) if text else None for text in self.slots], self._send_tokens()))
-            if len(unread) > 2 * self.is_cuda:
+            if len(unread) > self.lag:
                 waiting.extendleft(reversed(self._read(*unread.popleft())))
             yield
 
@@ -302,7 +303,7 @@ class Decoder:
     def _step(self) -> None:
         """One token for every slot."""
         live = [place for place, text in zip(self.reached, self.slots, strict=True) if text and not text.finish_reason]
-        length = -(-(max(live, default=0) + 1) // PLACES) * PLACES
+        length = min(-(-(max(live, default=0) + 1) // PLACES) * PLACES, self.cache.num_places)
         if self.is_cuda:
             if length not in self.graphs:
                 self.graphs[length] = self._capture(length)

@@ -9,14 +9,15 @@ side by side and fast, is in `decoding.py`.
         print(sample.text)
 """
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from neoflix.config import SAMPLING_DEFAULTS
+from neoflix.config import SAMPLING_DEFAULTS, check_sampling
 from neoflix.consolidation import whole_weights
 from neoflix.decoding import Decoder, Draw, Text, quicken
 from neoflix.model import get_window, load_for_reading
@@ -43,7 +44,6 @@ class Sampler:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.saved = model.generation_config
-        model.generation_config = GenerationConfig()  # else `generate` mixes the saved settings into ours
         control = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id, None}
         rows = model.get_output_embeddings().weight.shape[0]
         self.never_sampled = sorted(control | set(range(len(tokenizer), rows)))
@@ -62,6 +62,8 @@ class Sampler:
 
     def settings(self, **overrides) -> dict:
         """Sampling settings: what is given here, else what the model was saved with, else the defaults."""
+        if unknown := overrides.keys() - SAMPLING_DEFAULTS:
+            raise TypeError(f"{unknown.pop()!r} is no sampling setting; there are {', '.join(SAMPLING_DEFAULTS)}")
         saved = {name: getattr(self.saved, name, None) for name in SAMPLING_DEFAULTS}
         chosen = SAMPLING_DEFAULTS.copy()
         for source in (saved, overrides):
@@ -70,7 +72,7 @@ class Sampler:
 
     def sample(
         self,
-        prompts: list[str] | None = None,
+        prompts: str | list[str] | None = None,
         num_samples: int = 1,
         seed: int = 42,
         batch_size: int = 20,
@@ -82,8 +84,8 @@ class Sampler:
         """Writes `num_samples` texts for each prompt and yields each as it is done, in order.
 
         Args:
-            prompts: how the texts begin; space at a prompt's end is dropped, since no training text ends there.
-                What looks like a control token in one is text.
+            prompts: how the texts begin, one or several. Space at a prompt's end is dropped, since no training text
+                ends there; what looks like a control token is text.
             batch_size: how many texts grow side by side.
             first_index: which of the seed's texts the first one is; the others follow.
             skip: leaves out so many of the texts, the first ones; the others are the same as with them.
@@ -92,11 +94,15 @@ class Sampler:
                 model's window ends).
 
         Raises:
-            ValueError: where a prompt leaves no room in the model's window, or the texts none in memory.
+            ValueError: for settings that mean nothing, and where a prompt leaves no room in the model's window or the
+                texts none in memory.
         """
-        jobs = [prompt.rstrip() for prompt in prompts or [""] for _ in range(num_samples)]
-        encoded = {prompt: self._encode(prompt) for prompt in set(jobs)}
         settings = self.settings(**settings)
+        for name, value in {**settings, "num_samples": num_samples, "batch_size": batch_size}.items():
+            check_sampling(f"{name}={value}", name, value)
+        prompts = [prompts] if isinstance(prompts, str) else prompts or [""]
+        jobs = [prompt.rstrip() for prompt in prompts for _ in range(num_samples)]
+        encoded = {prompt: self._encode(prompt) for prompt in set(jobs)}
         texts = []
         for index, prompt in enumerate(jobs, start=first_index):
             limit = min(settings["max_new_tokens"], self.window - len(encoded[prompt]))
@@ -144,6 +150,7 @@ class Sampler:
         ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if len(ids) + 2 > self.window:
             raise ValueError(
-                f"--prompt: {len(ids):,} tokens leave no room in the model's window of {self.window:,}; shorten it"
+                f"--prompt {textwrap.shorten(prompt, 40)!r}: {len(ids):,} tokens leave no room in the model's window "
+                f"of {self.window:,}; shorten it"
             )
         return [self.tokenizer.bos_token_id, *ids]

@@ -20,7 +20,6 @@ from math import exp, log
 from pathlib import Path
 
 import numpy as np
-from rensa import RMinHash, RMinHashLSH
 
 NEAR_TWIN = 0.7  # Jaccard index of two texts' sets of word trigrams, from which on they count as near twins
 # 20 bands of 4: two texts at 0.7 share a band, and are compared, with probability 1 - (1 - 0.7^4)^20 = 99.6%. A band
@@ -72,6 +71,8 @@ class TrainingTexts:
     """
 
     def __init__(self, texts: Iterable[str]):
+        from rensa import RMinHashLSH  # here alone: training splits texts by their words, and does without it
+
         self.texts = []  # words, joined by spaces
         self.vocabulary: dict[str, int] = {}
         self._index = RMinHashLSH(threshold=NEAR_TWIN, num_perm=HASHES, num_bands=BANDS)
@@ -146,7 +147,9 @@ class TrainingTexts:
         return longest, 1 - num_known / num_trigrams if num_trigrams else 1.0
 
 
-def _sketch(trigrams: Iterable[str]) -> RMinHash:
+def _sketch(trigrams: Iterable[str]):
+    from rensa import RMinHash
+
     sketch = RMinHash(num_perm=HASHES, seed=SEED)
     sketch.update(list(trigrams))
     return sketch

@@ -15,6 +15,7 @@ from neoflix import decoding
 from neoflix.decoding import Decoder, Draw, Text, stream_keys
 
 EOS, PAD = 0, 501
+NEW = 32  # tokens at the most
 LENGTHS = (1, 2, 40, 3, 17, 1, 9, 64, 5, 16, 1, 30)
 
 
@@ -28,7 +29,7 @@ def prompts() -> list[list[int]]:
 def theirs(model_dir, prompts: list[list[int]], dtype=torch.float32, device="cpu", **settings) -> list[list[int]]:
     """What transformers' eager `generate` writes greedily after each prompt, one by one."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager", dtype=dtype).eval().to(device)
-    config = GenerationConfig(do_sample=False, max_new_tokens=40, eos_token_id=EOS, pad_token_id=PAD, **settings)
+    config = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=EOS, pad_token_id=PAD, **settings)
     rows = []
     for prompt in prompts:
         new = model.generate(torch.tensor([prompt], device=device), generation_config=config)[0, len(prompt) :].tolist()
@@ -36,15 +37,16 @@ def theirs(model_dir, prompts: list[list[int]], dtype=torch.float32, device="cpu
     return rows
 
 
-def ours(model, prompts, num_slots: int, draw=None, seed=1, penalty=1.0, asks=True) -> list[list[int]]:
-    texts = [Text(i, prompt, 40) for i, prompt in enumerate(prompts)]
+def ours(model, prompts, num_slots: int, draw=None, seed=1, penalty=1.0, as_on_cuda=False) -> list[list[int]]:
+    texts = [Text(i, prompt, NEW) for i, prompt in enumerate(prompts)]
     decoding.quicken(model, num_slots)
-    decoder = Decoder(model, num_slots, 128, seed, draw or Draw(1.0, 1, 1.0), penalty, EOS, [])
-    if not asks:  # as on CUDA: the host hears of a draw that needs more candidates only afterwards
-        decoder.asks = False
+    num_places = max(LENGTHS) + NEW  # whole blocks: a step too many would leave the cache
+    decoder = Decoder(model, num_slots, num_places, seed, draw or Draw(1.0, 1, 1.0), penalty, EOS, [])
+    if as_on_cuda:
+        decoder.lag, decoder.asks = 2, False
     for _ in decoder.grow(texts):
         pass
-    assert all(text.finish_reason == ("length" if len(text.new_ids) == 40 else "eos") for text in texts)
+    assert all(text.finish_reason == ("length" if len(text.new_ids) == NEW else "eos") for text in texts)
     return [text.new_ids for text in texts]
 
 
@@ -54,10 +56,11 @@ def load(model_dir, device="cpu", dtype=torch.float32):
     return load_pretrained(str(model_dir), dtype).eval().to(device)
 
 
+@pytest.mark.parametrize("as_on_cuda", [False, True])
 @pytest.mark.parametrize("num_slots", [1, 3, 12])
-def test_greedy_is_transformers_greedy(model_dir, prompts, num_slots):
+def test_greedy_is_transformers_greedy(model_dir, prompts, num_slots, as_on_cuda):
     """Texts of unlike length that come and go in the slots, against each by itself in eager attention."""
-    assert ours(load(model_dir), prompts, num_slots) == theirs(model_dir, prompts)
+    assert ours(load(model_dir), prompts, num_slots, as_on_cuda=as_on_cuda) == theirs(model_dir, prompts)
 
 
 def test_penalty_is_transformers_penalty(model_dir, prompts):
@@ -105,9 +108,9 @@ def test_draws_are_from_what_transformers_leaves(temperature, top_k, top_p):
         assert squares < freedom + 4 * (2 * freedom) ** 0.5  # four deviations; the seed is fixed
 
 
-@pytest.mark.parametrize("asks", [True, False])
-def test_few_candidates_are_no_other_draw(model_dir, prompts, asks):
-    """The second way is CUDA's: a text goes on from its last known token, with more candidates."""
+@pytest.mark.parametrize("as_on_cuda", [False, True])
+def test_few_candidates_are_no_other_draw(model_dir, prompts, as_on_cuda):
+    """On CUDA a text goes on from its last known token, with more candidates."""
     for temperature, count in (
         (1.5, 2),
         (0.3, 8),
@@ -115,7 +118,7 @@ def test_few_candidates_are_no_other_draw(model_dir, prompts, asks):
     ):  # too few from the first token on, or from somewhere in a text
         every = ours(load(model_dir), prompts, 4, Draw(temperature, 0, 0.95))
         assert len({tuple(row) for row in every}) == len(prompts)
-        assert ours(load(model_dir), prompts, 4, Draw(temperature, 0, 0.95, count), asks=asks) == every
+        assert ours(load(model_dir), prompts, 4, Draw(temperature, 0, 0.95, count), as_on_cuda=as_on_cuda) == every
 
 
 def test_packed_layers_are_the_same_layers(model_dir):

@@ -149,8 +149,21 @@ def test_rows_without_a_token_are_never_sampled(sampler):
 def test_window_is_never_passed(sampler):
     long = next(sampler.sample(max_new_tokens=5000, num_samples=1, prompts=["word " * 40]))
     assert long.num_tokens + len(sampler.tokenizer(long.prompt)["input_ids"]) + 1 <= 256
-    with pytest.raises(ValueError, match="leave no room"):
-        sampler.sample(prompts=["word " * 300])
+    with pytest.raises(ValueError, match=r"--prompt 'word word .*\[\.\.\.\]': [0-9]+ tokens leave no room"):
+        sampler.sample(prompts=["A", "word " * 300])
+
+
+@pytest.mark.parametrize("bad", [{"temperature": 0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -1}, {"num_samples": 0}])
+def test_settings_that_mean_nothing(sampler, bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f"{name}={value}: should be"):
+        sampler.sample(**bad)
+    with pytest.raises(TypeError, match="'temprature' is no sampling setting; there are temperature, "):
+        sampler.sample(temprature=1.0)
+
+
+def test_one_prompt_needs_no_list(sampler):
+    assert texts(sampler, prompts="Two brothers") == texts(sampler, prompts=["Two brothers"])
 
 
 def test_pretrained_model_as_it_came_can_write(model_dir):
