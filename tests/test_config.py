@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args, parse_train_args, read_recipe
+from neoflix.config import SAMPLING_DEFAULTS, parse_export_args, parse_generate_args, parse_train_args, read_recipe
 from neoflix.distributed import prepare_environment
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -151,7 +151,9 @@ def test_generate_finds_the_run_of_a_recipe():
 def test_flags_in_the_readme_exist(parse):
     readme = (ROOT / "README.md").read_text()
     known = {f"--{name}" for name in vars(parse())}
-    known |= {f"--{name}" for name in vars(parse_generate_args([]))} | {"--setup-only", "--num_accelerators", "--nodes"}
+    for words in (parse_generate_args([]), parse_export_args(["--to", "gpt2", "RUN", "OUT"])):
+        known |= {f"--{name}" for name in vars(words)}
+    known |= {"--setup-only", "--num_accelerators", "--nodes"}
     for benchmark in (ROOT / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--\w+)"', benchmark.read_text()))
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", readme))

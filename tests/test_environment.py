@@ -44,19 +44,21 @@ def test_processes_share_the_cores(num_processes):
 
 def test_freed_memory_is_kept_for_the_next_step():
     """The kernel fills each page with zeros at its first touch: in every step, or only in the first ones. (Tensors of
-    up to 32 MB glibc keeps by itself; these logits have 40.)"""
+    up to 32 MB glibc keeps by itself; these logits have 40. A late step may still need one piece more: the calmest
+    of the last six counts.)"""
     code = """
 import resource, torch
 if {keep}:
     from neoflix.distributed import prepare_environment
     prepare_environment()
 head = torch.nn.Linear(64, 50_304)
+faults = []
 for step in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     head.zero_grad()
     torch.nn.functional.cross_entropy(head(torch.randn(200, 64)), torch.arange(200)).backward()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[6:]))
 """
     no_gpu = {"CUDA_VISIBLE_DEVICES": ""}  # beside one torch keeps the memory itself, and this is not done
     assert outcome(code.format(keep=False), **no_gpu) > 10_000
