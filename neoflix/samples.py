@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from neoflix.distributed import progress
+from neoflix.manifest import write_json
 
 
 def describe_job(model_dir: Path, prompts: list[str], **settings) -> dict:
@@ -57,7 +58,7 @@ def save_samples(samples: Iterable, path: str, job: dict, total: int, done: int,
     """
     note = Path(f"{path}.job")
     try:
-        note.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+        write_json(note, job)
         with open(path, "a" if done else "w", encoding="utf-8") as output:
             for sample in progress(samples, total=total, initial=done, desc="Sampling", unit="text", disable=quiet):
                 output.write(json.dumps(sample.to_dict(), ensure_ascii=False) + "\n")
