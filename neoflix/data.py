@@ -226,8 +226,8 @@ def tokenize_texts(
     """`<|startoftext|> text <|endoftext|>` as ids, memory-mapped from a cache file.
 
     The file's name is a hash of texts, tokenizer and `max_length`; whoever comes first writes it, under
-    another name until it is whole. Tokens are never all in memory. A control token's name inside a text is
-    text. A text of more than `max_length` tokens (both special ones counted) is cut before its end token.
+    another name until it is whole: several may, at once, where nodes share the folder. Tokens are never all in
+    memory. A control token's name inside a text is text. A text of more than `max_length` tokens (both special ones counted) is cut before its end token.
 
     Returns:
         Dataset with `input_ids` (list of int32) and `num_chars` (characters of the text that was kept), its
@@ -268,7 +268,9 @@ def _write_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_leng
                 rows["input_ids"].append([tokenizer.bos_token_id, *ids[: max_length - 2], tokenizer.eos_token_id])
                 rows["num_chars"].append(offsets[max_length - 3][1] if is_cut else len(text))
             stream.write_batch(pa.record_batch(rows, schema=TOKENS.arrow_schema))
-    path.with_suffix(".json").write_text(json.dumps({"num_tokens": num_tokens, "num_cut": num_cut}))
+    counts = unfinished.with_suffix(".json")
+    counts.write_text(json.dumps({"num_tokens": num_tokens, "num_cut": num_cut}))
+    counts.replace(path.with_suffix(".json"))
     unfinished.replace(path)
 
 

@@ -21,6 +21,7 @@ import os
 import random
 import re
 import sys
+import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -651,7 +652,9 @@ def remember_counts(args, window: int, lengths_N, num_validation: int) -> None:
             "longest": int(lengths_N.max()),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(counts))
+        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # another run may be reading it
+        unfinished.write_text(json.dumps(counts))
+        unfinished.replace(path)
 
 
 def _find_data(args) -> Path | None:

@@ -272,6 +272,20 @@ def test_cache_is_one_file_for_one_content(titles, tokenizer, model_dir, tmp_pat
         assert len(files(**change)) == before + 2
 
 
+def test_whoever_comes_second_takes_nothing_from_the_first(titles, tokenizer, tmp_path, monkeypatch):
+    """Nodes that share a cache write the same file at once: what one has read must never be half of another's."""
+    first = data.tokenize_texts(titles, tokenizer, 100, tmp_path)
+
+    def half(path, text):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError("killed here")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="killed here"):
+        data._write_tokens(titles, tokenizer, 100, next(tmp_path.glob("*.arrow")))
+    assert data.tokenize_texts(titles, tokenizer, 100, tmp_path)[1:] == first[1:]
+
+
 def test_tokens_stay_on_disk(tokenizer, tmp_path):
     texts = [f"Text number {i} of many, of some length, and nothing more." for i in range(20_000)]
     before = pa.total_allocated_bytes()
