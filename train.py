@@ -68,10 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_best()
-    results = trainer.results()
-    ask_main_process(save_results, args.output_dir, results)
-    perplexity = f", perplexity {results['perplexity']:.2f}" if "perplexity" in results else ""
-    say(f"Best model in {args.output_dir}{perplexity}")
+    ask_main_process(save_results, args.output_dir, trainer.results())
+    say(f"Best model in {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -227,7 +227,8 @@ def tokenize_texts(
 
     The file's name is a hash of texts, tokenizer and `max_length`; whoever comes first writes it, under
     another name until it is whole: several may, at once, where nodes share the folder. Tokens are never all in
-    memory. A control token's name inside a text is text. A text of more than `max_length` tokens (both special ones counted) is cut before its end token.
+    memory. A control token's name inside a text is text. A text of more than `max_length` tokens (both special
+    ones counted) is cut before its end token.
 
     Returns:
         Dataset with `input_ids` (list of int32) and `num_chars` (characters of the text that was kept), its
