@@ -145,8 +145,9 @@ def describe_run(args, model, tokenizer, train_tokens) -> dict:
 def describe_texts(args) -> dict:
     """The flags that say which texts are held out, for whoever measures the run later."""
     file = Path(args.dataset).expanduser()
-    texts = {key: getattr(args, key) for key in ("text_column", "validation_fraction", "max_length")}
-    return {"dataset": str(file.resolve()) if file.is_file() else args.dataset, **texts}
+    flags = ("text_column", "template", "loss_on_prompt", "validation_fraction", "max_length")
+    texts = {key: getattr(args, key) for key in flags}
+    return {"dataset": str(file.resolve()) if file.exists() else args.dataset, **texts}
 
 
 def read_run(folder: str | Path) -> dict | None:

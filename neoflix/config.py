@@ -30,6 +30,7 @@ from neoflix.ds_config import (
     read_ds_config,
 )
 from neoflix.plan import Plan, plan_run
+from neoflix.template import Template
 
 # What reads best from a fine-tuned model (README, "Sampling"); a run saves them with its model.
 SAMPLING_DEFAULTS = {
@@ -63,8 +64,16 @@ class TrainArguments(TrainingArguments):
         "EleutherAI/gpt-neo-2.7B", "Hub name or folder of a causal language model; 'demo' builds a small one."
     )
     allow_pickle: bool = _option(False, "Take weights from a pickle (pytorch_model.bin) where there is no safetensors.")
-    dataset: str = _option("netflix", "'netflix', 'sample', or a CSV, TSV, JSONL or Parquet file.")
-    text_column: str = _option("description", "Column that holds the texts.")
+    dataset: str = _option(
+        "netflix", "'netflix', 'sample', a CSV, TSV, JSONL or Parquet file, a folder of .txt files, or hf:NAME[:SPLIT]."
+    )
+    text_column: str | None = _option(
+        None, "Column of the texts; default: 'description', 'text', or the only one that looks like texts."
+    )
+    template: str | None = _option(
+        None, "Other columns in front of each text: '{title} | {listed_in}: {description}'; the last one is learnt."
+    )
+    loss_on_prompt: bool = _option(False, "Learn to write those columns too.")
     validation_fraction: float = _option(0.1, "Share of the texts held out, chosen by a hash of each text.")
     max_length: int | None = _option(None, "Longest text in tokens, both special ones counted; default: the window.")
     early_stopping_patience: int = _option(2, "Stop after this many evaluations without a better loss; 0: never.")
@@ -126,6 +135,10 @@ class TrainArguments(TrainingArguments):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     @property
+    def text_template(self) -> Template | None:
+        return Template(self.template, self.loss_on_prompt) if self.template else None
+
+    @property
     def texts_per_step(self) -> int:
         """Fewest texts of a step: those of all its batches or, where these are counted in tokens, one for each."""
         texts_per_batch = 1 if self.tokens_per_device_batch else self.train_batch_size
@@ -161,6 +174,8 @@ class TrainArguments(TrainingArguments):
         """Refuses values that no run can use; before devices and process groups are touched."""
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction {self.validation_fraction}: should be at least 0 and below 1")
+        self.check_template()
+        self.remove_unused_columns = False  # of the tokens: batches are made of all of them
         if self.max_length is not None and self.max_length < 3:
             raise ValueError(f"--max_length {self.max_length}: should be 3 or more (two are special tokens)")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -181,6 +196,19 @@ class TrainArguments(TrainingArguments):
             self.eval_strategy, self.eval_on_start, self.metric_for_best_model = "no", False, None
         check_writable(self.output_dir)
         check_compiler(read_ds_config(self.deepspeed))
+
+    def check_template(self) -> None:
+        """ValueError for a template that is none, or that says something else than another flag."""
+        if self.template is None:
+            if self.loss_on_prompt:
+                raise ValueError("--loss_on_prompt: without --template there is no prompt; leave it out, or give one")
+            return
+        learnt = Template(self.template).text_field
+        if self.text_column not in (None, learnt):
+            raise ValueError(
+                f"--text_column {self.text_column}: the template ends with {{{learnt}}}, which is learnt; leave the "
+                "flag out, or end the template with that column"
+            )
 
     def check_evaluation(self) -> None:
         """ValueError where there is nothing to evaluate on, or a run's folder would be written to."""
@@ -355,7 +383,10 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
     add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")
     add("--prompt", default="", help="how each text begins, or a file with one such beginning a line")
-    add("--num_samples", type=int, help="how many texts, for each prompt (default: 20)")
+    given = "what is known of the text, for a model with a template: title='The Last Ferry' listed_in=Thrillers"
+    add("--fields", nargs="+", metavar="NAME=VALUE", help=given)
+    add("--fields_file", help="a table with such fields: a text for each row (CSV, TSV, JSONL or Parquet)")
+    add("--num_samples", type=int, help="how many texts, for each prompt (default: 20; of a file of fields: 1)")
     add("--seed", type=int, default=42, help="sample i of a seed is the same text in any batch size")
     add("--batch_size", type=int, default=20, help="how many texts grow side by side")
     add("--output", help="JSONL file to write, a line a text, as they come; the same command goes on with it")
@@ -376,8 +407,13 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{name}", type=type(default), help="default: what the model was saved with")
     args = parser.parse_args(argv)
     recipe, generation = read_recipe(args.config) if args.config else ({}, {})
-    defaults = {"num_samples": 20, "model_dir": recipe.get("output_dir", "results")}
-    for name, value in (defaults | generation).items():
+    args.fields = parse_fields(args.fields or [])
+    if args.prompt and (args.fields or args.fields_file):
+        raise ValueError("--prompt begins the text as it stands, --fields by the model's template: give one of them")
+    defaults = {"num_samples": 20, "model_dir": recipe.get("output_dir", "results")} | generation
+    if args.fields_file:
+        defaults["num_samples"] = 1
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in SAMPLING_RULES:
@@ -393,6 +429,20 @@ def check_sampling(said: str, name: str, value: float) -> None:
     holds, rule = SAMPLING_RULES[name]
     if not holds(value):
         raise ValueError(f"{said}: should be {rule}")
+
+
+def parse_fields(words: list[str]) -> dict[str, str]:
+    """['title=The Last Ferry', 'type='] -> {'title': 'The Last Ferry', 'type': ''}"""
+    fields = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name or name in fields:
+            raise ValueError(
+                f"--fields {word}: should be NAME=VALUE, each name once, with quotes where there is space: "
+                "--fields title='The Last Ferry'"
+            )
+        fields[name] = value
+    return fields
 
 
 def parse_sweep(words: list[str]) -> list[dict]:

@@ -32,6 +32,7 @@ from transformers.utils import (
 from neoflix.attention import ATTENTION_NAME, register_attention
 from neoflix.checkpoint import has_shards_alone
 from neoflix.loss import causal_lm_loss
+from neoflix.template import Template, attach_template
 from neoflix.tokenizer import load_tokenizer, train_tokenizer
 
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
@@ -190,11 +191,15 @@ def load_model(
     return model
 
 
-def find_tokenizer(model_name_or_path: str, texts: list[str], cache_dir: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; the demo's is trained on `texts`, and kept in `cache_dir`."""
-    if model_name_or_path == DEMO:
-        return train_tokenizer(texts, DEMO_VOCAB_SIZE, cache_dir)
-    return load_tokenizer(model_name_or_path)
+def find_tokenizer(
+    model_name_or_path: str, texts: list[str], cache_dir: Path, template: Template | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which carries the template, if there is one; the demo's is trained on `texts`, and kept in
+    `cache_dir`."""
+    is_demo = model_name_or_path == DEMO
+    tokenizer = train_tokenizer(texts, DEMO_VOCAB_SIZE, cache_dir) if is_demo else load_tokenizer(model_name_or_path)
+    attach_template(tokenizer, template and template.with_rows(texts))
+    return tokenizer
 
 
 def _padded(vocab_size: int) -> int:
