@@ -292,7 +292,7 @@ def test_unfinished_checkpoint_is_never_resumed(run, capsys):
 CSV = "title,description\n"
 BAD_RUNS = {
     "missing file": ({}, ["--dataset", "none.csv"], "no such file"),
-    "a folder": ({}, ["--dataset", "."], "is a folder"),
+    "a folder": ({}, ["--dataset", "."], "a folder without a .txt file"),
     "an empty file": ({"d.csv": ""}, ["--dataset", "d.csv"], "is empty"),
     "a header only": ({"d.csv": CSV}, ["--dataset", "d.csv"], "no rows"),
     "a wrong column": ({}, ["--text_column", "synopsis"], "it has title, description"),
