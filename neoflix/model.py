@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import (
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -30,9 +31,10 @@ from transformers.utils import (
 )
 
 from neoflix.attention import ATTENTION_NAME, register_attention
-from neoflix.checkpoint import has_shards_alone
+from neoflix.checkpoint import has_shards_alone, holds_adapters
+from neoflix.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.loss import causal_lm_loss
-from neoflix.tokenizer import load_tokenizer, train_tokenizer
+from neoflix.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
 
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
 DEMO_VOCAB_SIZE = 4096
@@ -68,7 +70,8 @@ def build_model(config: GPTNeoConfig, dtype: torch.dtype) -> PreTrainedModel:
 def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pickle: bool = False) -> PreTrainedModel:
     """Loads a causal language model from a folder or the hub; GPT-Neo comes with our attention and loss.
 
-    Weights come from safetensors, and no code of the model's own is run (docs/loading.md).
+    Weights come from safetensors, and no code of the model's own is run (docs/loading.md). Of a folder with LoRA
+    adapters: their base model, with room for the folder's tokens and the adapters merged into it.
 
     Args:
         dtype: of the weights in memory; "auto": as they were saved.
@@ -77,6 +80,8 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
 
     ValueError, in one sentence, where there is no such model, or no weights, or only pickled ones.
     """
+    if holds_adapters(model_name_or_path):
+        return _load_adapted(Path(model_name_or_path), dtype, allow_pickle)
     register_attention()
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a bot of the hub's converts, and we load that
     if is_deepspeed_zero3_enabled():  # weights are sharded as they load: DeepSpeed must know the other processes
@@ -109,6 +114,26 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
     if config.model_type == "gpt_neo":
         model.loss_function = causal_lm_loss
     return model
+
+
+def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) -> PreTrainedModel:
+    """A base model as its adapters saw it, rounded as it was then, with the adapters merged into it in `dtype`."""
+    if is_deepspeed_zero3_enabled():  # a share of each weight is here: nothing to merge adapters into
+        raise ValueError(
+            f"--model_name_or_path {folder}: holds LoRA adapters, which ZeRO-3 cannot merge; write the whole model "
+            f"first (python -m neoflix.export --to merged {folder} OUT), or take a --deepspeed file of another stage"
+        )
+    base, trained_dtype = read_adapters(folder)
+    tokenizer = read_tokenizer(folder, f"--model_name_or_path {folder}")
+    try:
+        model = load_pretrained(base, trained_dtype, allow_pickle)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds LoRA adapters, and the model they belong to did not load: {error}") from error
+    make_room_for_tokens(model, tokenizer)
+    set_token_ids(model, tokenizer, {})
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return merge_adapters(model if dtype == "auto" else model.to(dtype), folder)
 
 
 def load_for_reading(model_name_or_path: str, device: str | None = None, allow_pickle: bool = False) -> PreTrainedModel:
@@ -173,6 +198,7 @@ def load_model(
     dtype: torch.dtype,
     sampling: dict,
     allow_pickle: bool = False,
+    lora: dict | None = None,
 ) -> PreTrainedModel:
     """The model to train: loaded or built, fitted to the tokenizer, with generation settings to be saved.
 
@@ -180,6 +206,7 @@ def load_model(
         dtype: of the weights in memory. DeepSpeed keeps its own fp32 copy for the optimizer.
         sampling: temperature, top_k, top_p, repetition_penalty, max_new_tokens.
         allow_pickle: see `load_pretrained`.
+        lora: rank and alpha of adapters to be trained in the model's stead, which it is then wrapped in.
     """
     if model_name_or_path == DEMO:
         model = build_demo_model(_padded(len(tokenizer)))
@@ -187,7 +214,7 @@ def load_model(
         model = load_pretrained(model_name_or_path, dtype, allow_pickle)
         make_room_for_tokens(model, tokenizer)
     set_token_ids(model, tokenizer, sampling)
-    return model
+    return add_adapters(model, base=model_name_or_path, **lora) if lora else model
 
 
 def find_tokenizer(model_name_or_path: str, texts: list[str], cache_dir: Path) -> PreTrainedTokenizerBase:
@@ -209,8 +236,6 @@ def make_room_for_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     logit in the middle of all others, never a likely word. (An untouched random row would do neither, and in
     fp16 could overflow.)
     """
-    import deepspeed  # seconds to import, and sampling never comes here
-
     old_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) <= old_size and old_size % VOCAB_MULTIPLE == 0:
         return
@@ -219,12 +244,21 @@ def make_room_for_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
     }
     for weight in weights.values():
-        with deepspeed.zero.GatheredParameters(weight, modifier_rank=0), torch.no_grad():
+        with _gathered(weight), torch.no_grad():
             if weight.numel() == 0:  # ZeRO-3: only the modifying rank holds the rows
                 continue
             weight[old_size:] = weight[:old_size].float().mean(0).to(weight.dtype)
             if tokenizer.bos_token_id >= old_size:
                 weight[tokenizer.bos_token_id] = weight[tokenizer.eos_token_id]
+
+
+def _gathered(weight: torch.Tensor):
+    """A context in which ZeRO-3's rank 0 holds all of a weight, and may change it."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed  # seconds to import, and sampling never comes here
+
+    return deepspeed.zero.GatheredParameters(weight, modifier_rank=0)
 
 
 def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: dict) -> None:

@@ -531,8 +531,8 @@ def test_steps_that_are_skipped_one_after_the_other_end_the_run(train_words, mon
     """DeepSpeed skips a step whose gradients are infinite, and says nothing."""
     load_model = train.load_model
 
-    def load_overflowing_model(*args):
-        model = load_model(*args)
+    def load_overflowing_model(*args, **options):
+        model = load_model(*args, **options)
         model.transformer.ln_f.weight.register_hook(lambda gradient: gradient * float("inf"))
         return model
 
