@@ -352,7 +352,10 @@ def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line of `python -m neoflix.export`."""
     parser = _PlainParser(prog="python -m neoflix.export", description="Rewrite a model for other engines.")
     add = parser.add_argument
-    add("--to", choices=["gpt2"], required=True, help="the layout: GPT-2's, exact up to GPT-Neo's window of 256 tokens")
+    layouts = (
+        "gpt2: GPT-2's, exact up to GPT-Neo's window of 256 tokens; merged: the model's own, LoRA's adapters merged"
+    )
+    add("--to", choices=["gpt2", "merged"], required=True, help=layouts)
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as they were saved)")
     yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
     add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")

@@ -36,6 +36,7 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, base: str):
     from peft import LoraConfig
 
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules="all-linear")
+    torch.manual_seed(torch.initial_seed())  # the seed's adapters, whatever was drawn while the model was loaded
     adapted = _wrap(model, config)
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return adapted
