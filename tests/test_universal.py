@@ -22,7 +22,7 @@ def die_after(step: int, run, copy):  # noqa: F811
     """A copy of a run as it was when `checkpoint-{step}` was its newest."""
     shutil.copytree(run, copy)
     for name in ("all_results.json", "model.safetensors"):
-        (copy / name).unlink(missing_ok=True)
+        (copy / name).unlink()
     for checkpoint in list_numbered(copy):
         if int(checkpoint.name.split("-")[1]) > step:
             shutil.rmtree(checkpoint)
