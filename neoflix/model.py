@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -38,6 +42,7 @@ from neoflix.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
 
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
 DEMO_VOCAB_SIZE = 4096
+HUB_TIMEOUT = 10  # seconds
 VOCAB_MULTIPLE = 64  # matrix sizes that tensor cores take without a remainder
 
 
@@ -82,6 +87,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
     """
     if holds_adapters(model_name_or_path):
         return _load_adapted(Path(model_name_or_path), dtype, allow_pickle)
+    check_reachable(model_name_or_path)
     register_attention()
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a bot of the hub's converts, and we load that
     if is_deepspeed_zero3_enabled():  # weights are sharded as they load: DeepSpeed must know the other processes
@@ -156,6 +162,26 @@ def load_for_reading(model_name_or_path: str, device: str | None = None, allow_p
         ) from error
 
 
+def check_reachable(model_name_or_path: str) -> None:
+    """ValueError, within seconds, for a model that is not here while the hub cannot be reached (the hub's own library
+    tries for most of a minute before it says so). Whether the hub has such a model is not asked."""
+    name = model_name_or_path
+    if is_offline_mode() or Path(name).exists() or name.count("/") > 1:
+        return
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        urlopen(Request(ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
+    except HTTPError:
+        return  # it answers
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"--model_name_or_path {name}: no such folder here, and {ENDPOINT} cannot be reached ({reason}); connect "
+            "to a network, or name a folder that holds the model"
+        ) from error
+
+
 def find_pickle(model_name_or_path: str, config: PreTrainedConfig) -> str | None:
     """The pickled file that transformers would read weights from; None where it finds safetensors, or nothing.
 
@@ -221,6 +247,7 @@ def find_tokenizer(model_name_or_path: str, texts: list[str], cache_dir: Path) -
     """The model's tokenizer; the demo's is trained on `texts`, and kept in `cache_dir`."""
     if model_name_or_path == DEMO:
         return train_tokenizer(texts, DEMO_VOCAB_SIZE, cache_dir)
+    check_reachable(model_name_or_path)
     return load_tokenizer(model_name_or_path)
 
 
