@@ -90,6 +90,8 @@ CONFIGURATIONS = {
     "124M-cpu": Configuration("124M", "ds_configs/cpu.json"),
     "124M-offload": Configuration("124M", "ds_config.json"),
     "124M-zero2": Configuration("124M", "ds_configs/no_offload.json"),
+    "124M-zero2-lora": Configuration("124M", "ds_configs/no_offload.json", 1, LORA),
+    "38M-zero3-offload-lora": Configuration("38M", "ds_configs/zero3_offload.json", 1, LORA),
     "124M-zero3-offload": Configuration("124M", "ds_configs/zero3_offload.json"),
 }
 

@@ -232,7 +232,7 @@ def forecast(shape: Shape, texts: Texts, settings: Settings, machine: Machine) -
     host_phases = host_memory(shape, settings)
     if settings.is_cpu:  # the device is the host
         process = {phase: host_phases["train"] | parts for phase, parts in device_phases.items()}
-        device_phases, host_phases = {"train": {}}, process
+        device_phases, host_phases = {"train": {}}, process | {"load": host_phases["load"]}
     else:
         overhead = {"CUDA itself": CUDA_CONTEXT}
         device_phases = {
@@ -353,13 +353,14 @@ def _kept_by_the_cpu(shape: Shape, settings: Settings) -> dict[str, int]:
     """What only a CPU's memory holds besides, by the measurements in benchmarks/results/plan-cpu.jsonl.
 
     Without ZeRO fp32 weights stay mapped from their file, the embedding twice, as it is grown; at stage 3 it is whole
-    before and after. What processes exchange gloo copies. With offload in bf16 the largest gradient is cast twice, and
+    before and after. With LoRA it stays mapped at stages 1 and 2 too, where DeepSpeed copies only what learns. What
+    processes exchange gloo copies. With offload in bf16 the largest gradient is cast twice, and
     the buckets' room is not used again (one configuration measured).
     """
     kept, embedding = {}, settings.weight_bytes * shape.embedding
     if settings.stage == 3:
         kept["embedding, as it was grown"] = 2 * embedding
-    elif settings.stage == 0 and settings.weight_bytes == 4:
+    elif settings.weight_bytes == 4 and (settings.stage == 0 or settings.lora_rank):
         kept["embedding, as it was grown"] = embedding
     if settings.num_processes > 1 and settings.stage:
         bucket = min(_bucket(settings, "reduce_bucket_size"), settings.num_learning(shape))
@@ -436,6 +437,8 @@ def host_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]:
     L, largest = settings.num_learning(shape), _largest_learning(shape, settings)
     own = {"Python, torch, DeepSpeed": CPU_PROCESS[b] if settings.is_cpu else CUDA_PROCESS}
     loading = own | {"weights being loaded": b * P}
+    if settings.is_cpu and b == 2:
+        loading["their file in fp32, mapped"] = 4 * P
     offloaded, states = settings.offload("offload_optimizer"), {}
     sizes, loose = [], 0
     if offloaded == "cpu":
