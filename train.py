@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     plan.check_same_everywhere(args, texts)
 
     # Model and tokens.
-    model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, args.allow_pickle)
+    options = {"allow_pickle": args.allow_pickle, "lora": args.lora_settings}
+    model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **options)
     with args.main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
         train_tokens, validation_tokens = data.tokenize_split(

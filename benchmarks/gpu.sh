@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every figure that needs a GPU, in one command and under 8 minutes: the gpu-marked tests, losses and attention,
-# training against the article and without offload, sampling. Results go to benchmarks/results/gpu.jsonl.
+# training against the article, without offload and by LoRA, sampling. Results go to benchmarks/results/gpu.jsonl.
 # Without a GPU it is a dry run: the same commands on a small model, results to a file that is thrown away.
 #
 #   benchmarks/gpu.sh
@@ -12,7 +12,7 @@ python=${PYTHON:-.venv/bin/python}
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   large=2.7B middle=1.3B output=benchmarks/results/gpu.jsonl
   operator_texts=128 steps=3 step_texts=(64 256) whole_step_texts=128 new_tokens=64
-  plan_runs="124M-offload 124M-zero2 124M-zero3-offload"
+  plan_runs="124M-offload 124M-zero2 124M-zero3-offload 124M-zero2-lora"
   memory=$("$python" -c 'import torch; print(torch.cuda.get_device_properties(0).total_memory >> 30)')
 else
   echo "No GPU: a dry run."
@@ -44,5 +44,8 @@ if ((memory > 70)); then
   part "$python" benchmarks/train.py --architecture $large --turns 1 --steps $steps --sides ours \
     --texts_per_step $whole_step_texts --deepspeed ds_configs/no_offload.json --output "$output"
 fi
+# LoRA as on a 24 GB card, nothing offloaded, beside all weights with the optimizer offloaded (above).
+part "$python" benchmarks/train.py --architecture $large --turns 1 --steps $steps --device_memory_gib 24 --sides lora \
+  --texts_per_step "${step_texts[0]}" --deepspeed ds_configs/no_offload.json --output "$output"
 part "$python" benchmarks/generate.py --architecture $large --turns 1 --max_new_tokens $new_tokens --output "$output"
 echo "In all $SECONDS s."

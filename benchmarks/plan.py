@@ -62,6 +62,7 @@ class Configuration(NamedTuple):
     texts: int = 4  # a process takes at once
 
 
+LORA = ("--lora", "true")
 SIZES = {"38M": (4, 512), "51M": (8, 512), "124M": (12, 768)}  # layers, width
 CONFIGURATIONS = {
     "38M-cpu": Configuration("38M", "ds_configs/cpu.json"),
@@ -81,9 +82,16 @@ CONFIGURATIONS = {
     "51M-cpu-64-texts-recomputed": Configuration(
         "51M", "ds_configs/cpu.json", 1, ("--activation_checkpointing", "true"), 32
     ),
+    "38M-zero2-lora": Configuration("38M", "ds_configs/no_offload.json", 1, LORA),
+    "38M-offload-lora": Configuration("38M", "ds_config.json", 1, LORA),
+    "51M-cpu-64-texts-lora": Configuration("51M", "ds_configs/cpu.json", 1, LORA, 32),
+    "124M-cpu-lora": Configuration("124M", "ds_configs/cpu.json", 1, LORA),
+    "124M-cpu-bf16-lora": Configuration("124M", "ds_configs/cpu.json", 1, (*LORA, "--bf16", "true"), 2),
     "124M-cpu": Configuration("124M", "ds_configs/cpu.json"),
     "124M-offload": Configuration("124M", "ds_config.json"),
     "124M-zero2": Configuration("124M", "ds_configs/no_offload.json"),
+    "124M-zero2-lora": Configuration("124M", "ds_configs/no_offload.json", 1, LORA),
+    "38M-zero3-offload-lora": Configuration("38M", "ds_configs/zero3_offload.json", 1, LORA),
     "124M-zero3-offload": Configuration("124M", "ds_configs/zero3_offload.json"),
 }
 

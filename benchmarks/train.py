@@ -3,6 +3,7 @@
     python benchmarks/train.py                                    # a small GPT-Neo with the real vocabulary's size
     python benchmarks/train.py --texts_per_step 15 32 64 --turns 1
     python benchmarks/train.py --architecture 2.7B                # random weights: speed and memory do not care
+    python benchmarks/train.py --architecture 125M --sides ours lora --texts_per_step 32    # --lora against all weights
 
 Each side runs as its own `deepspeed` job, the two in turn (article, ours, article, ours, ...), so that what else
 the machine does falls on both. Tokens are random numbers; texts have the real descriptions' lengths. Real tokens
@@ -13,7 +14,7 @@ A job's steps: first some that do not count, then those that are timed, untouche
 one by one (on a GPU the host waits at each border, so that they add up to more than an untouched step), and
 some under Python's profiler (which slows Python down: its shares are upper bounds).
 
-MFU is 6 N flops a real token, N all parameters (the tied embedding once), over what the device does in a
+MFU is 6 N flops a real token, N all parameters (the tied embedding once), with LoRA 4 N, over what the device does in a
 product of large square matrices, measured in the same job.
 """
 
@@ -41,9 +42,10 @@ from machine import cap_device_memory, now, product_flops_per_second, run_job, w
 from neoflix.config import TrainArguments  # noqa: E402
 from neoflix.data import PackedCollator  # noqa: E402
 from neoflix.distributed import prepare_environment  # noqa: E402
+from neoflix.lora import add_adapters  # noqa: E402
 from neoflix.trainer import TokenTrainer, peak_host_bytes  # noqa: E402
 
-SIDES = ("article", "ours")
+SIDES = ("article", "ours", "lora")
 WARM_UP_STEPS, PHASE_STEPS, PROFILED_STEPS = 2, 2, 2
 
 # The article's DeepSpeed file (its 2.7B variant), but for two things: the precision, which the device decides for
@@ -98,7 +100,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--texts_per_batch", type=int, help="our side adds up batches of so many; default: all at once")
     parser.add_argument("--steps", type=int, default=8, help="steps of a turn that are timed")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES)
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES[:2])
     parser.add_argument("--deepspeed", default=str(default_ds_config), help="our side's DeepSpeed file")
     parser.add_argument("--activation_checkpointing", action="store_true", help="our side's")
     parser.add_argument("--device_memory_gib", type=float, help="our side's share of the GPU's memory")
@@ -130,7 +132,7 @@ def run_side(args: argparse.Namespace, side: str, texts_per_step: int) -> dict:
 
 def measure_one_side(args: argparse.Namespace) -> None:
     (texts_per_step,), use_cpu = args.texts_per_step, not torch.cuda.is_available()
-    if args.side == "ours":
+    if args.side != "article":
         prepare_environment()
         cap_device_memory(args.device_memory_gib)
     # Before training: afterwards a capped GPU may have no room for it.
@@ -153,7 +155,7 @@ def measure_one_side(args: argparse.Namespace) -> None:
             "report_to": "none",
             "disable_tqdm": True,
         }
-        build_trainer = build_our_trainer if args.side == "ours" else build_article_trainer
+        build_trainer = build_article_trainer if args.side == "article" else build_our_trainer
         trainer = build_trainer(args, texts_per_step, texts, common)
         clock = Clock(trainer, args.steps)
         trainer.add_callback(clock)
@@ -162,7 +164,7 @@ def measure_one_side(args: argparse.Namespace) -> None:
     num_parameters = trainer.model.num_parameters()
     figures |= {
         "parameters": num_parameters,
-        "mfu": 6 * num_parameters * figures["real_tokens_per_second"] / limit,
+        "mfu": (4 if args.side == "lora" else 6) * num_parameters * figures["real_tokens_per_second"] / limit,
         "product_tflops": limit / 1e12,
         "peak_host_gib": peak_host_bytes() / 2**30,
     }
@@ -184,8 +186,9 @@ def build_our_trainer(args, texts_per_step: int, texts: list[list[int]], common:
     )
     transformers.set_seed(0)
     dtype = torch.float32 if training.use_cpu else torch.bfloat16
+    model = build_model(args.architecture, dtype, training.device, "ours")
     return TokenTrainer(
-        model=build_model(args.architecture, dtype, training.device, "ours"),
+        model=add_adapters(model, rank=16, alpha=32, base=args.architecture) if args.side == "lora" else model,
         args=training,
         train_dataset=Dataset.from_dict({"input_ids": texts}),
         data_collator=PackedCollator(),
@@ -290,8 +293,8 @@ def report(args: argparse.Namespace, texts_per_step: int, runs: dict[str, list[d
     line |= {name: getattr(args, name) for name in ("texts_per_batch", "article_texts_per_step", "device_memory_gib")}
     line |= {"deepspeed": Path(args.deepspeed).name, "activation_checkpointing": args.activation_checkpointing}
     if len(sides) == 2:
-        pairs = zip(*(runs[side] for side in SIDES), strict=True)
-        ratios = [ours["real_tokens_per_second"] / theirs["real_tokens_per_second"] for theirs, ours in pairs]
+        pairs = zip(*runs.values(), strict=True)
+        ratios = [second["real_tokens_per_second"] / first["real_tokens_per_second"] for first, second in pairs]
         line |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
         print(f"{'ratio of real tokens/s':40}{line['ratio']:>12.2f}  ({min(ratios):.2f}-{max(ratios):.2f})")
     print()

@@ -23,9 +23,13 @@ LEARNING_ARGUMENTS = (
     "eval_strategy eval_steps save_strategy save_steps"
 ).split()
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
+ADAPTERS_FILE, ADAPTERS_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # peft's; a base beside them
 PICKLED_WEIGHTS_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARDS_FILE = "latest"  # DeepSpeed's: which folder its shards lie in
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json"),
+    *("config.json", "generation_config.json", ADAPTERS_CONFIG_FILE),
+)
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 
 
@@ -138,6 +142,7 @@ def describe_run(args, model, tokenizer, train_tokens) -> dict:
         "num_training_texts": len(train_tokens),
         "texts": describe_texts(args),
         "texts_per_step": args.texts_per_step,
+        "lora": args.lora_settings,
         "arguments": {key: arguments[key] for key in LEARNING_ARGUMENTS},
     }
 
@@ -185,9 +190,9 @@ def check_same_run(checkpoint: str, run: dict) -> None:
     before = read_run(Path(checkpoint).parent)
     if before is None:
         return
-    for key in ("model", "architecture", "tokenizer", "data"):
+    for key in ("model", "architecture", "tokenizer", "data", "lora"):
         if before.get(key) != run[key]:
-            was = f" ({before.get(key)}, now {run[key]})" if key == "model" else ""
+            was = f" ({before.get(key)}, now {run[key]})" if key in ("model", "lora") else ""
             raise ValueError(
                 f"{checkpoint} belongs to a run with another {key}{was}; choose another --output_dir, "
                 "or start it again as it was"
@@ -198,7 +203,7 @@ def is_finished(output_dir: str, run: dict) -> bool:
     """True where this very run, arguments and all, has already come to its end in this folder. (Its texts are told by
     their hash, "data", wherever the file lies now.)"""
     before = read_run(output_dir) or {}
-    is_same = before | {"texts": None} == run | {"texts": None}
+    is_same = {"lora": None} | before | {"texts": None} == run | {"texts": None}
     return is_same and Path(output_dir, RESULTS_FILE).is_file()
 
 
@@ -236,6 +241,7 @@ def find_model(model_dir: str, flag: str = "--model_dir") -> Path:
     is_unfinished = (folder / RUN_FILE).is_file() and not (folder / RESULTS_FILE).is_file()
     weights = WEIGHTS_FILES + PICKLED_WEIGHTS_FILES + (SHARDS_FILE,)
     holds_model = (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
+    holds_model = holds_model or holds_adapters(folder)
     if checkpoints and (is_unfinished or not holds_model):
         return find_best(checkpoints)
     if holds_model:
@@ -244,8 +250,13 @@ def find_model(model_dir: str, flag: str = "--model_dir") -> Path:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether `from_pretrained` finds weights in a folder, and no pickled ones."""
-    return any((folder / name).is_file() for name in WEIGHTS_FILES)
+    """Whether `from_pretrained` finds weights in a folder, or adapters, and no pickled ones."""
+    return any((folder / name).is_file() for name in (*WEIGHTS_FILES, ADAPTERS_FILE))
+
+
+def holds_adapters(folder: str | Path) -> bool:
+    """Whether what a folder holds is LoRA adapters of another model, by safetensors (lora.py)."""
+    return all(Path(folder, name).is_file() for name in (ADAPTERS_FILE, ADAPTERS_CONFIG_FILE))
 
 
 def has_shards_alone(folder: Path) -> bool:

@@ -79,6 +79,9 @@ class TrainArguments(TrainingArguments):
     early_stopping_patience: int = _option(2, "Stop after this many evaluations without a better loss; 0: never.")
     on_full_disk: str = _option("stop", "When a checkpoint cannot be written: 'stop', or 'go_on' without it.")
     cache_dir: str | None = _option(None, "Where token caches lie; default: beside Hugging Face's data set cache.")
+    lora: bool = _option(False, "Freeze the model and train small adapters beside it (LoRA): little host memory.")
+    lora_rank: int = _option(16, "With --lora: width of an adapter.")
+    lora_alpha: float | None = _option(None, "With --lora: adapters count alpha / rank times; default: 2 x rank.")
     eval_only: bool = _option(False, "Measure the model on the held-out texts and end; a run's own texts, if unsaid.")
     plan: bool = _option(False, "Say what the run will take and whether it fits, and end.")
     plan_must_fit: bool = _option(True, "Refuse a run that by its plan does not fit; false: warn, and try.")
@@ -139,6 +142,12 @@ class TrainArguments(TrainingArguments):
         return Template(self.template, self.loss_on_prompt) if self.template else None
 
     @property
+    def lora_settings(self) -> dict | None:
+        """What `lora.add_adapters` takes; None where the whole model learns."""
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return {"rank": self.lora_rank, "alpha": alpha} if self.lora else None
+
+    @property
     def texts_per_step(self) -> int:
         """Fewest texts of a step: those of all its batches or, where these are counted in tokens, one for each."""
         texts_per_batch = 1 if self.tokens_per_device_batch else self.train_batch_size
@@ -187,6 +196,11 @@ class TrainArguments(TrainingArguments):
             raise ValueError(f"--early_stopping_patience {self.early_stopping_patience}: should be 0 or more")
         if self.on_full_disk not in ("stop", "go_on"):
             raise ValueError(f"--on_full_disk {self.on_full_disk}: should be stop or go_on")
+        for name in ("lora_rank", "lora_alpha"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"--{name} {value}: should be above 0")
+        if self.lora and self.model_name_or_path == "demo" and not self.eval_only:
+            raise ValueError("--lora trains adapters beside a model that has learnt before; the demo's has not")
         if self.learning_rate <= 0:
             raise ValueError(f"--learning_rate {self.learning_rate}: should be above 0")
         if self.eval_only:
@@ -366,7 +380,10 @@ def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line of `python -m neoflix.export`."""
     parser = _PlainParser(prog="python -m neoflix.export", description="Rewrite a model for other engines.")
     add = parser.add_argument
-    add("--to", choices=["gpt2"], required=True, help="the layout: GPT-2's, exact up to GPT-Neo's window of 256 tokens")
+    layouts = (
+        "gpt2: GPT-2's, exact up to GPT-Neo's window of 256 tokens; merged: the model's own, LoRA's adapters merged"
+    )
+    add("--to", choices=["gpt2", "merged"], required=True, help=layouts)
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as they were saved)")
     yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
     add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")

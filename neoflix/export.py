@@ -1,9 +1,10 @@
 """`python -m neoflix.export --to gpt2 RUN OUT`: GPT-Neo in GPT-2's layout, for engines that do not know GPT-Neo.
+`--to merged`: the model as it is, LoRA's adapters merged into it, for whoever has no `peft`.
 
-Both are the same network but for three things. GPT-Neo does not divide attention scores by sqrt(head width): its
-queries are multiplied by that here, which GPT-2's division takes back. GPT-2 has biases for queries, keys and values:
-zeros. And every second layer of GPT-Neo looks no further back than its window of 256 tokens. GPT-2 has no such layer;
-up to 256 tokens there is no difference, so that the export has so many positions and no more.
+GPT-Neo and GPT-2 are the same network but for three things. GPT-Neo does not divide attention scores by sqrt(head
+width): its queries are multiplied by that here, which GPT-2's division takes back. GPT-2 has biases for queries, keys
+and values: zeros. And every second layer of GPT-Neo looks no further back than its window of 256 tokens. GPT-2 has no
+such layer; up to 256 tokens there is no difference, so that the export has so many positions and no more.
 
 Sources: transformers' modeling_gpt_neo.py and modeling_gpt2.py.
 """
@@ -13,13 +14,13 @@ import math
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPTNeoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from neoflix.checkpoint import find_model
+from neoflix.checkpoint import find_model, holds_adapters
 from neoflix.config import parse_export_args
 from neoflix.consolidation import WEIGHTS, safetensors_header, whole_weights
 from neoflix.distributed import progress, run_and_exit, say
@@ -46,7 +47,8 @@ Weights: {dtype}. {rounding}
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_export_args(argv)
-    export_gpt2(args.run, args.out, args.dtype, args.allow_pickle)
+    export = export_gpt2 if args.to == "gpt2" else export_merged
+    export(args.run, args.out, args.dtype, args.allow_pickle)
 
 
 def export_gpt2(run: str, out: str, dtype: str | None = None, allow_pickle: bool = False) -> None:
@@ -67,17 +69,46 @@ def export_gpt2(run: str, out: str, dtype: str | None = None, allow_pickle: bool
     folder, target = find_model(run, "RUN"), Path(out)
     check_target(target)
     with whole_weights(folder) as source:
-        check_architecture(source)
+        if not holds_adapters(source):  # else that of their base, once it is loaded
+            saved = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            check_architecture(saved.get("model_type"), source)
         model = load_pretrained(str(source), "auto", allow_pickle).eval()
         tokenizer = read_tokenizer(source, f"RUN {folder}")
+    check_architecture(model.config.model_type, folder)
     check_tokenizer(tokenizer, model, folder)
     config = gpt2_config(model.config, len(tokenizer), getattr(torch, dtype) if dtype else model.dtype)
 
+    with appearing_whole(target) as unfinished:
+        write_weights(model, config, unfinished)
+        save_settings(model, tokenizer, config, unfinished, folder.absolute().name)
+    say(f"{folder} -> {target}: GPT-2's layout, {_name(config.dtype)}, texts of up to {config.n_positions:,} tokens")
+    for sentence in filter(None, (limit_of(model.config), rounding_of(model.config, config.dtype))):
+        say(sentence)
+
+
+def export_merged(run: str, out: str, dtype: str | None = None, allow_pickle: bool = False) -> None:
+    """Writes a model's folder that `from_pretrained` loads without `peft`: of a LoRA run, the base model with the
+    adapters merged into it. Arguments and errors as `export_gpt2`, for any architecture."""
+    folder, target = find_model(run, "RUN"), Path(out)
+    check_target(target)
+    with whole_weights(folder) as source:
+        model = load_pretrained(str(source), getattr(torch, dtype) if dtype else "auto", allow_pickle)
+        tokenizer = read_tokenizer(source, f"RUN {folder}")
+    with appearing_whole(target) as unfinished:
+        check_room(model.get_memory_footprint(), unfinished)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    say(f"{folder} -> {target}: the whole model, {_name(model.dtype)}")
+
+
+@contextmanager
+def appearing_whole(target: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `target` when the context ends, and nothing where it fails. ValueError where
+    the disk does not take it."""
     unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
     try:
         unfinished.mkdir(parents=True)
-        write_weights(model, config, unfinished)
-        save_settings(model, tokenizer, config, unfinished, folder.absolute().name)
+        yield unfinished
         sync_folder(unfinished)
         unfinished.rename(target)
         sync_folder(target.absolute().parent)
@@ -85,9 +116,13 @@ def export_gpt2(run: str, out: str, dtype: str | None = None, allow_pickle: bool
         raise ValueError(f"OUT {target}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    say(f"{folder} -> {target}: GPT-2's layout, {_name(config.dtype)}, texts of up to {config.n_positions:,} tokens")
-    for sentence in filter(None, (limit_of(model.config), rounding_of(model.config, config.dtype))):
-        say(sentence)
+
+
+def check_room(num_bytes: int, folder: Path) -> None:
+    """ValueError unless so many bytes are free where `folder` lies."""
+    free = free_bytes(folder)
+    if free < num_bytes:
+        raise ValueError(f"OUT: the weights take {num_bytes / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free")
 
 
 def check_target(target: Path) -> None:
@@ -98,11 +133,10 @@ def check_target(target: Path) -> None:
         raise ValueError(f"OUT {target}: exists already and is not empty; choose another name or delete it")
 
 
-def check_architecture(folder: Path) -> None:
-    """ValueError unless a folder's model is a GPT-Neo."""
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if found != "gpt_neo":
-        raise ValueError(f"RUN {folder}: its model is a {found}, not a GPT-Neo; only GPT-Neo is rewritten as GPT-2")
+def check_architecture(model_type: str | None, folder: Path) -> None:
+    """ValueError unless it is GPT-Neo's."""
+    if model_type != "gpt_neo":
+        raise ValueError(f"RUN {folder}: its model is a {model_type}, not a GPT-Neo; no other is rewritten as GPT-2")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> None:
@@ -188,9 +222,8 @@ def write_weights(model: PreTrainedModel, config: GPT2Config, folder: Path) -> N
     shapes = dict(rewrite({name: weight.to("meta") for name, weight in weights.items()}, model.config, config))
     dtypes = dict.fromkeys(shapes, config.dtype)
     sizes = {name: weight.numel() * config.dtype.itemsize for name, weight in shapes.items()}
-    total, free = sum(sizes.values()), free_bytes(folder)
-    if free < total:
-        raise ValueError(f"OUT: the weights take {total / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free")
+    total = sum(sizes.values())
+    check_room(total, folder)
     with closing(HashedFile(folder / WEIGHTS)) as file, progress(total=total, unit="B", unit_scale=True) as bar:
         file.write(safetensors_header(list(shapes), dtypes, shapes, sizes))
         for name, weight in rewrite(weights, model.config, config):

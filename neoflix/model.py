@@ -3,11 +3,15 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -21,6 +25,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import (
+    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -30,13 +35,15 @@ from transformers.utils import (
 )
 
 from neoflix.attention import ATTENTION_NAME, register_attention
-from neoflix.checkpoint import has_shards_alone
+from neoflix.checkpoint import has_shards_alone, holds_adapters
+from neoflix.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.loss import causal_lm_loss
 from neoflix.template import Template, attach_template
-from neoflix.tokenizer import load_tokenizer, train_tokenizer
+from neoflix.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
 
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
 DEMO_VOCAB_SIZE = 4096
+HUB_TIMEOUT = 10  # seconds
 VOCAB_MULTIPLE = 64  # matrix sizes that tensor cores take without a remainder
 
 
@@ -69,7 +76,8 @@ def build_model(config: GPTNeoConfig, dtype: torch.dtype) -> PreTrainedModel:
 def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pickle: bool = False) -> PreTrainedModel:
     """Loads a causal language model from a folder or the hub; GPT-Neo comes with our attention and loss.
 
-    Weights come from safetensors, and no code of the model's own is run (docs/loading.md).
+    Weights come from safetensors, and no code of the model's own is run (docs/loading.md). Of a folder with LoRA
+    adapters: their base model, with room for the folder's tokens and the adapters merged into it.
 
     Args:
         dtype: of the weights in memory; "auto": as they were saved.
@@ -78,6 +86,9 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
 
     ValueError, in one sentence, where there is no such model, or no weights, or only pickled ones.
     """
+    if holds_adapters(model_name_or_path):
+        return _load_adapted(Path(model_name_or_path), dtype, allow_pickle)
+    check_reachable(model_name_or_path)
     register_attention()
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a bot of the hub's converts, and we load that
     if is_deepspeed_zero3_enabled():  # weights are sharded as they load: DeepSpeed must know the other processes
@@ -112,6 +123,26 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
     return model
 
 
+def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) -> PreTrainedModel:
+    """A base model as its adapters saw it, rounded as it was then, with the adapters merged into it in `dtype`."""
+    if is_deepspeed_zero3_enabled():  # a share of each weight is here: nothing to merge adapters into
+        raise ValueError(
+            f"--model_name_or_path {folder}: holds LoRA adapters, which ZeRO-3 cannot merge; write the whole model "
+            f"first (python -m neoflix.export --to merged {folder} OUT), or take a --deepspeed file of another stage"
+        )
+    base, trained_dtype = read_adapters(folder)
+    tokenizer = read_tokenizer(folder, f"--model_name_or_path {folder}")
+    try:
+        model = load_pretrained(base, trained_dtype, allow_pickle)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds LoRA adapters, and the model they belong to did not load: {error}") from error
+    make_room_for_tokens(model, tokenizer)
+    set_token_ids(model, tokenizer, {})
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return merge_adapters(model if dtype == "auto" else model.to(dtype), folder)
+
+
 def load_for_reading(model_name_or_path: str, device: str | None = None, allow_pickle: bool = False) -> PreTrainedModel:
     """Loads a model that is not to be trained: on CUDA in bf16 (fp16 before Ampere), else on the CPU in fp32.
 
@@ -129,6 +160,26 @@ def load_for_reading(model_name_or_path: str, device: str | None = None, allow_p
         raise ValueError(
             f"{model_name_or_path}: its weights take {need:.1f} GiB, and {free:.1f} of the GPU are free; end what else "
             "runs there, or set CUDA_VISIBLE_DEVICES= to sample on the CPU"
+        ) from error
+
+
+def check_reachable(model_name_or_path: str) -> None:
+    """ValueError, within seconds, for a model that is not here while the hub cannot be reached (the hub's own library
+    tries for most of a minute before it says so). Whether the hub has such a model is not asked."""
+    name = model_name_or_path
+    if is_offline_mode() or Path(name).exists() or name.count("/") > 1:
+        return
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        urlopen(Request(ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
+    except HTTPError:
+        return  # it answers
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"--model_name_or_path {name}: no such folder here, and {ENDPOINT} cannot be reached ({reason}); connect "
+            "to a network, or name a folder that holds the model"
         ) from error
 
 
@@ -174,6 +225,7 @@ def load_model(
     dtype: torch.dtype,
     sampling: dict,
     allow_pickle: bool = False,
+    lora: dict | None = None,
 ) -> PreTrainedModel:
     """The model to train: loaded or built, fitted to the tokenizer, with generation settings to be saved.
 
@@ -181,6 +233,7 @@ def load_model(
         dtype: of the weights in memory. DeepSpeed keeps its own fp32 copy for the optimizer.
         sampling: temperature, top_k, top_p, repetition_penalty, max_new_tokens.
         allow_pickle: see `load_pretrained`.
+        lora: rank and alpha of adapters to be trained in the model's stead, which it is then wrapped in.
     """
     if model_name_or_path == DEMO:
         model = build_demo_model(_padded(len(tokenizer)))
@@ -188,7 +241,7 @@ def load_model(
         model = load_pretrained(model_name_or_path, dtype, allow_pickle)
         make_room_for_tokens(model, tokenizer)
     set_token_ids(model, tokenizer, sampling)
-    return model
+    return add_adapters(model, base=model_name_or_path, **lora) if lora else model
 
 
 def find_tokenizer(
@@ -196,8 +249,11 @@ def find_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which carries the template, if there is one; the demo's is trained on `texts`, and kept in
     `cache_dir`."""
-    is_demo = model_name_or_path == DEMO
-    tokenizer = train_tokenizer(texts, DEMO_VOCAB_SIZE, cache_dir) if is_demo else load_tokenizer(model_name_or_path)
+    if model_name_or_path == DEMO:
+        tokenizer = train_tokenizer(texts, DEMO_VOCAB_SIZE, cache_dir)
+    else:
+        check_reachable(model_name_or_path)
+        tokenizer = load_tokenizer(model_name_or_path)
     attach_template(tokenizer, template and template.with_rows(texts))
     return tokenizer
 
@@ -214,8 +270,6 @@ def make_room_for_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     logit in the middle of all others, never a likely word. (An untouched random row would do neither, and in
     fp16 could overflow.)
     """
-    import deepspeed  # seconds to import, and sampling never comes here
-
     old_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) <= old_size and old_size % VOCAB_MULTIPLE == 0:
         return
@@ -224,12 +278,21 @@ def make_room_for_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
     }
     for weight in weights.values():
-        with deepspeed.zero.GatheredParameters(weight, modifier_rank=0), torch.no_grad():
+        with _gathered(weight), torch.no_grad():
             if weight.numel() == 0:  # ZeRO-3: only the modifying rank holds the rows
                 continue
             weight[old_size:] = weight[:old_size].float().mean(0).to(weight.dtype)
             if tokenizer.bos_token_id >= old_size:
                 weight[tokenizer.bos_token_id] = weight[tokenizer.eos_token_id]
+
+
+def _gathered(weight: torch.Tensor):
+    """A context in which ZeRO-3's rank 0 holds all of a weight, and may change it."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed  # seconds to import, and sampling never comes here
+
+    return deepspeed.zero.GatheredParameters(weight, modifier_rank=0)
 
 
 def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: dict) -> None:

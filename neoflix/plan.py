@@ -9,7 +9,8 @@ fp16/fused_optimizer.py, bf16_optimizer.py), the ZeRO papers (Rajbhandari et al.
 No torch here, whose import takes longer than `--plan` may: what of it is needed for other models than GPT-Neo is
 imported there.
 
-Signs: P parameters, N processes, b bytes a weight, w width, V words of the vocabulary, T tokens of a batch.
+Signs: P parameters, L those that learn (all, or LoRA's adapters), N processes, b bytes a weight, w width, V words of
+the vocabulary, T tokens of a batch.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from neoflix.machine import Machine, check_machine, read_machine, torch_version
 from neoflix.template import Template
 
 GIB = 2**30
+ADAPTERS_CONFIG_FILE = "adapter_config.json"  # as in checkpoint.py
 DEMO_SHAPE = {"num_layers": 4, "hidden_size": 256, "vocab_size": 4096, "max_position_embeddings": 512}
 # config.json of the three GPT-Neos, so that their plan needs no network (Hugging Face hub, EleutherAI).
 HUB_SHAPES = {
@@ -71,6 +73,8 @@ class Shape:
     num_parameters: int
     window: int
     is_gpt_neo: bool = True  # our attention and our loss
+    adapted: int = 0  # widths of what goes into and comes out of each linear layer but the head, summed
+    num_linear: int = 0  # such layers
 
     @property
     def embedding(self) -> int:
@@ -117,6 +121,11 @@ class Settings:
     is_cpu: bool
     rounds_pinned: bool = True  # torch rounds pinned buffers up to a power of two
     batch_texts: int | None = None  # where a batch is counted in texts
+    lora_rank: int = 0  # 0: the whole model learns
+
+    def num_learning(self, shape: Shape) -> int:
+        """Parameters that have gradients and an optimizer: all or, with LoRA, two narrow matrices for each layer."""
+        return self.lora_rank * shape.adapted if self.lora_rank else shape.num_parameters
 
     @property
     def zero(self) -> dict:
@@ -224,18 +233,23 @@ def forecast(shape: Shape, texts: Texts, settings: Settings, machine: Machine) -
     host_phases = host_memory(shape, settings)
     if settings.is_cpu:  # the device is the host
         process = {phase: host_phases["train"] | parts for phase, parts in device_phases.items()}
-        device_phases, host_phases = {"train": {}}, process
+        device_phases, host_phases = {"train": {}}, process | {"load": host_phases["load"]}
     else:
         overhead = {"CUDA itself": CUDA_CONTEXT}
         device_phases = {
             phase: parts | overhead | {"fragmentation": int(FRAGMENTATION * sum(parts.values()))}
             for phase, parts in device_phases.items()
         }
-    # A checkpoint: the model twice (safetensors, and DeepSpeed's own copy), and what the optimizer keeps.
-    checkpoint = shape.num_parameters * (2 * settings.weight_bytes + optimizer_bytes(settings, on_disk=True))
-    swapped = shape.num_parameters * 16 // settings.num_processes * settings.local_processes
+    # A checkpoint: what learns twice (safetensors, and DeepSpeed's own copy), and what the optimizer keeps.
+    learning = settings.num_learning(shape)
+    checkpoint = learning * (2 * settings.weight_bytes + optimizer_bytes(settings, on_disk=True))
+    swapped = learning * 16 // settings.num_processes * settings.local_processes
     swapped *= settings.offload("offload_optimizer") == "nvme"
-    flops_per_token = 6 * shape.num_parameters + 6 * shape.num_layers * shape.width * texts.mean
+    # Of six products with each weight, two are forward, two for the gradients of its input and two for its own, which
+    # a frozen one has not; two more where activations are worked out again.
+    passes = (4 if settings.lora_rank else 6) + (2 if settings.recomputes else 0)
+    again = 8 / 6 if settings.recomputes else 1
+    flops_per_token = passes * shape.num_parameters + again * 6 * shape.num_layers * shape.width * texts.mean
     return Plan(
         shape,
         texts,
@@ -244,8 +258,8 @@ def forecast(shape: Shape, texts: Texts, settings: Settings, machine: Machine) -
         device_phases,
         host_phases,
         checkpoint,
-        max(checkpoint * settings.num_checkpoints, settings.weight_bytes * shape.num_parameters) + swapped,
-        settings.train_tokens * flops_per_token * (8 / 6 if settings.recomputes else 1),
+        max(checkpoint * settings.num_checkpoints, settings.weight_bytes * learning) + swapped,
+        settings.train_tokens * flops_per_token,
     )
 
 
@@ -274,10 +288,12 @@ def activation_bytes(shape: Shape, settings: Settings, num_tokens: int) -> int:
     five of the MLP's inner width (its input, three steps of the tanh form of GELU, and its result): 28 widths for
     GPT-Neo. Counted with autograd's saved-tensor hooks, which `tests/test_plan.py` does again. With checkpointing one
     width a layer, and one layer in full while it is worked out again (Chen et al., 2016). Besides: the embedding and
-    the last norm.
+    the last norm. With LoRA the same, since every adapter keeps what goes into its layer, and what its first matrix
+    makes of that.
     """
     copies = 1.4 if settings.is_cpu else 0  # the copy, and what padding to the longest of a group adds
     layer = (8 + copies) * shape.width + 5 * shape.inner
+    layer += settings.lora_rank * shape.num_linear / max(shape.num_layers, 1)
     kept = layer + shape.num_layers * shape.width if settings.recomputes else shape.num_layers * layer
     return int(num_tokens * settings.weight_bytes * (kept + 2 * shape.width))
 
@@ -296,10 +312,11 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
     """Bytes of one process on its device: {phase: {part: bytes}}.
 
     Weights: b P, at stage 3 b P / N and the layers that are gathered (stage3_max_live_parameters, the prefetch
-    bucket; the embedding, always whole). Optimizer: 12 P, from stage 1 on 12 P / N, offloaded nothing (Twin-Flow:
-    the share beyond `ratio`). Gradients: b P; from stage 2 on b P / N; offloaded only what is on its way.
+    bucket; the embedding, always whole). Optimizer: 12 L, from stage 1 on 12 L / N, offloaded nothing (Twin-Flow:
+    the share beyond `ratio`). Gradients: b L; from stage 2 on b L / N; offloaded only what is on its way.
     """
-    P, N, b, stage = shape.num_parameters, settings.num_processes, settings.weight_bytes, settings.stage
+    L, N, b, stage = settings.num_learning(shape), settings.num_processes, settings.weight_bytes, settings.stage
+    P = shape.num_parameters + (L if settings.lora_rank else 0)
     offloaded = settings.offload("offload_optimizer")
     share = settings.zero.get("offload_optimizer", {}).get("ratio", 1.0) if offloaded and stage == 3 else 1.0
     on_device = (1 - share) if offloaded else 1.0
@@ -310,20 +327,20 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
         gathered = min(P, max(live, shape.embedding + _layer(shape)))
         parts["weights"] = 0 if settings.offload("offload_param") else b * P // N
         parts["gathered layers"] = b * gathered
-    parts["optimizer"] = int(on_device * optimizer_bytes(settings) * P / (N if stage else 1))
+    parts["optimizer"] = int(on_device * optimizer_bytes(settings) * L / (N if stage else 1))
     parts |= {"buffers": _buffers(shape, settings)}
 
     gradients, copies = _gradients(shape, settings, on_device)
     activations = activation_bytes(shape, settings, settings.batch_tokens)
     loss = loss_bytes(shape, settings, settings.batch_tokens)
     # Tied to the head: one gradient comes at the beginning of the backward pass and waits for the other at its end.
-    embedding = {"gradients of the embedding": 2 * b * shape.embedding}
+    embedding = {"gradients of the embedding": 0 if settings.lora_rank else 2 * b * shape.embedding}
     working = {"activations": activations, "loss": loss}
     if settings.is_cpu:
         parts |= _kept_by_the_cpu(shape, settings)
         if b == 4:
             # Freed memory is kept, in pieces: gradients find room where activations were, if these were the larger.
-            grown = gradients + b * shape.embedding
+            grown = gradients + (0 if settings.lora_rank else b * shape.embedding)
             working["room used twice"] = -min(grown, max(0, activations + loss - grown))
             return {"train": parts | {"gradients": gradients + copies} | embedding | working}
     beginning = parts | {"gradients": gradients if settings.accumulation > 1 else 0} | embedding | working
@@ -337,16 +354,17 @@ def _kept_by_the_cpu(shape: Shape, settings: Settings) -> dict[str, int]:
     """What only a CPU's memory holds besides, by the measurements in benchmarks/results/plan-cpu.jsonl.
 
     Without ZeRO fp32 weights stay mapped from their file, the embedding twice, as it is grown; at stage 3 it is whole
-    before and after. What processes exchange gloo copies. With offload in bf16 the largest gradient is cast twice, and
+    before and after. With LoRA it stays mapped at stages 1 and 2 too, where DeepSpeed copies only what learns. What
+    processes exchange gloo copies. With offload in bf16 the largest gradient is cast twice, and
     the buckets' room is not used again (one configuration measured).
     """
     kept, embedding = {}, settings.weight_bytes * shape.embedding
     if settings.stage == 3:
         kept["embedding, as it was grown"] = 2 * embedding
-    elif settings.stage == 0 and settings.weight_bytes == 4:
+    elif settings.weight_bytes == 4 and (settings.stage == 0 or settings.lora_rank):
         kept["embedding, as it was grown"] = embedding
     if settings.num_processes > 1 and settings.stage:
-        bucket = min(_bucket(settings, "reduce_bucket_size"), shape.num_parameters)
+        bucket = min(_bucket(settings, "reduce_bucket_size"), settings.num_learning(shape))
         kept["exchange"] = settings.weight_bytes * bucket
     if settings.weight_bytes == 2 and settings.stage in (1, 2) and settings.offload("offload_optimizer"):
         kept["gradients' fp32 copies, buckets again"] = (
@@ -374,10 +392,15 @@ def _buffers(shape: Shape, settings: Settings) -> int:
         return 0
     bucket = _bucket(settings, "reduce_bucket_size")
     if settings.is_cpu:
-        bucket = min(bucket, shape.num_parameters)
+        bucket = min(bucket, settings.num_learning(shape))
     overlaps = settings.zero.get("overlap_comm", settings.stage == 3) and settings.stage < 3
-    transit = shape.embedding if settings.offload("offload_optimizer") and settings.stage < 3 else 0
+    transit = _largest_learning(shape, settings) if settings.offload("offload_optimizer") and settings.stage < 3 else 0
     return settings.weight_bytes * (bucket * (2 if overlaps else 1) + transit)
+
+
+def _largest_learning(shape: Shape, settings: Settings) -> int:
+    """Elements of the largest parameter that learns: the embedding or, with LoRA, the MLP's adapter."""
+    return settings.lora_rank * shape.inner if settings.lora_rank else shape.embedding
 
 
 def _gradients(shape: Shape, settings: Settings, on_device: float) -> tuple[int, int]:
@@ -387,7 +410,7 @@ def _gradients(shape: Shape, settings: Settings, on_device: float) -> tuple[int,
     flatten this process's share and cast it, unless they are summed up in fp32 in the first place (18 instead of 22
     bytes a parameter with one process); stage 3 casts a sub-group at a time.
     """
-    P, N, b, stage = shape.num_parameters, settings.num_processes, settings.weight_bytes, settings.stage
+    P, N, b, stage = settings.num_learning(shape), settings.num_processes, settings.weight_bytes, settings.stage
     wide = settings.gradient_bytes
     if stage == 0:
         return b * P, 8 * P if b == 2 else 0
@@ -406,31 +429,34 @@ def _gradients(shape: Shape, settings: Settings, on_device: float) -> tuple[int,
 def host_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]:
     """Bytes of one process in host memory: {phase: {part: bytes}}; a node's are those of all its processes.
 
-    Offloaded, a process's share P / N takes: fp32 weights and their gradients, 4 + 4, and a buffer of b for the updated
+    Offloaded, a process's share L / N takes: fp32 weights and their gradients, 4 + 4, and a buffer of b for the updated
     weights, all pinned where the file says so; the moments, 8, unpinned; with accumulation the gradients so far, b.
     Torch rounds each pinned buffer up to a power of two (CachingHostAllocator.h), unless PYTORCH_ALLOC_CONF sets
     pinned_max_round_threshold_mb. Loading reads all weights in every process.
     """
     P, N, b, stage = shape.num_parameters, settings.num_processes, settings.weight_bytes, settings.stage
+    L, largest = settings.num_learning(shape), _largest_learning(shape, settings)
     own = {"Python, torch, DeepSpeed": CPU_PROCESS[b] if settings.is_cpu else CUDA_PROCESS}
     loading = own | {"weights being loaded": b * P}
+    if settings.is_cpu and b == 2:
+        loading["their file in fp32, mapped"] = 4 * P
     offloaded, states = settings.offload("offload_optimizer"), {}
     sizes, loose = [], 0
     if offloaded == "cpu":
         ratio = settings.zero["offload_optimizer"].get("ratio", 1.0) if stage == 3 else 1.0
-        share = P * ratio / N
+        share = L * ratio / N
         half = 2 if settings.ds_config.get("bf16", {}).get("bf16_master_weights_and_grads") else 4
         master = half * share
         if stage == 3:
-            sizes, loose = [half * share, b * P / N], master
+            sizes, loose = [half * share, b * L / N], master
         else:
-            sizes = [master, half * share, b * share, b * shape.embedding]
+            sizes = [master, half * share, b * share, b * largest]
             sizes += [b * share] if settings.accumulation > 1 else []
         loose += (optimizer_bytes(settings) - half) * share
     elif offloaded == "nvme":
         count = settings.zero["offload_optimizer"].get("buffer_count", 4)
-        sub_group = max(min(_bucket(settings, "sub_group_size", 10**9), P // N), shape.embedding // N)
-        sizes = [4 * sub_group] * count + [b * P / N]
+        sub_group = max(min(_bucket(settings, "sub_group_size", 10**9), L // N), largest // N)
+        sizes = [4 * sub_group] * count + [b * L / N]
     is_pinned = bool(settings.zero.get("offload_optimizer", {}).get("pin_memory")) and not settings.is_cpu
     if offloaded:
         states[f"optimizer{', pinned' if is_pinned else ''}"] = int(sum(_pinned(settings, sizes, is_pinned)))
@@ -441,7 +467,7 @@ def host_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]:
     if settings.is_cpu:
         states = {f"offloaded {part}": size for part, size in states.items()}
     training = own | states
-    saving = training | {"weights being saved": 0 if settings.is_cpu else b * P}
+    saving = training | {"weights being saved": 0 if settings.is_cpu else b * L}
     return {"load": loading, "train": training, "save": saving, "evaluate": training}
 
 
@@ -560,6 +586,7 @@ def read_settings(args, shape: Shape, texts: Texts, machine: Machine, ds_config:
         num_checkpoints=kept,
         is_cpu=is_cpu,
         rounds_pinned=rounds_pinned(),
+        lora_rank=args.lora_rank if args.lora else 0,
     )
 
 
@@ -576,6 +603,8 @@ def read_shape(model_name_or_path: str) -> Shape | None:
     """The shape by a folder's config.json, by the hub's cache, or as this file knows it; None where none is found."""
     if model_name_or_path == "demo":
         return _gpt_neo_shape(DEMO_SHAPE)
+    if (adapters := Path(model_name_or_path, ADAPTERS_CONFIG_FILE)).is_file():  # its base, once they are merged
+        return read_shape(json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
     path = Path(model_name_or_path, "config.json")
     if not path.is_file():
         if known := {name.lower(): shape for name, shape in HUB_SHAPES.items()}.get(model_name_or_path.lower()):
@@ -608,7 +637,9 @@ def _gpt_neo_shape(config: dict) -> Shape:
     positions = config.get("max_position_embeddings", 2048)
     layer = 4 * width**2 + width + 2 * width * inner + inner + width + 4 * width
     return Shape(
-        num_layers, width, inner, vocab, (vocab + positions) * width + num_layers * layer + 2 * width, positions
+        *(num_layers, width, inner, vocab, (vocab + positions) * width + num_layers * layer + 2 * width, positions),
+        adapted=num_layers * (8 * width + 2 * (width + inner)),
+        num_linear=6 * num_layers,
     )
 
 
@@ -616,6 +647,7 @@ def _other_shape(folder: Path) -> Shape | None:
     """Of any other causal language model: built without memory for its weights, and counted."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -626,8 +658,14 @@ def _other_shape(folder: Path) -> Shape | None:
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     window = getattr(config, "max_position_embeddings", None) or 2048
+    vocab = -(-config.vocab_size // 64) * 64
+    linear = [layer.weight.shape for layer in model.modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
+    adapted = [shape for shape in linear if shape[0] != config.vocab_size]
     return Shape(
-        config.num_hidden_layers, width, inner, -(-config.vocab_size // 64) * 64, model.num_parameters(), window, False
+        *(config.num_hidden_layers, width, inner, vocab, model.num_parameters(), window),
+        is_gpt_neo=False,
+        adapted=sum(map(sum, adapted)),
+        num_linear=len(adapted),
     )
 
 
@@ -841,18 +879,20 @@ def explain(plan: Plan) -> str:
     for what, needed, there, largest in plan.misfits():
         lines.append(f"too large: {needed / GIB:.1f} GiB of {what}, {there / GIB:.1f} GiB are there; {largest}")
     found = smallest_changes(plan)
-    lines += [f"  {words}: {_needs(changed)}" for words, changed in found]
+    lines += [f"  {words}: {_needs(changed, plan)}" for words, changed in found]
     if not found:
         lines.append("nothing that this project knows would make it fit: take a smaller model or a larger machine")
     return "\n".join(lines)
 
 
 LEARNS_WORSE = "bf16_states.json"  # a last resort: `auto` never takes it
+LORA_RANK = 16  # train.py's default
 
 
-def _needs(plan: Plan) -> str:
+def _needs(plan: Plan, before: Plan) -> str:
     device = f"device {plan.device_bytes / GIB:.1f} GiB, " if plan.machine.has_gpu else ""
     price = "; learns worse (ds_configs/bf16_states.md)" if plan.settings.ds_name == LEARNS_WORSE else ""
+    price += "; adapters alone learn (docs/lora.md)" if plan.settings.lora_rank > before.settings.lora_rank else ""
     return f"{device}host {plan.host_bytes / GIB:.1f} GiB, disk {plan.run_bytes / GIB:.1f} GiB{price}"
 
 
@@ -860,8 +900,9 @@ def smallest_changes(plan: Plan, most: int = 3) -> list[tuple[str, Plan]]:
     """The first changes, from the least to the most that they ask for, with which the run fits: (words, its plan)."""
     found = {}
     for words, changed in _changes(plan):
-        if changed.fits:
-            found.setdefault(" ".join(sorted(words.split(" --"))), (words, changed))
+        parts = frozenset(words.removeprefix("--").split(" --"))
+        if changed.fits and not any(fewer <= parts for fewer in found):
+            found[parts] = (words, changed)
         if len(found) == most:
             break
     return list(found.values())
@@ -879,7 +920,7 @@ def smaller_runs(plan: Plan, most: int = 3) -> list[tuple[str, Plan]]:
 
 def _changes(plan: Plan):
     """Single changes first; then pairs, of one that helps without sufficing and another; then smaller models."""
-    kinds = (_batch_changes, _recomputing, _disk_changes, _host_changes, _set_up_changes)
+    kinds = (_batch_changes, _recomputing, _disk_changes, _host_changes, _set_up_changes, _last_resorts)
     singles = [change for kind in kinds for change in kind(plan)]
     yield from singles
     for words, changed in singles:
@@ -953,6 +994,12 @@ def _set_up_changes(plan: Plan):
         config = read_ds_config(ROOT / name)
         if Path(name).name != plan.settings.ds_name and not _cannot_swap(config):
             yield f"--deepspeed {name}", _with(plan, ds_config=config, ds_name=Path(name).name)
+
+
+def _last_resorts(plan: Plan):
+    """What changes what is learnt, not only how."""
+    if not plan.settings.lora_rank:
+        yield "--lora true", _with(plan, lora_rank=LORA_RANK)
     if plan.machine.capability >= (8, 0) and plan.settings.weight_bytes == 2 and plan.settings.ds_name != LEARNS_WORSE:
         config = read_ds_config(ROOT / "ds_configs" / LEARNS_WORSE)
         words = f"--bf16 true --deepspeed ds_configs/{LEARNS_WORSE}"
@@ -968,8 +1015,9 @@ def plan_table(plan: Plan | None) -> str:
         return "plan: none, the model's config.json is not here yet"
     shape, texts, settings, machine = plan.shape, plan.texts, plan.settings, plan.machine
     precision = "half precision" if settings.weight_bytes == 2 else "fp32"
+    learning = f"{_count(settings.num_learning(shape))} of them learn (LoRA), " if settings.lora_rank else ""
     lines = [
-        f"plan: {_count(shape.num_parameters)} parameters, {precision}, {settings.ds_name} (ZeRO "
+        f"plan: {_count(shape.num_parameters)} parameters, {learning}{precision}, {settings.ds_name} (ZeRO "
         f"{settings.stage}), {settings.num_processes} process(es)",
         f"texts: {texts.num_train:,} to learn from, {texts.mean:.1f} tokens each ({texts.source}); at most "
         f"{settings.batch_tokens:,} tokens at once",
@@ -1036,7 +1084,7 @@ def explain_failure(plan: Plan | None, error: str, allocated: int, reserved: int
     if plan:
         lines += [plan_table(plan)]
     lines += ["what would take less:"] if changes else ["a smaller --per_device_train_batch_size would take less"]
-    return "\n".join([*lines, *(f"  {words}: {_needs(changed)}" for words, changed in changes)])
+    return "\n".join([*lines, *(f"  {words}: {_needs(changed, plan)}" for words, changed in changes)])
 
 
 def check_same_everywhere(args, texts) -> None:
@@ -1082,12 +1130,12 @@ PLAN_FLAGS = {
     "per_device_eval_batch_size": 32, "gradient_accumulation_steps": 1, "num_train_epochs": 5.0, "max_steps": -1,
     "save_strategy": "epoch", "save_total_limit": 2, "bf16": None, "fp16": None, "use_cpu": False,
     "gradient_checkpointing": None, "activation_checkpointing": None, "plan": True, "plan_device_memory": None,
-    "plan_host_memory": None, "plan_must_fit": True,
+    "plan_host_memory": None, "plan_must_fit": True, "lora": False, "lora_rank": LORA_RANK,
 }  # fmt: skip
 # What a recipe may say besides, and no plan depends on.
 OTHER_FLAGS = frozenset(
     "config generation learning_rate lr_scheduler_type warmup_steps weight_decay early_stopping_patience seed "
-    "logging_steps report_to disable_tqdm eval_strategy loss_on_prompt".split()
+    "logging_steps report_to disable_tqdm eval_strategy lora_alpha loss_on_prompt".split()
 )
 
 

@@ -29,6 +29,7 @@ from neoflix.checkpoint import (
 from neoflix.consolidation import gather_weights
 from neoflix.data import TokenBatches, count_tokens
 from neoflix.distributed import StoppedEarly, ask_main_process, gather, say, shout
+from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
 from neoflix.manifest import Files, num_bytes, read_manifest, write_manifest
 from neoflix.plan import compare, explain_failure
@@ -235,6 +236,17 @@ class TokenTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return tuple(self.accelerator.reduce(totals, reduction="sum").tolist())
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Trainer's own; with LoRA the adapters alone, whole at every ZeRO stage. Collective."""
+        if not has_adapters(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        weights, folder = collect_adapters(self.model), Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_adapters(self.model, weights, folder)
+            self.processing_class.save_pretrained(folder)
+
     def _save(self, output_dir=None, state_dict=None):
         """DeepSpeed hands over copies in which tied weights are two tensors; one is enough on disk."""
         if state_dict:
@@ -286,7 +298,8 @@ class TokenTrainer(Trainer):
             self._save_weights(folder)
         engine.checkpoint_engine.save = files.save
         engine._copy_recovery_script = lambda *_: None  # rank 0 alone would write it, and could fail alone
-        engine.save_checkpoint(str(folder), save_latest=False)  # that file: below
+        is_adapted = has_adapters(self.model)  # the base's frozen weights lie where they came from
+        engine.save_checkpoint(str(folder), save_latest=False, exclude_frozen_parameters=is_adapted)  # "latest": below
         with files.remembering_errors():
             self._save_rng_state(str(folder))
             if self.is_world_process_zero():
@@ -301,7 +314,8 @@ class TokenTrainer(Trainer):
         """Model and tokenizer; but no weights where ZeRO-3 is told not to gather them for a save: DeepSpeed's shards
         hold them (Trainer would save those as well, a first time)."""
         engine = self.model_wrapped
-        if not engine.zero_optimization_partition_weights() or engine.zero_gather_16bit_weights_on_model_save():
+        is_whole = not engine.zero_optimization_partition_weights() or has_adapters(self.model)
+        if is_whole or engine.zero_gather_16bit_weights_on_model_save():
             self.save_model(str(folder), _internal_call=True)
             return
         self._save(str(folder), state_dict={})
@@ -344,7 +358,7 @@ class TokenTrainer(Trainer):
         """What one checkpoint takes: what the last one took or, before there is one, a forecast."""
         if earlier := list_checkpoints(Path(self.args.output_dir)):
             return num_bytes(earlier[-1])
-        weights = list(self.model.parameters())
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         num_weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
         return forecast_bytes(num_weights, weights[0].element_size())
 

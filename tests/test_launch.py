@@ -5,20 +5,22 @@ import shutil
 import stat
 
 import pytest
-from conftest import ROOT, run_program
+from conftest import PYTHON, ROOT, run_program
 
 
 @pytest.fixture
 def dry_run(tmp_path, monkeypatch):
-    """dry_run(*words, gpus=[MiB, ...], **env) -> what a dry run prints, nvidia-smi reporting those GPUs."""
+    """dry_run(*words, gpus=[MiB, ...], host=GiB, **env) -> what a dry run prints; nvidia-smi and free report these."""
 
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "CUDA_VISIBLE_DEVICES", "NGPU", "HOSTFILE"):
         monkeypatch.delenv(name, raising=False)  # these tests may run in a job
 
-    def dry_run(*words, gpus=(), expect=0, **env):
-        smi = tmp_path / "nvidia-smi"
-        smi.write_text("#!/bin/sh\n" + ("".join(f"echo {mib}\n" for mib in gpus) or "exit 9\n"))
-        smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
+    def dry_run(*words, gpus=(), host=64, expect=0, **env):
+        memory = f"echo Mem: 999999 1 1 1 1 {host * 1024}\n" if host else "exit 1\n"
+        for name, lines in (("nvidia-smi", "".join(f"echo {mib}\n" for mib in gpus) or "exit 9\n"), ("free", memory)):
+            program = tmp_path / name
+            program.write_text(f"#!/bin/sh\n{lines}")
+            program.chmod(program.stat().st_mode | stat.S_IXUSR)
         path = f"{tmp_path}:{os.environ['PATH']}"
         return run_program("./launch.sh", *words, env={"DRY_RUN": "1", "PATH": path, **env}, expect=expect)
 
@@ -26,22 +28,37 @@ def dry_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "recipe", "processes"),
+    ("gpus", "host", "recipe", "processes"),
     [
-        ([], "recipes/demo.yaml", 1),
-        ([24576], "recipes/gpt-neo-2.7b.yaml", 1),  # RTX 3090, RTX 4090
-        ([24564, 24564], "recipes/gpt-neo-2.7b.yaml", 2),
-        ([81559] * 8, "recipes/gpt-neo-2.7b.yaml", 8),
-        ([12288], "recipes/gpt-neo-1.3b.yaml", 1),
-        ([24576, 11264], "recipes/gpt-neo-1.3b.yaml", 2),  # the smallest decides
+        ([], 64, "recipes/demo.yaml", 1),
+        ([24576], 64, "recipes/gpt-neo-2.7b.yaml", 1),  # RTX 3090, RTX 4090
+        ([24576], None, "recipes/gpt-neo-2.7b.yaml", 1),  # nothing known of the host: the plan will say
+        ([24576], 30, "recipes/gpt-neo-2.7b-lora.yaml", 1),
+        ([24564, 24564], 64, "recipes/gpt-neo-2.7b.yaml", 2),
+        ([81559] * 8, 64, "recipes/gpt-neo-2.7b.yaml", 8),
+        ([12288], 64, "recipes/gpt-neo-1.3b.yaml", 1),
+        ([12288], 24, "recipes/gpt-neo-125m.yaml", 1),
+        ([6144], 64, "recipes/gpt-neo-125m.yaml", 1),
+        ([24576, 11264], 64, "recipes/gpt-neo-1.3b.yaml", 2),  # the smallest decides
     ],
 )
-def test_recipe_follows_the_hardware(dry_run, gpus, recipe, processes):
-    output = dry_run(gpus=gpus)
+def test_recipe_follows_the_hardware(dry_run, gpus, host, recipe, processes):
+    output = dry_run(gpus=gpus, host=host)
+    assert ("recipes/gpt-neo-125m.yaml gives real English" in output) == (not gpus)
     assert f"taking {recipe}" in output
     assert f"--num_accelerators {processes} " in output
     assert f"train.py --config {recipe} \n" in output
     assert f"python generate.py --config {recipe} \n" in output
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "host"),
+    [("gpt-neo-2.7b", 24000, 54000), ("gpt-neo-2.7b-lora", 24000, 8000), ("gpt-neo-1.3b", 8000, 30500)],
+)
+def test_recipes_fit_what_they_are_taken_for(recipe, device, host):
+    assert f"host_mib >= {host}" in (ROOT / "launch.sh").read_text()
+    sizes = ["--plan_device_memory", f"{device}MiB", "--plan_host_memory", f"{host}MiB"]
+    run_program(PYTHON, "train.py", "--plan", "--config", f"recipes/{recipe}.yaml", *sizes)
 
 
 def test_arguments_go_to_train_and_the_run_to_generate(dry_run):

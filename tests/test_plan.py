@@ -16,6 +16,7 @@ from neoflix import plan
 from neoflix.config import TrainArguments, _Parser
 from neoflix.data import PackedCollator
 from neoflix.ds_config import read_ds_config
+from neoflix.lora import add_adapters
 from neoflix.machine import (
     Machine,
     check_gpu,
@@ -75,9 +76,9 @@ def test_parameters_are_counted_right(tmp_path):
     assert SIZES["125M"].num_parameters == pytest.approx(0.125e9, rel=0.01)
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize(("recomputes", "lora_rank"), [(False, 0), (True, 0), (False, 8)])
 @pytest.mark.parametrize(("num_layers", "width"), [(4, 64), (8, 128)])
-def test_activations_are_those_that_autograd_keeps(num_layers, width, recomputes):
+def test_activations_are_those_that_autograd_keeps(num_layers, width, recomputes, lora_rank):
     """Counted by its saved-tensor hooks: storages once, weights and logits left out."""
     config = tiny_config(
         vocab_size=512,
@@ -86,6 +87,8 @@ def test_activations_are_those_that_autograd_keeps(num_layers, width, recomputes
         attention_types=[[["global", "local"], num_layers // 2]],
     )
     model = build_model(config, torch.float32).train()
+    if lora_rank:
+        model = add_adapters(model, lora_rank, 2 * lora_rank, "none").train()
     if recomputes:
         model.activation_checkpointing_enable()
     lengths = [30, 27, 32, 25, 31, 18, 32, 29]
@@ -103,8 +106,9 @@ def test_activations_are_those_that_autograd_keeps(num_layers, width, recomputes
     logits = sum(lengths) * 512 * 4
     counted = sum(storage.nbytes() for storage in kept.values()) - logits
     settings = plan.read_settings(arguments(), SIZES["125M"], NETFLIX, Machine(0, 0, 1), {}, "")
-    settings = replace(settings, recomputes=recomputes)
+    settings = replace(settings, recomputes=recomputes, lora_rank=lora_rank)
     shape = replace(SIZES["125M"], num_layers=num_layers, width=width, inner=4 * width, vocab_size=512)
+    shape = replace(shape, num_linear=6 * num_layers)
     expected = plan.activation_bytes(shape, settings, sum(lengths))
     if recomputes:  # the layer that is worked out again is kept only while it is
         expected -= plan.activation_bytes(
@@ -540,8 +544,8 @@ def test_steps_that_are_skipped_one_after_the_other_end_the_run(train_words, mon
     """DeepSpeed skips a step whose gradients are infinite, and says nothing."""
     load_model = train.load_model
 
-    def load_overflowing_model(*args):
-        model = load_model(*args)
+    def load_overflowing_model(*args, **options):
+        model = load_model(*args, **options)
         model.transformer.ln_f.weight.register_hook(lambda gradient: gradient * float("inf"))
         return model
 

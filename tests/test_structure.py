@@ -12,7 +12,7 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 FLOORS = [
     {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"},
     {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
-    {"consolidation", "plan", "universal"},
+    {"consolidation", "lora", "plan", "universal"},
     {"config"},
     {"callbacks", "data", "model", "reading"},
     {"export", "generation", "judging", "trainer"},
