@@ -12,10 +12,12 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 FLOORS = [
     {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "tokenizer"},
     {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
-    {"consolidation", "plan", "universal"},
+    {"consolidation", "plan", "record", "universal"},
     {"config"},
-    {"callbacks", "data", "model"},
-    {"export", "generation", "judging", "trainer"},
+    {"callbacks", "data", "model", "report"},
+    {"export", "generation", "judging"},
+    {"live_samples"},
+    {"trainer"},
     {"evaluation"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
