@@ -218,10 +218,8 @@ def check_report_to(report_to: str | list[str] | None) -> None:
         return
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise ValueError(
-                f"--report_to {name}: should be none, all, or of {known}{_nearest(name, [*INTEGRATION_TO_CALLBACK, 'none', 'all'])}"
-            )
+            known = ["none", "all", *sorted(INTEGRATION_TO_CALLBACK)]
+            raise ValueError(f"--report_to {name}: should be of {', '.join(known)}{_nearest(name, known)}")
         if name not in {*get_available_reporting_integrations(), "flyte"}:
             raise ValueError(
                 f"--report_to {name}: its package is not installed; `pip install {PACKAGES.get(name, name)}`, or take "

@@ -193,7 +193,8 @@ class _Lines(tqdm):
 def progress(iterable=None, **options) -> tqdm:
     """A progress bar: lively on a terminal, a line every half minute in a log file, silent in other processes."""
     lively = sys.stderr.isatty()
-    options = {"mininterval": 0.5 if lively else 30, "dynamic_ncols": True, "disable": not is_main_process()} | options
+    pace = {"mininterval": 0.5} if lively else {"mininterval": 30, "maxinterval": 60}
+    options = {**pace, "dynamic_ncols": True, "disable": not is_main_process()} | options
     return (tqdm if lively else _Lines)(iterable, **options)
 
 

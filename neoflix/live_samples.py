@@ -62,9 +62,8 @@ class ShowSamples(TrainerCallback):
         self._sampler = kind(model, processing_class, in_training=True)
         self._sampler.check_prompts(args.sample_prompts, "--sample_prompts")
         if is_main_process():
-            self._keep(
-                args, [row for row in read_live_samples(args.output_dir) if 0 < state.global_step >= row["step"]]
-            )
+            before = read_live_samples(args.output_dir) if state.global_step else []
+            self._keep(args, [row for row in before if row["step"] <= state.global_step])
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self._sampler is None:  # not training
@@ -75,7 +74,8 @@ class ShowSamples(TrainerCallback):
             return
         facts = {"step": state.global_step, "epoch": state.epoch or 0.0}
         rows = [facts | {"prompt": sample.prompt, "text": sample.text} for sample in samples]
-        self._keep(args, [row for row in read_live_samples(args.output_dir) if row["step"] < state.global_step] + rows)
+        before = [row for row in read_live_samples(args.output_dir) if row["step"] < state.global_step]
+        self._keep(args, before + rows)
         if writer := self._find_writer():
             writer.add_text("samples", "\n\n".join(sample.text for sample in samples), state.global_step)
         for sample in samples[:: args.num_progress_samples]:

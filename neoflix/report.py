@@ -79,7 +79,7 @@ def draw(
         return None
     from matplotlib import rc_context  # half a second, at a run's end
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9}):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
@@ -100,7 +100,11 @@ def draw(
         if best:
             axis.plot(*best, "o", markersize=9, markerfacecolor="none", markeredgecolor=INK, label="best step")
             axis.axvline(best[0], color=INK, linewidth=0.6, linestyle=":")
-        axis.set_yscale("log" if log else "linear")
+        if log:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.set_xlabel("step", color=INK)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.tick_params(which="both", colors=INK)
@@ -165,8 +169,8 @@ def draw_run(record: Record) -> list[Drawing]:
         ),
         draw(
             "Gradient norm",
-            "How steep the loss is, before it is cut off at --max_grad_norm. Single peaks are common; one that grows and "
-            "grows says that the learning rate is too high.",
+            "How steep the loss is, before it is cut off at --max_grad_norm. Single peaks are common; where it keeps "
+            "growing, the learning rate is too high.",
             [Curve("gradient norm", *record.curve("grad_norm"))],
         ),
         draw(
@@ -176,7 +180,7 @@ def draw_run(record: Record) -> list[Drawing]:
         ),
         draw(
             "Share of the hardware's peak",
-            "Model FLOPs utilization: how much of what the devices could do at best goes into the model's own products.",
+            "Model FLOPs utilization: how much of what the devices can do at best goes into the model's own products.",
             [Curve("MFU, %", *_scaled(record.curve("mfu"), 0.01))],
         ),
         draw_memory(record),
@@ -228,10 +232,15 @@ def _duration(seconds: float) -> str:
 
 
 def _render(template: str, **values) -> str:
+    """A page, all that comes from a run escaped; Markdown has its own way (`_markdown`)."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=jinja2.select_autoescape(("html.jinja",)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(mark=Markup(PAGE_MARK), **values)
+    return environment.get_template(template).render(values)
 
 
 def report_page(record: Record) -> str:
@@ -239,6 +248,7 @@ def report_page(record: Record) -> str:
     verdict, sentence = record.verdict()
     return _render(
         "report.html.jinja",
+        mark=Markup(PAGE_MARK),
         title=record.name,
         verdict={"yes": "It worked", "no": "It did not work", "unknown": "Not known"}[verdict],
         kind=verdict,
@@ -335,7 +345,7 @@ def _judged(folder: Path) -> list[tuple[str, str]]:
     for path in sorted([*folder.glob("sweep.json"), *folder.glob("*/sweep.json")]):
         with suppress(KeyError, TypeError, ValueError):
             rows = {
-                ",".join(f"{name}={value}" for name, value in row["settings"].items()): _judgement(row)[0]
+                ",".join(f"{name}={value}" for name, value in row["settings"].items()): _judgement(row)
                 for row in read_json(path, {})["rows"]
             }
             width = max(map(len, rows))
@@ -344,10 +354,10 @@ def _judged(folder: Path) -> list[tuple[str, str]]:
     return tables
 
 
-def _judgement(content: dict) -> tuple[Judgement]:
+def _judgement(content: dict) -> Judgement:
     fields = {name: value for name, value in content.items() if name not in ("base_model", "settings")}
     styles = {name: Style(**fields.pop(name)) for name in ("samples", "texts")}
-    return (Judgement(**fields, **styles),)
+    return Judgement(**fields, **styles)
 
 
 def comparison_page(records: list[Record]) -> str:
@@ -358,7 +368,7 @@ def comparison_page(records: list[Record]) -> str:
         for title, words, log, curves in (
             (
                 "Perplexity on held-out texts",
-                "Lower is better. Runs compare only where they held out the same texts and cut them into the same tokens.",
+                "Lower is better. Compare it only where the same texts were held out, and cut into the same tokens.",
                 True,
                 lambda n, record: [Curve(names[n], *record.curve("eval_perplexity"), n, points=True)],
             ),
@@ -384,6 +394,7 @@ def comparison_page(records: list[Record]) -> str:
     ]
     return _render(
         "comparison.html.jinja",
+        mark=Markup(PAGE_MARK),
         title=f"{len(records)} runs compared",
         names=names,
         verdicts=[record.verdict() for record in records],
@@ -441,9 +452,8 @@ def model_card(record: Record) -> str:
         else None,
     )
     last = [row["text"] for row in record.samples if best and row["step"] == best["step"]]
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATES / "README.md.jinja"),
+    words = _render(
+        "README.md.jinja",
         mark=CARD_MARK,
         title=record.name,
         folder=record.folder,
@@ -453,7 +463,7 @@ def model_card(record: Record) -> str:
         figures=_figures(record),
         samples=[_markdown(text) for text in last],
     )
-    return str(card)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{words}"))
 
 
 def _hub_name(model: str) -> str | None:
@@ -462,7 +472,7 @@ def _hub_name(model: str) -> str | None:
 
 def _markdown(text: str) -> str:
     """A text as it is, in one line, whatever it holds that Markdown or HTML would read."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", escape(" ".join(text.split()), quote=False))
+    return re.sub(r"([\\`*_\[\]#|~$])", r"\\\1", escape(" ".join(text.split()), quote=False))
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from deepspeed.runtime.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
 from transformers.integrations import TensorBoardCallback
@@ -82,6 +83,16 @@ def recall_steps(optimizer) -> None:
     zeros = [torch.zeros(1) for _ in range(4)]
     for step in range(1, int(num_steps) + 1):
         optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, *zeros)
+
+
+def keep_gradient_norm(engine) -> None:
+    """Has a DeepSpeed engine keep the norm that it clips gradients by without ZeRO (stage 0), where it forgets it."""
+
+    def clip() -> None:
+        weights, most = engine.module.parameters(), engine.gradient_clipping()
+        engine._global_grad_norm = clip_grad_norm_(parameters=weights, max_norm=most, mpu=engine.mpu)
+
+    engine.clip_fp32_gradients = clip
 
 
 class TokenTrainer(Trainer):
@@ -176,6 +187,7 @@ class TokenTrainer(Trainer):
     def _run_epoch(self, *args, **kwargs):
         """Not one step more where the run that is resumed had come to its end already."""
         self._doing = "training"
+        keep_gradient_norm(self.model_wrapped)
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
