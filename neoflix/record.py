@@ -207,7 +207,7 @@ class Record:
     def _overfits(self) -> str | None:
         """The held-out loss rises after the best step while the training loss goes on falling."""
         best, last = self.best, self.trained[-1] if self.trained else None
-        if best is None or last["step"] <= best["step"] or last["eval_loss"] < 1.005 * best["eval_loss"]:
+        if best is None or last["step"] <= best["step"] or last["eval_loss"] < best["eval_loss"] + 0.01:
             return None
         steps, losses = self.curve("loss")
         before = [loss for step, loss in zip(steps, losses, strict=True) if step <= best["step"]]
@@ -224,6 +224,8 @@ class Record:
         is_last = len(self.trained) > 1 and self.best == self.trained[-1]
         if not is_last or not self.results or self.state["global_step"] < self.state["max_steps"]:
             return None
+        if self.untouched and not self.improved:
+            return None
         gain = self.trained[-2]["eval_loss"] - self.best["eval_loss"]
         if gain < 0.01:
             return None
@@ -231,7 +233,7 @@ class Record:
 
     def _skipped(self) -> str | None:
         num_skipped, step = next(reversed(self.curve("skipped_steps")[1]), 0), self.state.get("global_step", 0)
-        if num_skipped <= 0.05 * step:
+        if not num_skipped or num_skipped <= 0.05 * step:
             return None
         return f"{num_skipped:,} of {step:,} steps were skipped, because fp16 gradients overflowed; bf16 does not."
 

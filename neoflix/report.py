@@ -15,7 +15,6 @@ from io import StringIO
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from neoflix.config import parse_report_args
 from neoflix.distributed import run_and_exit, say
@@ -57,7 +56,7 @@ class Curve:
 class Drawing:
     title: str
     words: str  # what it shows, for a reader who sees such a thing for the first time
-    svg: Markup
+    svg: str
 
 
 def draw(
@@ -123,7 +122,7 @@ def _finite(curve: Curve) -> Curve:
     return Curve(curve.label, *([pair[n] for pair in kept] for n in (0, 1)), curve.colour, curve.points, curve.dashed)
 
 
-def _for_page(svg: str, title: str) -> Markup:
+def _for_page(svg: str, title: str) -> str:
     """Matplotlib's file as a part of a page: no header, no addresses, no names that another drawing has too, and the
     page's colours."""
     svg = svg[svg.index("<svg") :]
@@ -133,7 +132,7 @@ def _for_page(svg: str, title: str) -> Markup:
     svg = re.sub(r'<svg (.*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg, count=1)
     for colour, word in STYLE_WORDS.items():
         svg = svg.replace(colour, word)
-    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1))
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
 def draw_run(record: Record) -> list[Drawing]:
@@ -248,7 +247,7 @@ def report_page(record: Record) -> str:
     verdict, sentence = record.verdict()
     return _render(
         "report.html.jinja",
-        mark=Markup(PAGE_MARK),
+        mark=PAGE_MARK,
         title=record.name,
         verdict={"yes": "It worked", "no": "It did not work", "unknown": "Not known"}[verdict],
         kind=verdict,
@@ -394,7 +393,7 @@ def comparison_page(records: list[Record]) -> str:
     ]
     return _render(
         "comparison.html.jinja",
-        mark=Markup(PAGE_MARK),
+        mark=PAGE_MARK,
         title=f"{len(records)} runs compared",
         names=names,
         verdicts=[record.verdict() for record in records],
