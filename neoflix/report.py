@@ -338,9 +338,8 @@ def _judged(folder: Path) -> list[tuple[str, str]]:
     for path in sorted([*folder.glob("*.judged.json"), *folder.glob("*/*.judged.json")]):
         with suppress(KeyError, TypeError, ValueError):  # another program's, or another version's
             content = read_json(path, {})
-            tables.append(
-                (str(path.relative_to(folder)), judgement_table(*_judgement(content), content["base_model"] or ""))
-            )
+            table = judgement_table(_judgement(content), content["base_model"] or "")
+            tables.append((str(path.relative_to(folder)), table))
     for path in sorted([*folder.glob("sweep.json"), *folder.glob("*/sweep.json")]):
         with suppress(KeyError, TypeError, ValueError):
             rows = {
