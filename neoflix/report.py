@@ -168,8 +168,8 @@ def draw_run(record: Record) -> list[Drawing]:
         ),
         draw(
             "Gradient norm",
-            "How steep the loss is, before it is cut off at --max_grad_norm. Single peaks are common; where it keeps "
-            "growing, the learning rate is too high.",
+            "How steep the loss is, before it is cut off at --max_grad_norm. Single peaks are common; where it grows "
+            "tenfold and stays there, the learning rate is too high.",
             [Curve("gradient norm", *record.curve("grad_norm"))],
         ),
         draw(
