@@ -27,6 +27,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
     cached_file,
     has_file,
+    logging,
 )
 
 from neoflix.attention import ATTENTION_NAME, register_attention
@@ -78,6 +79,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
     ValueError, in one sentence, where there is no such model, or no weights, or only pickled ones.
     """
     register_attention()
+    logging.disable_progress_bar()  # of every process; a download has its own
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a bot of the hub's converts, and we load that
     if is_deepspeed_zero3_enabled():  # weights are sharded as they load: DeepSpeed must know the other processes
         import deepspeed
