@@ -16,6 +16,7 @@ from neoflix.distributed import ask_main_process, prepare_environment, run_and_e
 from neoflix.evaluation import evaluate_only
 from neoflix.model import find_tokenizer, get_window, keeps_texts_apart, load_model
 from neoflix.preemption import catch_stop_requests
+from neoflix.report import close_run
 from neoflix.trainer import TokenTrainer
 
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_best()
     ask_main_process(save_results, args.output_dir, trainer.results())
-    say(f"Best model in {args.output_dir}")
+    ask_main_process(close_run, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,8 @@ def read_texts_per_step(output_dir: str, resume_from_checkpoint: str | None) -> 
 def save_run(folder: str, run: dict) -> None:
     """Records what a run is, so that no other one goes on in its folder, and that it is not finished."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, RESULTS_FILE).unlink(missing_ok=True)
+    for of_the_end in (RESULTS_FILE, STATE_FILE):
+        Path(folder, of_the_end).unlink(missing_ok=True)
     write_json(Path(folder, RUN_FILE), run)
 
 

@@ -9,6 +9,7 @@ import difflib
 import itertools
 import json
 import os
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from neoflix.checkpoint import RUN_FILE, find_run, read_run, read_texts_per_step
 from neoflix.distributed import say
@@ -32,6 +34,7 @@ from neoflix.ds_config import (
 from neoflix.plan import Plan, plan_run
 from neoflix.template import Template
 
+PACKAGES = {"azure_ml": "azureml-core", "neptune": "neptune-client"}  # whose names are not what --report_to says
 # What reads best from a fine-tuned model (README, "Sampling"); a run saves them with its model.
 SAMPLING_DEFAULTS = {
     "temperature": 0.8,
@@ -83,6 +86,11 @@ class TrainArguments(TrainingArguments):
     lora_rank: int = _option(16, "With --lora: width of an adapter.")
     lora_alpha: float | None = _option(None, "With --lora: adapters count alpha / rank times; default: 2 x rank.")
     eval_only: bool = _option(False, "Measure the model on the held-out texts and end; a run's own texts, if unsaid.")
+    sample_prompts: list[str] = field(
+        default_factory=lambda: [""],
+        metadata={"help": "How the texts begin that are written at every evaluation; one or several."},
+    )
+    num_progress_samples: int = _option(4, "Texts written at every evaluation, for each of these; 0: none.")
     plan: bool = _option(False, "Say what the run will take and whether it fits, and end.")
     plan_must_fit: bool = _option(True, "Refuse a run that by its plan does not fit; false: warn, and try.")
     plan_device_memory: str | None = _option(None, "With --plan: plan for a GPU of this size, such as 24GiB.")
@@ -117,6 +125,7 @@ class TrainArguments(TrainingArguments):
     seed: int = _option(42, "Seeds weights, shuffling and dropout.")
 
     generation: dict = field(default_factory=dict, init=False)
+    command = ""  # what was typed, by parse_train_args; no field either
     forecast = None  # the run's Plan, by parse_train_args; no field: it is no argument
 
     def __post_init__(self):
@@ -201,6 +210,9 @@ class TrainArguments(TrainingArguments):
                 raise ValueError(f"--{name} {value}: should be above 0")
         if self.lora and self.model_name_or_path == "demo" and not self.eval_only:
             raise ValueError("--lora trains adapters beside a model that has learnt before; the demo's has not")
+        if self.num_progress_samples < 0:
+            raise ValueError(f"--num_progress_samples {self.num_progress_samples}: should be 0 (none) or more")
+        check_report_to(self.report_to)
         if self.learning_rate <= 0:
             raise ValueError(f"--learning_rate {self.learning_rate}: should be above 0")
         if self.eval_only:
@@ -238,6 +250,22 @@ class TrainArguments(TrainingArguments):
             raise ValueError(
                 f"--output_dir {self.output_dir}: {run} is a run's folder (it has a {RUN_FILE}), which --eval_only "
                 "leaves alone; name another one, or none"
+            )
+
+
+def check_report_to(report_to: str | list[str] | None) -> None:
+    """ValueError where curves are to go to what transformers does not know, or to what is not installed."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    if names in (["all"], ["none"]):
+        return
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ["none", "all", *sorted(INTEGRATION_TO_CALLBACK)]
+            raise ValueError(f"--report_to {name}: should be of {', '.join(known)}{_nearest(name, known)}")
+        if name not in {*get_available_reporting_integrations(), "flyte"}:
+            raise ValueError(
+                f"--report_to {name}: its package is not installed; `pip install {PACKAGES.get(name, name)}`, or take "
+                "--report_to tensorboard or none"
             )
 
 
@@ -362,6 +390,7 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     forecast, choices = (None, []) if asked.eval_only else _plan(asked, must_fit)
     (args,) = parser.parse_args_into_dataclasses(words + choices, look_for_args_file=False)
     args.generation, args.forecast = SAMPLING_DEFAULTS | generation, forecast
+    args.command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
@@ -389,6 +418,15 @@ def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")
     add("run", metavar="RUN", help="a run's folder, or one checkpoint of it")
     add("out", metavar="OUT", help="the folder to write; must not exist yet, or be empty")
+    return parser.parse_args(argv)
+
+
+def parse_report_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of `python -m neoflix.report`."""
+    parser = _PlainParser(prog="python -m neoflix.report", description="Write a run's report, or compare several runs.")
+    add = parser.add_argument
+    add("--output", help="HTML file to write (default: report.html in the run's folder; of several: comparison.html)")
+    add("runs", metavar="RUN", nargs="+", help="a run's folder, finished or not; several are compared in one page")
     return parser.parse_args(argv)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from neoflix.config import SAMPLING_DEFAULTS, check_sampling
 from neoflix.consolidation import whole_weights
-from neoflix.decoding import Decoder, Draw, Text, quicken
+from neoflix.decoding import Decoder, Draw, Text, num_rows, quicken
 from neoflix.model import get_window, load_for_reading
 from neoflix.template import find_template
 from neoflix.tokenizer import read_tokenizer
@@ -52,16 +52,23 @@ class Sample:
 
 
 class Sampler:
-    """A model, its tokenizer and its sampling settings, ready to write."""
+    """A model, its tokenizer and its sampling settings, ready to write.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self.model = model.eval()
+    Args:
+        in_training: the model is to be trained on: it is left as it is, where else faster modules take the place of
+            some of its own. Put it into `eval` mode for as long as it writes.
+    """
+
+    draw = Draw
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, in_training: bool = False):
+        self.model = model if in_training else model.eval()
+        self.in_training = in_training
         self.tokenizer = tokenizer
         self.saved = model.generation_config
         self.template = find_template(tokenizer)
         control = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id, None}
-        rows = model.get_output_embeddings().weight.shape[0]
-        self.never_sampled = sorted(control | set(range(len(tokenizer), rows)))
+        self.never_sampled = sorted(control | set(range(len(tokenizer), num_rows(model))))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | None = None, allow_pickle: bool = False) -> "Sampler":
@@ -168,14 +175,15 @@ class Sampler:
     def _decoder(self, texts: list[Text], seed: int, batch_size: int, settings: dict) -> Decoder:
         num_slots = min(batch_size, len(texts))
         return Decoder(
-            quicken(self.model, num_slots),
+            self.model if self.in_training else quicken(self.model, num_slots),
             num_slots,
             max(len(text.prompt_ids) + text.limit for text in texts),
             seed,
-            Draw(settings["temperature"], settings["top_k"], settings["top_p"]),
+            self.draw(settings["temperature"], settings["top_k"], settings["top_p"]),
             settings["repetition_penalty"],
             self.tokenizer.eos_token_id,
             self.never_sampled,
+            self.in_training,
         )
 
     def _write(self, decoder, texts, seed, streamer) -> Iterator[Sample]:
@@ -202,11 +210,16 @@ class Sampler:
         """Most tokens a text can have, prompt and beginning token included."""
         return min(get_window(self.model), getattr(self.model.config, "sliding_window", None) or 2**31)
 
-    def _encode(self, prompt: str) -> list[int]:
+    def check_prompts(self, prompts: list[str], flag: str) -> None:
+        """ValueError where one leaves no room in the model's window; `flag`: how the user named them."""
+        for prompt in prompts:
+            self._encode(prompt.rstrip(), flag)
+
+    def _encode(self, prompt: str, flag: str = "--prompt") -> list[int]:
         ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if len(ids) + 2 > self.window:
             raise ValueError(
-                f"--prompt {textwrap.shorten(prompt, 40)!r}: {len(ids):,} tokens leave no room in the model's window "
+                f"{flag} {textwrap.shorten(prompt, 40)!r}: {len(ids):,} tokens leave no room in the model's window "
                 f"of {self.window:,}; shorten it"
             )
         return [self.tokenizer.bos_token_id, *ids]

@@ -32,6 +32,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
     cached_file,
     has_file,
+    logging,
 )
 
 from neoflix.attention import ATTENTION_NAME, register_attention
@@ -90,6 +91,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
         return _load_adapted(Path(model_name_or_path), dtype, allow_pickle)
     check_reachable(model_name_or_path)
     register_attention()
+    logging.disable_progress_bar()  # of every process; a download has its own
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a bot of the hub's converts, and we load that
     if is_deepspeed_zero3_enabled():  # weights are sharded as they load: DeepSpeed must know the other processes
         import deepspeed

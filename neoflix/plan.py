@@ -203,16 +203,32 @@ class Plan:
     def fits(self) -> bool:
         return not self.misfits()
 
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s of one GPU at its peak, None where nothing is known of it."""
+        names = PEAK_TFLOPS if self.machine.has_gpu else {}
+        return next((rate * 1e12 for name, rate in names.items() if name in self.machine.device_name), None)
+
+    def utilization(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilization: the share of all devices' peak that goes into the model's own products, those of
+        recomputed activations left out; None where the peak is not known. Source: Chowdhery et al., "PaLM", 2022,
+        appendix B."""
+        if self.peak_flops is None or not self.settings.train_tokens:
+            return None
+        per_token = self.flops / self.settings.train_tokens / (8 / 6 if self.settings.recomputes else 1)
+        return tokens_per_second * per_token / (self.peak_flops * self.settings.num_processes)
+
     def seconds(self) -> tuple[float, str] | None:
         """(seconds of training, what the figure is), None where nothing is known of the device."""
         if not self.machine.has_gpu:
             # 0.165 TFLOP/s a core in products, of which a step's work was 0.49 (train-cpu.jsonl, two Xeon cores).
             rate = 0.165e12 * 0.49 * min(self.machine.num_cores, 64)
             return self.flops / rate, "by the rate of two Xeon cores"
-        peak = next((rate for name, rate in PEAK_TFLOPS.items() if name in self.machine.device_name), None)
-        if peak is None:
+        if self.peak_flops is None:
             return None
-        return self.flops / (peak * 1e12 * self.settings.num_processes), "at least: the device's peak, never reached"
+        return self.flops / (
+            self.peak_flops * self.settings.num_processes
+        ), "at least: the device's peak, never reached"
 
 
 def _fullest(phases: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -1135,7 +1151,8 @@ PLAN_FLAGS = {
 # What a recipe may say besides, and no plan depends on.
 OTHER_FLAGS = frozenset(
     "config generation learning_rate lr_scheduler_type warmup_steps weight_decay early_stopping_patience seed "
-    "logging_steps report_to disable_tqdm eval_strategy lora_alpha loss_on_prompt".split()
+    "logging_steps report_to disable_tqdm eval_strategy lora_alpha loss_on_prompt sample_prompts "
+    "num_progress_samples".split()
 )
 
 

@@ -12,10 +12,12 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 FLOORS = [
     {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"},
     {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
-    {"consolidation", "lora", "plan", "universal"},
+    {"consolidation", "lora", "plan", "record", "universal"},
     {"config"},
-    {"callbacks", "data", "model", "reading"},
-    {"export", "generation", "judging", "trainer"},
+    {"callbacks", "data", "model", "reading", "report"},
+    {"export", "generation", "judging"},
+    {"live_samples"},
+    {"trainer"},
     {"evaluation"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
