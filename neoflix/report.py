@@ -4,9 +4,11 @@
 them. Nothing is loaded from a network: drawings are inline SVG whose colours are the page's own, in light and in dark.
 """
 
+import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from neoflix.config import parse_report_args
 from neoflix.distributed import run_and_exit, say
 from neoflix.quality import Judgement, Style, judgement_table, sweep_header, sweep_line
 from neoflix.record import Record, file_sizes, read_json
+from neoflix.template import Template
 
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
@@ -230,7 +233,7 @@ def _duration(seconds: float) -> str:
     )
 
 
-def _render(template: str, **values) -> str:
+def _render(page: str, **values) -> str:
     """A page, all that comes from a run escaped; Markdown has its own way (`_markdown`)."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -239,7 +242,7 @@ def _render(template: str, **values) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(values)
+    return environment.get_template(page).render(values)
 
 
 def report_page(record: Record) -> str:
@@ -272,7 +275,11 @@ def _what_was_run(record: Record) -> dict[str, str]:
         "command": start.get("command"),
         "model": run.get("model"),
         "parameters": start.get("num_parameters") and f"{start['num_parameters']:,}, {start.get('precision')}",
-        "texts": texts.get("dataset") and f"{texts['dataset']}, column {texts.get('text_column')}",
+        "texts": texts.get("dataset"),
+        "column": texts.get("text_column"),
+        "template": texts.get("template"),
+        "loss": "on the prompts too" if texts.get("loss_on_prompt") else None,
+        "LoRA": ", ".join(f"{name} {value:g}" for name, value in (run.get("lora") or {}).items()),
         "texts to learn from": f"{run['num_training_texts']:,}" if "num_training_texts" in run else None,
         "texts held out": None if held_out is None else f"{held_out:,}",
         "data hash": run.get("data"),
@@ -450,11 +457,19 @@ def model_card(record: Record) -> str:
         else None,
     )
     last = [row["text"] for row in record.samples if best and row["step"] == best["step"]]
+    pattern, learns_prompt = (run.get("texts", {}).get(key) for key in ("template", "loss_on_prompt"))
+    template = Template(pattern, learns_prompt) if pattern else None
+    fields = dict.fromkeys(template.fields, "...") if template else {}
     words = _render(
         "README.md.jinja",
         mark=CARD_MARK,
         title=record.name,
         folder=record.folder,
+        template=template,
+        example_fields=" ".join(f"{shlex.quote(name)}=..." for name in fields),
+        beginning=json.dumps(template.prompt(fields) if template else "A young")[1:-1],
+        is_adapted=bool(run.get("lora")),
+        base=run.get("model"),
         sentence=record.verdict()[1],
         remarks=record.remarks(),
         what={name: _markdown(value) for name, value in _what_was_run(record).items()},
