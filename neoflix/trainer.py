@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from deepspeed.runtime.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
 from transformers.integrations import TensorBoardCallback
@@ -88,6 +87,8 @@ def recall_steps(optimizer) -> None:
 
 def keep_gradient_norm(engine) -> None:
     """Has a DeepSpeed engine keep the norm that it clips gradients by without ZeRO (stage 0), where it forgets it."""
+
+    from deepspeed.runtime.utils import clip_grad_norm_  # at import it asks what the accelerator is: too early
 
     def clip() -> None:
         weights, most = engine.module.parameters(), engine.gradient_clipping()

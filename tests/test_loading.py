@@ -4,7 +4,9 @@ import json
 import pickle
 import shutil
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import generate
 import train
 from neoflix.distributed import exit_code_of
-from neoflix.model import load_pretrained
+from neoflix.model import check_reachable, find_tokenizer, load_pretrained
 from neoflix.tokenizer import load_tokenizer
 
 
@@ -157,3 +159,17 @@ def test_a_checkpoint_from_elsewhere_is_not_resumed(train_words, tmp_path, capsy
     assert exit_code_of(lambda: train.main(words)) == 2
     assert "no complete checkpoint (it has no manifest.json" in capsys.readouterr().err
     assert not bomb.target.exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(model_dir, monkeypatch):
+    """Before its library begins to try; whoever answers, with whatever, can be reached."""
+    monkeypatch.setattr("neoflix.model.is_offline_mode", lambda: False)  # as outside of these tests
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # it knows no HEAD: 501
+        monkeypatch.setattr("neoflix.model.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        check_reachable("somebody/something")
+        thread.join()
+    with pytest.raises(ValueError, match=r"somebody/something: no such folder here, and http.* cannot be reached \("):
+        find_tokenizer("somebody/something", [], Path())
+    check_reachable(str(model_dir))

@@ -69,7 +69,8 @@ def test_a_run_holds_adapters_and_little_else(trained, model_dir):
     names = {path.name for path in folder.iterdir() if path.is_file()}
     assert {ADAPTERS_FILE, ADAPTERS_CONFIG_FILE, "tokenizer.json", "generation_config.json"} <= names
     assert not {"model.safetensors", "config.json"} & names
-    assert json.loads((folder / ADAPTERS_CONFIG_FILE).read_text())["base_model_name_or_path"] == str(model_dir)
+    saved = json.loads((folder / ADAPTERS_CONFIG_FILE).read_text())
+    assert (saved["base_model_name_or_path"], saved["r"], saved["lora_alpha"]) == (str(model_dir), 4, 8)
     num_learning = 4 * 4 * (8 * 32 + 2 * (32 + 128))  # layers, rank, widths
     assert sum(weight.numel() for weight in load_file(folder / ADAPTERS_FILE).values()) == num_learning
     for checkpoint in list_checkpoints(folder):
