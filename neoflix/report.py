@@ -7,6 +7,7 @@ them. Nothing is loaded from a network: drawings are inline SVG whose colours ar
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import jinja2
 
+from neoflix.checkpoint import RESULTS_FILE
 from neoflix.config import parse_report_args
 from neoflix.distributed import run_and_exit, say
 from neoflix.quality import Judgement, Style, judgement_table, sweep_header, sweep_line
@@ -453,8 +455,8 @@ def model_card(record: Record) -> str:
     words = _render(
         "README.md.jinja",
         mark=CARD_MARK,
-        title=record.name,
-        folder=record.folder,
+        title=_markdown(record.name),
+        folder=shlex.quote(str(record.folder)),
         sentence=record.verdict()[1],
         remarks=record.remarks(),
         what={name: _markdown(value) for name, value in _what_was_run(record).items()},
@@ -521,7 +523,7 @@ def _warn(error: Exception) -> None:
 def close_run(output_dir: str) -> None:
     """A run's last words: where the best model is, how good, and where to read on. One process."""
     path = write_report(output_dir)
-    perplexity = read_json(Path(output_dir, "all_results.json"), {}).get("perplexity")
+    perplexity = read_json(Path(output_dir, RESULTS_FILE), {}).get("perplexity")
     say(f"Best model in {output_dir}" + ("" if perplexity is None else f", perplexity {perplexity:,.2f}"))
     if path:
         say(f"Report: {path} (open it in a browser)")

@@ -85,6 +85,7 @@ def test_a_run_ends_with_its_report_and_card(finished):
     assert len(page.ids) == len(set(page.ids)), "a name is there twice"
     assert all(target == "data:," or target.startswith("#") for target in page.loads), "it would load something"
     assert "script" not in page.tags
+    assert 'name="viewport" content="width=device-width' in (finished / REPORT_FILE).read_text(), "tiny on a phone"
     source = (finished / REPORT_FILE).read_text()
     assert not re.search(r"url\((?!#)|@import|https?:", source)
     assert page.tags.count("svg") == 6
