@@ -304,7 +304,7 @@ def _figures(record: Record) -> dict[str, str]:
         "loss, best (nats a token)": _number(best.get("eval_loss"), 4),
         "bits a character, best": _number(best.get("eval_bits_per_char"), 4),
         "best step": f"{best['step']:,}, epoch {best['epoch']:.2f}" if best else "",
-        "steps": f"{state.get('global_step', 0):,} of at most {state.get('max_steps', 0):,}",
+        "steps": "{:,} of at most {:,}".format(*record.num_steps),
         "epochs": _number(state.get("epoch")),
         "real tokens/s": _number(results.get("train_tokens_per_second"), 0),
         "MFU, mean": f"{sum(mfu) / len(mfu):.1%}" if mfu else "",
