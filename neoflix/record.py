@@ -133,6 +133,11 @@ class Record:
         """The newest start; empty where none was noted."""
         return self.starts[-1] if self.starts else {}
 
+    @property
+    def num_steps(self) -> tuple[int, int]:
+        """(steps taken, steps at the most)"""
+        return self.state.get("global_step", 0), self.state.get("max_steps", 0)
+
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a figure of the log."""
         lines = [line for line in self.state.get("log_history", []) if isinstance(line.get(key), int | float)]
@@ -189,7 +194,7 @@ class Record:
         return [remark for remark in [*found, self._few_texts()] if remark]
 
     def _unfinished(self) -> str | None:
-        step, most = self.state.get("global_step", 0), self.state.get("max_steps", 0)
+        step, most = self.num_steps
         if not self.results:
             return f"The run has not come to its end: step {step:,} of {most:,}. The same command goes on with it."
         if step < most and self.trained:
@@ -222,9 +227,8 @@ class Record:
 
     def _still_learns(self) -> str | None:
         is_last = len(self.trained) > 1 and self.best == self.trained[-1]
-        if not is_last or not self.results or self.state["global_step"] < self.state["max_steps"]:
-            return None
-        if self.untouched and not self.improved:
+        step, most = self.num_steps
+        if not is_last or not self.results or step < most or (self.untouched and not self.improved):
             return None
         gain = self.trained[-2]["eval_loss"] - self.best["eval_loss"]
         if gain < 0.01:
@@ -232,7 +236,7 @@ class Record:
         return "It was still getting better at its end: more epochs (--num_train_epochs) may bring more."
 
     def _skipped(self) -> str | None:
-        num_skipped, step = next(reversed(self.curve("skipped_steps")[1]), 0), self.state.get("global_step", 0)
+        num_skipped, step = next(reversed(self.curve("skipped_steps")[1]), 0), self.num_steps[0]
         if not num_skipped or num_skipped <= 0.05 * step:
             return None
         return f"{num_skipped:,} of {step:,} steps were skipped, because fp16 gradients overflowed; bf16 does not."

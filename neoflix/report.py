@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jinja2
 
+from neoflix.checkpoint import RESULTS_FILE
 from neoflix.config import parse_report_args
 from neoflix.distributed import run_and_exit, say
 from neoflix.quality import Judgement, Style, judgement_table, sweep_header, sweep_line
@@ -309,7 +310,7 @@ def _figures(record: Record) -> dict[str, str]:
         "loss, best (nats a token)": _number(best.get("eval_loss"), 4),
         "bits a character, best": _number(best.get("eval_bits_per_char"), 4),
         "best step": f"{best['step']:,}, epoch {best['epoch']:.2f}" if best else "",
-        "steps": f"{state.get('global_step', 0):,} of at most {state.get('max_steps', 0):,}",
+        "steps": "{:,} of at most {:,}".format(*record.num_steps),
         "epochs": _number(state.get("epoch")),
         "real tokens/s": _number(results.get("train_tokens_per_second"), 0),
         "MFU, mean": f"{sum(mfu) / len(mfu):.1%}" if mfu else "",
@@ -463,8 +464,8 @@ def model_card(record: Record) -> str:
     words = _render(
         "README.md.jinja",
         mark=CARD_MARK,
-        title=record.name,
-        folder=record.folder,
+        title=_markdown(record.name),
+        folder=shlex.quote(str(record.folder)),
         template=template,
         example_fields=" ".join(f"{shlex.quote(name)}=..." for name in fields),
         beginning=json.dumps(template.prompt(fields) if template else "A young")[1:-1],
@@ -536,7 +537,7 @@ def _warn(error: Exception) -> None:
 def close_run(output_dir: str) -> None:
     """A run's last words: where the best model is, how good, and where to read on. One process."""
     path = write_report(output_dir)
-    perplexity = read_json(Path(output_dir, "all_results.json"), {}).get("perplexity")
+    perplexity = read_json(Path(output_dir, RESULTS_FILE), {}).get("perplexity")
     say(f"Best model in {output_dir}" + ("" if perplexity is None else f", perplexity {perplexity:,.2f}"))
     if path:
         say(f"Report: {path} (open it in a browser)")

@@ -87,7 +87,6 @@ def recall_steps(optimizer) -> None:
 
 def keep_gradient_norm(engine) -> None:
     """Has a DeepSpeed engine keep the norm that it clips gradients by without ZeRO (stage 0), where it forgets it."""
-
     from deepspeed.runtime.utils import clip_grad_norm_  # at import it asks what the accelerator is: too early
 
     def clip() -> None:

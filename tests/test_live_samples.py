@@ -11,6 +11,7 @@ from conftest import ROOT, tiny_config
 from test_train import assert_same_weights, history, losses
 
 import train
+from neoflix.callbacks import Progress
 from neoflix.checkpoint import list_checkpoints
 from neoflix.distributed import exit_code_of
 from neoflix.generation import Sampler
@@ -95,6 +96,14 @@ def test_what_the_log_and_the_bar_say(run, capfd):
     assert "GiB=" in bar[-1]
     assert "\r" not in err, "a log file's lines stay"
     assert out.count("Best model in") == 1
+
+
+def test_figures_behind_the_bar():
+    logs = {"loss": 2.5, "tokens_per_second": 1234.5, "peak_host_bytes": 2**31}
+    assert Progress._figures(logs) == {"loss": "2.500", "tok/s": "1,234", "GiB": "2.0"}
+    on_gpu = logs | {"mfu": 0.412, "peak_device_bytes": 2**34, "skipped_steps": 3}
+    expected = {"loss": "2.500", "tok/s": "1,234", "MFU": "41%", "GiB": "16.0", "skipped": "3"}
+    assert Progress._figures(on_gpu) == expected
 
 
 def test_prompts_that_are_too_long_are_told_before_the_first_step(run):

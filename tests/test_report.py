@@ -85,6 +85,7 @@ def test_a_run_ends_with_its_report_and_card(finished):
     assert len(page.ids) == len(set(page.ids)), "a name is there twice"
     assert all(target == "data:," or target.startswith("#") for target in page.loads), "it would load something"
     assert "script" not in page.tags
+    assert 'name="viewport" content="width=device-width' in (finished / REPORT_FILE).read_text(), "tiny on a phone"
     source = (finished / REPORT_FILE).read_text()
     assert not re.search(r"url\((?!#)|@import|https?:", source)
     assert page.tags.count("svg") == 6
@@ -200,7 +201,7 @@ def record(training: list[float], held_out: list[float], finished=True, max_step
         {"step": 10 * n, "epoch": n, "eval_loss": x, "eval_perplexity": 2**x, "eval_bits_per_char": x}
         for n, x in enumerate(held_out)
     ]
-    log += [{"step": 10 * n + 5, "loss": x} for n, x in enumerate(training)]
+    log += [{"step": 10 * n + 5, "loss": x, "skipped_steps": facts.get("skipped", 0)} for n, x in enumerate(training)]
     step = 10 * max(len(held_out) - 1, 0)
     state = {"log_history": log, "global_step": step, "max_steps": max_steps or step}
     best = min(log[1 : len(held_out)], key=lambda line: line["eval_loss"], default={"step": 0})["step"]
@@ -219,6 +220,7 @@ VERDICTS = {
     "early": (record([6, 5], [8, 5, 5], max_steps=90), "yes", ["--early_stopping_patience"]),
     "few": (record([6, 5], [8, 6, 6], texts=200), "yes", ["Only 200 texts"]),
     "few held out": (record([6, 5], [8, 6, 6], held=20), "yes", ["Only 20 texts were held out"]),
+    "skipped": (record([6, 5], [8, 6, 6], skipped=4), "yes", ["4 of 20 steps were skipped"]),
     "not measured": (record([6], []), "unknown", []),
     "untouched alone": (record([6], [5]), "unknown", []),
 }
