@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from neoflix.decoding import Draw
 from neoflix.distributed import gather, is_main_process, num_processes, say, write_beside_progress
 from neoflix.generation import Sample, Sampler
-from neoflix.record import read_live_samples, write_live_samples
+from neoflix.record import printable, read_live_samples, write_live_samples
 
 MAX_NEW_TOKENS = 48
 SEED = 42
@@ -82,7 +82,9 @@ class ShowSamples(TrainerCallback):
         if writer := self._find_writer():
             writer.add_text("samples", "\n\n".join(sample.whole for sample in samples), state.global_step)
         for sample in samples[:: args.num_progress_samples]:
-            lines = textwrap.wrap(" ".join(sample.whole.split()), COLUMNS - 2, max_lines=2, placeholder=" ...")
+            lines = textwrap.wrap(
+                " ".join(printable(sample.whole).split()), COLUMNS - 2, max_lines=2, placeholder=" ..."
+            )
             write_beside_progress("\n".join(f"  {line}" for line in lines))
 
     @staticmethod

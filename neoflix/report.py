@@ -22,7 +22,7 @@ from neoflix.checkpoint import RESULTS_FILE
 from neoflix.config import parse_report_args
 from neoflix.distributed import run_and_exit, say
 from neoflix.quality import Judgement, Style, judgement_table, sweep_header, sweep_line
-from neoflix.record import Record, file_sizes, read_json
+from neoflix.record import Record, file_sizes, printable, read_json
 from neoflix.template import Template
 
 REPORT_FILE = "report.html"
@@ -334,7 +334,7 @@ def _sample_columns(record: Record) -> list[dict]:
         steps = [step for step in steps if step in shown or step == best]
     columns = []
     for step in steps:
-        rows = [row for row in record.samples if row["step"] == step]
+        rows = [row | {"text": printable(row["text"])} for row in record.samples if row["step"] == step]
         title = "untouched" if step == 0 else f"epoch {rows[0]['epoch']:.2f}"
         columns.append({"title": title, "step": step, "is_best": step == best, "rows": rows})
     return columns
@@ -486,7 +486,7 @@ def _hub_name(model: str) -> str | None:
 
 def _markdown(text: str) -> str:
     """A text as it is, in one line, whatever it holds that Markdown or HTML would read."""
-    return re.sub(r"([\\`*_\[\]#|~$])", r"\\\1", escape(" ".join(text.split()), quote=False))
+    return re.sub(r"([\\`*_\[\]#|~$])", r"\\\1", escape(" ".join(printable(text).split()), quote=False))
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

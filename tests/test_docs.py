@@ -16,7 +16,7 @@ import generate
 import train
 from neoflix.config import parse_export_args, parse_generate_args, parse_train_args
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs" / "your-texts").glob("*.md"))]
 SMALL = {
     "--max_steps": "4",

@@ -107,7 +107,7 @@ def test_a_run_ends_with_its_report_and_card(finished):
 def test_whatever_a_run_holds_is_text(run):
     samples = run / LIVE_SAMPLES_FILE
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
-    samples.write_text("".join(json.dumps(row | {"text": EVIL}) + "\n" for row in rows))
+    samples.write_text("".join(json.dumps(row | {"text": EVIL + "\x1b[2J"}) + "\n" for row in rows))
     described = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(described | {"model": EVIL}))
     (run / f"{EVIL.replace('/', '')}.txt").write_text("")
@@ -117,6 +117,7 @@ def test_whatever_a_run_holds_is_text(run):
     assert page.text.count(EVIL) == 5 * 4 + 1, "five evaluations of four texts, and the model"
     card = (run / "README.md").read_text()
     assert "<script" not in card
+    assert "\x1b" not in card + (run / REPORT_FILE).read_text()
     assert r"\|\`\*x\*\`" in card
 
 
