@@ -12,7 +12,10 @@ from neoflix.checkpoint import find_model
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args
 from neoflix.distributed import keep_freed_memory, run_and_exit
 from neoflix.generation import Sampler
+from neoflix.reading import read_fields
 from neoflix.samples import describe_job, find_done, save_samples
+from neoflix.template import find_template
+from neoflix.tokenizer import read_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,7 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_generate_args(argv)
     if isinstance(args.judge, str):
         return judging.judge_file(args)
-    prompts, model_dir = read_prompts(args.prompt), find_model(args.model_dir)
+    model_dir = find_model(args.model_dir)
+    prompts = read_prompts(args, model_dir)
     settings = {name: getattr(args, name) for name in SAMPLING_DEFAULTS}
     job = describe_job(model_dir, prompts, num_samples=args.num_samples, seed=args.seed, novel=args.novel, **settings)
     done = find_done(args.output, job) if args.output and not args.sweep else 0
@@ -41,14 +45,18 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for number, text in enumerate(samples, start=1):
         if not (args.output or args.stream):
-            print(f"{number:>3}. {' '.join(text.text.split())}", flush=True)
+            print(f"{number:>3}. {' '.join(text.whole.split())}", flush=True)
         rows.append(text.to_dict())
     if args.judge:
         judge.report(judging.read_samples(args.output) if args.output else rows, args.output)
 
 
-def read_prompts(prompt: str) -> list[str]:
-    """The prompt itself, or the lines of the file it names, blank ones left out."""
+def read_prompts(args, model_dir: Path) -> list[str] | list[dict]:
+    """For a model with a template, unless there is a prompt: fields, of each row of a file if one is named. Else the
+    prompt itself, or the lines of the file it names, blank ones left out."""
+    prompt, template = args.prompt, find_template(read_tokenizer(model_dir, f"--model_dir {args.model_dir}"))
+    if args.fields or args.fields_file or (template and not prompt):
+        return read_fields(args.fields, args.fields_file, template)
     if not os.path.isfile(prompt):
         return [prompt]
     try:

@@ -135,10 +135,14 @@ for ((i = 0; i < ${#train_args[@]}; i++)); do
   esac
 done
 
+output_dir_of() {  # a recipe
+  python -c 'import sys, yaml; print(yaml.safe_load(open(sys.argv[1])).get("output_dir", ""))' "$1"
+}
+
 if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then  # %a is sbatch's own word for the task's number
   config=${config//%a/$SLURM_ARRAY_TASK_ID}
   if [[ -z "$output_dir" && -n "$config" ]]; then
-    output_dir=$(python -c 'import sys, yaml; print(yaml.safe_load(open(sys.argv[1])).get("output_dir", ""))' "$config")
+    output_dir=$(output_dir_of "$config")
   fi
   if [[ "$output_dir" != *%a* ]]; then
     output_dir=${output_dir:-results}/%a
@@ -259,3 +263,8 @@ if ((code == RUN_ME_AGAIN)) && on_slurm; then queue_again; fi
 # ---- 6. sample --------------------------------------------------------------------------------------------
 
 run python generate.py "${generate_args[@]}"
+
+if [[ -z "${DRY_RUN:-}" ]]; then
+  if [[ -z "$output_dir" && -n "$config" ]]; then output_dir=$(output_dir_of "$config"); fi
+  echo "Report: ${output_dir:-results}/report.html (open it in a browser)"
+fi

@@ -9,13 +9,14 @@ if __name__ == "__main__":
 
 from transformers import set_seed
 
-from neoflix import data
+from neoflix import data, reading
 from neoflix.checkpoint import check_same_run, describe_run, find_resume_point, is_finished, save_results, save_run
 from neoflix.config import parse_train_args
 from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit, say
 from neoflix.evaluation import evaluate_only
 from neoflix.model import find_tokenizer, get_window, keeps_texts_apart, load_model
 from neoflix.preemption import catch_stop_requests
+from neoflix.report import close_run
 from neoflix.trainer import TokenTrainer
 
 
@@ -29,13 +30,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         return
     set_seed(args.seed)
-    cache_dir = Path(args.cache_dir or data.default_cache_dir())
+    cache_dir = Path(args.cache_dir or reading.default_cache_dir())
 
     # Texts and tokenizer. The main process comes first and fills the caches that the others read.
     with args.main_process_first():
-        texts = data.read_texts(data.find_dataset(args.dataset), args.text_column)
-        texts = data.split_texts(texts, args.validation_fraction)
-        tokenizer = find_tokenizer(args.model_name_or_path, texts.train, cache_dir)
+        texts = data.split_texts(reading.read_dataset(args), args.validation_fraction)
+        tokenizer = find_tokenizer(args.model_name_or_path, texts.train, cache_dir, args.text_template)
     plan.check_same_everywhere(args, texts)
 
     # Model and tokens.
@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **options)
     with args.main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
-        train_tokens, validation_tokens = data.tokenize_split(texts, tokenizer, max_length, cache_dir)
+        train_tokens, validation_tokens = data.tokenize_split(
+            texts, tokenizer, max_length, cache_dir, args.loss_on_prompt
+        )
     ask_main_process(plan.remember_counts, args, max_length, data.count_tokens(train_tokens), len(validation_tokens))
 
     # Go on where this run stopped, never where another one did.
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_best()
     ask_main_process(save_results, args.output_dir, trainer.results())
-    say(f"Best model in {args.output_dir}")
+    ask_main_process(close_run, args.output_dir)
 
 
 if __name__ == "__main__":

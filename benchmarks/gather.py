@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from machine import run_job, write_line  # noqa: E402
 
-from neoflix import data  # noqa: E402
+from neoflix import reading  # noqa: E402
 from neoflix.manifest import read_manifest  # noqa: E402
 from neoflix.tokenizer import train_tokenizer  # noqa: E402
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 def make_checkpoint(folder: Path, num_processes: int) -> Path:
     """A ZeRO-3 checkpoint of a GPT-Neo-125M with fresh weights, after one step, without whole weights."""
-    texts = data.read_texts(data.find_dataset("sample"), "description")
+    texts = reading.read_texts(reading.find_dataset("sample"), "description")
     model = GPTNeoForCausalLM(
         GPTNeoConfig(
             vocab_size=50304, hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]]

@@ -114,7 +114,11 @@ def measure(figures_path: str, train_words: list[str]) -> None:
     timed("import transformers", __import__)("transformers.trainer")
     timed("import deepspeed", __import__)("deepspeed")
     train = timed("import the rest", __import__)("train")
-    for module, names in ((train.data, ("read_texts", "split_texts", "tokenize_split")), (train, ("find_tokenizer",))):
+    for module, names in (
+        (train.reading, ("read_dataset",)),
+        (train.data, ("split_texts", "tokenize_split")),
+        (train, ("find_tokenizer",)),
+    ):
         for name in names:
             setattr(module, name, timed(name, getattr(module, name)))
     train.parse_train_args = timed("arguments", train.parse_train_args)

@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from machine import write_line  # noqa: E402
 
-from neoflix.data import SAMPLE_PATH, read_texts  # noqa: E402
 from neoflix.quality import NEAR_TWIN, TrainingTexts, judge  # noqa: E402
+from neoflix.reading import SAMPLE_PATH, read_texts  # noqa: E402
 from neoflix.trainer import peak_host_bytes  # noqa: E402
 
 

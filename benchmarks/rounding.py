@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from machine import write_line  # noqa: E402
 
-from neoflix import data  # noqa: E402
+from neoflix import data, reading  # noqa: E402
 from neoflix.export import gpt2_config, rewrite  # noqa: E402
 from neoflix.model import build_model  # noqa: E402
 from neoflix.tokenizer import train_tokenizer  # noqa: E402
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--output", help="JSON lines file to append to")
     args = parser.parse_args()
     torch.manual_seed(0)
-    split = data.split_texts(data.read_texts(data.SAMPLE_PATH, "description"), 0.1)
+    split = data.split_texts(reading.read_texts(reading.SAMPLE_PATH, "description"), 0.1)
     with tempfile.TemporaryDirectory() as cache:
         tokenizer = train_tokenizer(split.train, VOCAB_SIZE, Path(cache))
         train, held_out = (data.tokenize_texts(side, tokenizer, 256, Path(cache))[0][:]["input_ids"] for side in split)

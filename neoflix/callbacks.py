@@ -1,11 +1,10 @@
 """What a run does and shows while it trains."""
 
 import math
-import sys
 
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
-from neoflix.distributed import StoppedEarly, any_rank, gather, is_main_process, progress
+from neoflix.distributed import StoppedEarly, any_rank, gather, is_main_process, progress, write_beside_progress
 from neoflix.preemption import find_stop_request, forget_stop_file
 
 
@@ -129,17 +128,24 @@ class Progress(ProgressCallback):
         if not state.is_world_process_zero or self.training_bar is None:
             return
         if "loss" in logs:
-            self.training_bar.set_postfix(
-                {"loss": f"{logs['loss']:.3f}", "tok/s": f"{logs['tokens_per_second']:,.0f}"}, refresh=False
-            )
+            self.training_bar.set_postfix(self._figures(logs), refresh=False)
         elif "eval_loss" in logs:
             when = "before training" if state.global_step == 0 else f"epoch {state.epoch:.2f}"
-            self.training_bar.write(
+            write_beside_progress(
                 f"{when}: validation loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}, "
-                f"{logs['eval_bits_per_char']:.3f} bits a character",
-                file=sys.stdout,
+                f"{logs['eval_bits_per_char']:.3f} bits a character"
             )
-            sys.stdout.flush()
+
+    @staticmethod
+    def _figures(logs: dict) -> dict[str, str]:
+        """What stands behind the bar, which itself says how much longer it takes."""
+        figures = {"loss": f"{logs['loss']:.3f}", "tok/s": f"{logs['tokens_per_second']:,.0f}"}
+        if "mfu" in logs:
+            figures["MFU"] = f"{logs['mfu']:.0%}"
+        figures["GiB"] = f"{logs.get('peak_device_bytes', logs['peak_host_bytes']) / 2**30:.1f}"
+        if logs.get("skipped_steps"):
+            figures["skipped"] = str(logs["skipped_steps"])
+        return figures
 
 
 def run_callbacks(args) -> list[TrainerCallback]:

@@ -150,8 +150,9 @@ def describe_run(args, model, tokenizer, train_tokens) -> dict:
 def describe_texts(args) -> dict:
     """The flags that say which texts are held out, for whoever measures the run later."""
     file = Path(args.dataset).expanduser()
-    texts = {key: getattr(args, key) for key in ("text_column", "validation_fraction", "max_length")}
-    return {"dataset": str(file.resolve()) if file.is_file() else args.dataset, **texts}
+    flags = ("text_column", "template", "loss_on_prompt", "validation_fraction", "max_length")
+    texts = {key: getattr(args, key) for key in flags}
+    return {"dataset": str(file.resolve()) if file.exists() else args.dataset, **texts}
 
 
 def read_run(folder: str | Path) -> dict | None:
@@ -180,7 +181,8 @@ def read_texts_per_step(output_dir: str, resume_from_checkpoint: str | None) -> 
 def save_run(folder: str, run: dict) -> None:
     """Records what a run is, so that no other one goes on in its folder, and that it is not finished."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, RESULTS_FILE).unlink(missing_ok=True)
+    for of_the_end in (RESULTS_FILE, STATE_FILE):
+        Path(folder, of_the_end).unlink(missing_ok=True)
     write_json(Path(folder, RUN_FILE), run)
 
 

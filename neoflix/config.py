@@ -9,6 +9,7 @@ import difflib
 import itertools
 import json
 import os
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from neoflix.checkpoint import RUN_FILE, find_run, read_run, read_texts_per_step
 from neoflix.distributed import say
@@ -30,7 +32,9 @@ from neoflix.ds_config import (
     read_ds_config,
 )
 from neoflix.plan import Plan, plan_run
+from neoflix.template import Template
 
+PACKAGES = {"azure_ml": "azureml-core", "neptune": "neptune-client"}  # whose names are not what --report_to says
 # What reads best from a fine-tuned model (README, "Sampling"); a run saves them with its model.
 SAMPLING_DEFAULTS = {
     "temperature": 0.8,
@@ -63,8 +67,16 @@ class TrainArguments(TrainingArguments):
         "EleutherAI/gpt-neo-2.7B", "Hub name or folder of a causal language model; 'demo' builds a small one."
     )
     allow_pickle: bool = _option(False, "Take weights from a pickle (pytorch_model.bin) where there is no safetensors.")
-    dataset: str = _option("netflix", "'netflix', 'sample', or a CSV, TSV, JSONL or Parquet file.")
-    text_column: str = _option("description", "Column that holds the texts.")
+    dataset: str = _option(
+        "netflix", "'netflix', 'sample', a CSV, TSV, JSONL or Parquet file, a folder of .txt files, or hf:NAME[:SPLIT]."
+    )
+    text_column: str | None = _option(
+        None, "Column of the texts; default: 'description', 'text', or the only one that looks like texts."
+    )
+    template: str | None = _option(
+        None, "Other columns in front of each text: '{title} | {listed_in}: {description}'; the last one is learnt."
+    )
+    loss_on_prompt: bool = _option(False, "Learn to write those columns too.")
     validation_fraction: float = _option(0.1, "Share of the texts held out, chosen by a hash of each text.")
     max_length: int | None = _option(None, "Longest text in tokens, both special ones counted; default: the window.")
     early_stopping_patience: int = _option(2, "Stop after this many evaluations without a better loss; 0: never.")
@@ -74,6 +86,11 @@ class TrainArguments(TrainingArguments):
     lora_rank: int = _option(16, "With --lora: width of an adapter.")
     lora_alpha: float | None = _option(None, "With --lora: adapters count alpha / rank times; default: 2 x rank.")
     eval_only: bool = _option(False, "Measure the model on the held-out texts and end; a run's own texts, if unsaid.")
+    sample_prompts: list[str] = field(
+        default_factory=lambda: [""],
+        metadata={"help": "How the texts begin that are written at every evaluation; one or several."},
+    )
+    num_progress_samples: int = _option(4, "Texts written at every evaluation, for each of these; 0: none.")
     plan: bool = _option(False, "Say what the run will take and whether it fits, and end.")
     plan_must_fit: bool = _option(True, "Refuse a run that by its plan does not fit; false: warn, and try.")
     plan_device_memory: str | None = _option(None, "With --plan: plan for a GPU of this size, such as 24GiB.")
@@ -108,6 +125,7 @@ class TrainArguments(TrainingArguments):
     seed: int = _option(42, "Seeds weights, shuffling and dropout.")
 
     generation: dict = field(default_factory=dict, init=False)
+    command = ""  # what was typed, by parse_train_args; no field either
     forecast = None  # the run's Plan, by parse_train_args; no field: it is no argument
 
     def __post_init__(self):
@@ -127,6 +145,10 @@ class TrainArguments(TrainingArguments):
     @property
     def weight_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def text_template(self) -> Template | None:
+        return Template(self.template, self.loss_on_prompt) if self.template else None
 
     @property
     def lora_settings(self) -> dict | None:
@@ -170,6 +192,8 @@ class TrainArguments(TrainingArguments):
         """Refuses values that no run can use; before devices and process groups are touched."""
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction {self.validation_fraction}: should be at least 0 and below 1")
+        self.check_template()
+        self.remove_unused_columns = False  # of the tokens: batches are made of all of them
         if self.max_length is not None and self.max_length < 3:
             raise ValueError(f"--max_length {self.max_length}: should be 3 or more (two are special tokens)")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -186,6 +210,9 @@ class TrainArguments(TrainingArguments):
                 raise ValueError(f"--{name} {value}: should be above 0")
         if self.lora and self.model_name_or_path == "demo" and not self.eval_only:
             raise ValueError("--lora trains adapters beside a model that has learnt before; the demo's has not")
+        if self.num_progress_samples < 0:
+            raise ValueError(f"--num_progress_samples {self.num_progress_samples}: should be 0 (none) or more")
+        check_report_to(self.report_to)
         if self.learning_rate <= 0:
             raise ValueError(f"--learning_rate {self.learning_rate}: should be above 0")
         if self.eval_only:
@@ -195,6 +222,19 @@ class TrainArguments(TrainingArguments):
             self.eval_strategy, self.eval_on_start, self.metric_for_best_model = "no", False, None
         check_writable(self.output_dir)
         check_compiler(read_ds_config(self.deepspeed))
+
+    def check_template(self) -> None:
+        """ValueError for a template that is none, or that says something else than another flag."""
+        if self.template is None:
+            if self.loss_on_prompt:
+                raise ValueError("--loss_on_prompt: without --template there is no prompt; leave it out, or give one")
+            return
+        learnt = Template(self.template).text_field
+        if self.text_column not in (None, learnt):
+            raise ValueError(
+                f"--text_column {self.text_column}: the template ends with {{{learnt}}}, which is learnt; leave the "
+                "flag out, or end the template with that column"
+            )
 
     def check_evaluation(self) -> None:
         """ValueError where there is nothing to evaluate on, or a run's folder would be written to."""
@@ -210,6 +250,22 @@ class TrainArguments(TrainingArguments):
             raise ValueError(
                 f"--output_dir {self.output_dir}: {run} is a run's folder (it has a {RUN_FILE}), which --eval_only "
                 "leaves alone; name another one, or none"
+            )
+
+
+def check_report_to(report_to: str | list[str] | None) -> None:
+    """ValueError where curves are to go to what transformers does not know, or to what is not installed."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    if names in (["all"], ["none"]):
+        return
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ["none", "all", *sorted(INTEGRATION_TO_CALLBACK)]
+            raise ValueError(f"--report_to {name}: should be of {', '.join(known)}{_nearest(name, known)}")
+        if name not in {*get_available_reporting_integrations(), "flyte"}:
+            raise ValueError(
+                f"--report_to {name}: its package is not installed; `pip install {PACKAGES.get(name, name)}`, or take "
+                "--report_to tensorboard or none"
             )
 
 
@@ -334,6 +390,7 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     forecast, choices = (None, []) if asked.eval_only else _plan(asked, must_fit)
     (args,) = parser.parse_args_into_dataclasses(words + choices, look_for_args_file=False)
     args.generation, args.forecast = SAMPLING_DEFAULTS | generation, forecast
+    args.command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
@@ -364,6 +421,15 @@ def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def parse_report_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of `python -m neoflix.report`."""
+    parser = _PlainParser(prog="python -m neoflix.report", description="Write a run's report, or compare several runs.")
+    add = parser.add_argument
+    add("--output", help="HTML file to write (default: report.html in the run's folder; of several: comparison.html)")
+    add("runs", metavar="RUN", nargs="+", help="a run's folder, finished or not; several are compared in one page")
+    return parser.parse_args(argv)
+
+
 def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     """`generate.py`'s command line. Sampling flags left unsaid are None: the model's own settings hold."""
     parser = _PlainParser(prog="generate.py", description="Sample new texts from a fine-tuned model.")
@@ -372,7 +438,10 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
     add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")
     add("--prompt", default="", help="how each text begins, or a file with one such beginning a line")
-    add("--num_samples", type=int, help="how many texts, for each prompt (default: 20)")
+    given = "what is known of the text, for a model with a template: title='The Last Ferry' listed_in=Thrillers"
+    add("--fields", nargs="+", metavar="NAME=VALUE", help=given)
+    add("--fields_file", help="a table with such fields: a text for each row (CSV, TSV, JSONL or Parquet)")
+    add("--num_samples", type=int, help="how many texts, for each prompt (default: 20; of a file of fields: 1)")
     add("--seed", type=int, default=42, help="sample i of a seed is the same text in any batch size")
     add("--batch_size", type=int, default=20, help="how many texts grow side by side")
     add("--output", help="JSONL file to write, a line a text, as they come; the same command goes on with it")
@@ -393,8 +462,13 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{name}", type=type(default), help="default: what the model was saved with")
     args = parser.parse_args(argv)
     recipe, generation = read_recipe(args.config) if args.config else ({}, {})
-    defaults = {"num_samples": 20, "model_dir": recipe.get("output_dir", "results")}
-    for name, value in (defaults | generation).items():
+    args.fields = parse_fields(args.fields or [])
+    if args.prompt and (args.fields or args.fields_file):
+        raise ValueError("--prompt begins the text as it stands, --fields by the model's template: give one of them")
+    defaults = {"num_samples": 20, "model_dir": recipe.get("output_dir", "results")} | generation
+    if args.fields_file:
+        defaults["num_samples"] = 1
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in SAMPLING_RULES:
@@ -410,6 +484,20 @@ def check_sampling(said: str, name: str, value: float) -> None:
     holds, rule = SAMPLING_RULES[name]
     if not holds(value):
         raise ValueError(f"{said}: should be {rule}")
+
+
+def parse_fields(words: list[str]) -> dict[str, str]:
+    """['title=The Last Ferry', 'type='] -> {'title': 'The Last Ferry', 'type': ''}"""
+    fields = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name or name in fields:
+            raise ValueError(
+                f"--fields {word}: should be NAME=VALUE, each name once, with quotes where there is space: "
+                "--fields title='The Last Ferry'"
+            )
+        fields[name] = value
+    return fields
 
 
 def parse_sweep(words: list[str]) -> list[dict]:

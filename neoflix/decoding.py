@@ -204,6 +204,8 @@ class Decoder:
         repetition_penalty: divides the logits of tokens that the text has already, as `generate` does; 1: none.
         eos_token_id: the token that ends a text.
         never_drawn: token ids that no text may get.
+        in_training: the model is one that trains: nothing of it is kept from one pass to the next (a graph, tensors of
+            inference mode), every pass is one of the whole model, as ZeRO-3 gathers it, and each step is one pass.
 
     Raises:
         ValueError: where keys and values of so many slots do not fit into the memory that is free.
@@ -219,10 +221,13 @@ class Decoder:
         repetition_penalty: float,
         eos_token_id: int,
         never_drawn: list[int],
+        in_training: bool = False,
     ):
         self.model, self.device, self.seed = model, model.device, seed
         self.draw, self.repetition_penalty, self.eos_token_id = draw, repetition_penalty, eos_token_id
-        check_memory(model, num_slots, num_places)
+        self.in_training = in_training
+        if not in_training:
+            check_memory(model, num_slots, num_places)
         self.slots: list[Text | None] = [None] * num_slots
         self.reached = [0] * num_slots  # the host's own count of `places_B`
         self.never_drawn = torch.tensor(never_drawn, dtype=torch.long, device=self.device)
@@ -233,24 +238,23 @@ class Decoder:
 
         self.ids_B, self.places_B, self.begins_B, self.keys_B = room(), room(), room(), room()
         self.drawn_B = room()  # -1: not known without more candidates
-        self.has_BV = room(self._num_rows, dtype=torch.bool) if repetition_penalty != 1 else None
+        self.has_BV = room(num_rows(model), dtype=torch.bool) if repetition_penalty != 1 else None
         self.last_place = num_places - 1
         self.cache = SlotCache(self.places_B, -(-num_places // PLACES) * PLACES)
-        self.is_cuda = self.device.type == "cuda"
+        self.is_cuda = self.device.type == "cuda" and not in_training
         # On CUDA the host reads a step's tokens two steps late, and never asks whether a draw needs more candidates.
         self.lag, self.asks = (2, False) if self.is_cuda else (0, True)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    @property
-    def _num_rows(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0]
-
-    @torch.inference_mode()
     def grow(self, texts: list[Text]) -> Iterator[None]:
         """Grows all texts, in line, and yields after each step; `new_ids` and `finish_reason` tell how far each is.
 
         On CUDA a step's tokens are read when the device is two steps on.
         """
+        without_gradients = torch.no_grad() if self.in_training else torch.inference_mode()
+        return without_gradients(self._grow)(texts)
+
+    def _grow(self, texts: list[Text]) -> Iterator[None]:
         waiting, unread = deque(texts), deque()
         # Prompts take a pass of their own: as soon as there is one slot where they are known, else several at once.
         num_prompts = len({tuple(text.prompt_ids) for text in texts})
@@ -293,7 +297,8 @@ class Decoder:
         if not new:
             return
         ids = pad_sequence([torch.tensor(prompt) for prompt in new], batch_first=True).to(self.device)
-        layers = self.model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
+        model = self.model if self.in_training else self.model.base_model  # the latter leaves out logits nobody reads
+        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
         for row, prompt in enumerate(new):
             T = len(prompt)
             self.prefilled[prompt] = [
@@ -396,6 +401,12 @@ class Decoder:
         return again
 
 
+def num_rows(model: PreTrainedModel) -> int:
+    """Rows of the output embedding; under ZeRO-3, where a weight at rest is empty, too."""
+    weight = model.get_output_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
 def place_bytes(model: PreTrainedModel) -> int:
     """Bytes of the keys and values of one token."""
     config = model.config
@@ -411,7 +422,7 @@ def check_memory(model: PreTrainedModel, num_slots: int, num_places: int) -> Non
         free = torch.cuda.mem_get_info(model.device)[0]
     else:
         free = read_host_memory()
-    logits = 16 * model.get_output_embeddings().weight.shape[0]  # fp32: as they are, scaled, their shares, spare
+    logits = 16 * num_rows(model)  # fp32: as they are, scaled, their shares, spare
     need = place_bytes(model) * num_places + logits
     if num_slots * need <= free:
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from neoflix import data
+from neoflix import data, reading
 from neoflix.checkpoint import describe_texts, find_model, find_run
 from neoflix.config import TrainArguments
 from neoflix.consolidation import whole_weights
@@ -33,18 +33,19 @@ def evaluate_only(args: TrainArguments) -> None:
     tokens, the same sum over all processes. Collective.
     """
     set_seed(args.seed)
-    cache_dir = Path(args.cache_dir or data.default_cache_dir())
+    cache_dir = Path(args.cache_dir or reading.default_cache_dir())
     output_dir = args.output_dir
     with _find_weights(args.model_name_or_path) as source, tempfile.TemporaryDirectory() as args.output_dir:
         with args.main_process_first():
-            texts = data.read_texts(data.find_dataset(args.dataset), args.text_column)
-            texts = data.split_texts(texts, args.validation_fraction)
+            texts = data.split_texts(reading.read_dataset(args), args.validation_fraction)
             tokenizer = find_tokenizer(source, texts.train, cache_dir)
         check_same_everywhere(args, texts)
         model = load_model(source, tokenizer, args.weight_dtype, {}, args.allow_pickle)
         max_length = min(args.max_length or get_window(model), get_window(model))
         with args.main_process_first():
-            tokens, num_tokens, num_cut = data.tokenize_texts(texts.validation, tokenizer, max_length, cache_dir)
+            tokens, num_tokens, num_cut = data.tokenize_texts(
+                texts.validation, tokenizer, max_length, cache_dir, args.loss_on_prompt
+            )
         trainer = TokenTrainer(
             model=model,
             args=args,
@@ -63,11 +64,12 @@ def evaluate_only(args: TrainArguments) -> None:
         "perplexity": figures["eval_perplexity"],
         "eval_bits_per_char": figures["eval_bits_per_char"],
         "eval_texts": len(tokens),
-        "eval_tokens": num_tokens - len(tokens),  # every one but the first of each text
+        "eval_tokens": num_tokens - sum(tokens["num_given"]),
         "eval_texts_cut": num_cut,
         "vocab_size": len(tokenizer),
         "dtype": str(args.weight_dtype).removeprefix("torch."),
-        "same_texts_as_run": run and run["data"] == data.name_tokens(texts.train, tokenizer, max_length),
+        "same_texts_as_run": run
+        and run["data"] == data.name_tokens(texts.train, tokenizer, max_length, args.loss_on_prompt),
         **describe_texts(args),
     }
     ask_main_process(_report, results, run, output_dir)

@@ -19,34 +19,56 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from neoflix.config import SAMPLING_DEFAULTS, check_sampling
 from neoflix.consolidation import whole_weights
-from neoflix.decoding import Decoder, Draw, Text, quicken
+from neoflix.decoding import Decoder, Draw, Text, num_rows, quicken
 from neoflix.model import get_window, load_for_reading
+from neoflix.template import find_template
 from neoflix.tokenizer import read_tokenizer
+
+FIELD_TOKENS = 32  # most that a field has which the model writes
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One text. `num_tokens`: new ones, the end token not counted; `finish_reason`: "eos" or "length"."""
+    """One text. `num_tokens`: new ones, the end token not counted; `finish_reason`: "eos" or "length".
+
+    `text` begins with its prompt; where a template made the prompt of `fields`, it is what was written for it alone.
+    """
 
     text: str
     prompt: str
     seed: int
     num_tokens: int
     finish_reason: str
+    fields: dict[str, str] | None = None
 
-    to_dict = asdict
+    @property
+    def whole(self) -> str:
+        """The text with its prompt in front, as it was written."""
+        return self.text if self.fields is None else f"{self.prompt} {self.text}"
+
+    def to_dict(self) -> dict:
+        """Without `fields` where the model has no template."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Sampler:
-    """A model, its tokenizer and its sampling settings, ready to write."""
+    """A model, its tokenizer and its sampling settings, ready to write.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self.model = model.eval()
+    Args:
+        in_training: the model is to be trained on: it is left as it is, where else faster modules take the place of
+            some of its own. Put it into `eval` mode for as long as it writes.
+    """
+
+    draw = Draw
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, in_training: bool = False):
+        self.model = model if in_training else model.eval()
+        self.in_training = in_training
         self.tokenizer = tokenizer
         self.saved = model.generation_config
+        self.template = find_template(tokenizer)
         control = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id, None}
-        rows = model.get_output_embeddings().weight.shape[0]
-        self.never_sampled = sorted(control | set(range(len(tokenizer), rows)))
+        self.never_sampled = sorted(control | set(range(len(tokenizer), num_rows(model))))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | None = None, allow_pickle: bool = False) -> "Sampler":
@@ -72,7 +94,7 @@ class Sampler:
 
     def sample(
         self,
-        prompts: str | list[str] | None = None,
+        prompts: str | dict | list[str | dict] | None = None,
         num_samples: int = 1,
         seed: int = 42,
         batch_size: int = 20,
@@ -85,7 +107,9 @@ class Sampler:
 
         Args:
             prompts: how the texts begin, one or several. Space at a prompt's end is dropped, since no training text
-                ends there; what looks like a control token is text.
+                ends there; what looks like a control token is text. For a model with a template also fields, such as
+                {"title": "The Last Ferry"}: those left out are written by the model, if it learnt to, else drawn from
+                its training rows; and None: all of them are.
             batch_size: how many texts grow side by side.
             first_index: which of the seed's texts the first one is; the others follow.
             skip: leaves out so many of the texts, the first ones; the others are the same as with them.
@@ -100,32 +124,71 @@ class Sampler:
         settings = self.settings(**settings)
         for name, value in {**settings, "num_samples": num_samples, "batch_size": batch_size}.items():
             check_sampling(f"{name}={value}", name, value)
-        prompts = [prompts] if isinstance(prompts, str) else prompts or [""]
-        jobs = [prompt.rstrip() for prompt in prompts for _ in range(num_samples)]
-        encoded = {prompt: self._encode(prompt) for prompt in set(jobs)}
+        prompts = [prompts] if isinstance(prompts, str | dict) else prompts or [{} if self.template else ""]
+        jobs = dict(enumerate((prompt for prompt in prompts for _ in range(num_samples)), first_index))
+        fields = {index: prompt for index, prompt in jobs.items() if isinstance(prompt, dict)}
+        fields = self._fill_in(fields, seed, batch_size, settings)
+        jobs |= {index: self.template.prompt(given) for index, given in fields.items()}
+        return self._grow(jobs, fields, seed, batch_size, settings, skip, streamer)
+
+    def _grow(
+        self,
+        jobs: dict[int, str],
+        fields: dict[int, dict],
+        seed: int,
+        batch_size: int,
+        settings: dict,
+        skip: int = 0,
+        streamer: TextStreamer | None = None,
+    ) -> Iterator[Sample]:
+        """A text for each prompt, both by the text's index."""
+        encoded = {prompt: self._encode(prompt.rstrip()) for prompt in set(jobs.values())}
         texts = []
-        for index, prompt in enumerate(jobs, start=first_index):
+        for index, prompt in jobs.items():
             limit = min(settings["max_new_tokens"], self.window - len(encoded[prompt]))
-            texts.append(Text(index, encoded[prompt], limit))
-        decoder = self._decoder(texts, seed, batch_size, settings)
-        return self._write(decoder, jobs[skip:], texts[skip:], seed, streamer)
+            texts.append((prompt.rstrip(), fields.get(index), Text(index, encoded[prompt], limit)))
+        if not texts:
+            return iter(())
+        decoder = self._decoder([text for *_, text in texts], seed, batch_size, settings)
+        return self._write(decoder, texts[skip:], seed, streamer)
+
+    def _fill_in(self, fields: dict[int, dict], seed: int, batch_size: int, settings: dict) -> dict[int, dict]:
+        """All of the template's fields for each text, by its index. Those left out are written by the model in the
+        template's order, each from what stands before it, or drawn from the training rows."""
+        if not fields:
+            return fields
+        if self.template is None:
+            raise ValueError("the model was trained without --template: it knows no fields, only how a text begins")
+        for given in fields.values():
+            self.template.check(given, f"--fields {' '.join(given)}")
+        if not self.template.learns_prompt:
+            return {index: self.template.draw(given, seed, index) for index, given in fields.items()}
+        fields = {index: dict(given) for index, given in fields.items()}
+        settings = settings | {"max_new_tokens": FIELD_TOKENS}
+        for number, name in enumerate(self.template.fields, start=1):
+            jobs = {index: self.template.prompt(given, name) for index, given in fields.items() if name not in given}
+            samples = self._grow(jobs, {}, seed + number * 1_000_003, batch_size, settings)  # streams of their own
+            for (index, prompt), sample in zip(jobs.items(), samples, strict=True):
+                fields[index][name] = self.template.cut(name, sample.text[len(prompt.strip()) :])
+        return fields
 
     def _decoder(self, texts: list[Text], seed: int, batch_size: int, settings: dict) -> Decoder:
         num_slots = min(batch_size, len(texts))
         return Decoder(
-            quicken(self.model, num_slots),
+            self.model if self.in_training else quicken(self.model, num_slots),
             num_slots,
             max(len(text.prompt_ids) + text.limit for text in texts),
             seed,
-            Draw(settings["temperature"], settings["top_k"], settings["top_p"]),
+            self.draw(settings["temperature"], settings["top_k"], settings["top_p"]),
             settings["repetition_penalty"],
             self.tokenizer.eos_token_id,
             self.never_sampled,
+            self.in_training,
         )
 
-    def _write(self, decoder, prompts, texts, seed, streamer) -> Iterator[Sample]:
-        steps = decoder.grow(texts)
-        for prompt, text in zip(prompts, texts, strict=True):
+    def _write(self, decoder, texts, seed, streamer) -> Iterator[Sample]:
+        steps = decoder.grow([text for *_, text in texts])
+        for prompt, given, text in texts:
             shown = 0
             if streamer and text.prompt_ids[1:]:
                 streamer.put(torch.tensor(text.prompt_ids[1:]))
@@ -138,19 +201,25 @@ class Sampler:
                 next(steps)
             if streamer:
                 streamer.end()
-            whole = self.tokenizer.decode(text.prompt_ids[1:] + text.new_ids, skip_special_tokens=False)
-            yield Sample(whole.strip(), prompt, seed, len(text.new_ids), text.finish_reason)
+            ids = text.prompt_ids[1:] + text.new_ids if given is None else text.new_ids
+            whole = self.tokenizer.decode(ids, skip_special_tokens=False)
+            yield Sample(whole.strip(), prompt, seed, len(text.new_ids), text.finish_reason, given)
 
     @property
     def window(self) -> int:
         """Most tokens a text can have, prompt and beginning token included."""
         return min(get_window(self.model), getattr(self.model.config, "sliding_window", None) or 2**31)
 
-    def _encode(self, prompt: str) -> list[int]:
+    def check_prompts(self, prompts: list[str], flag: str) -> None:
+        """ValueError where one leaves no room in the model's window; `flag`: how the user named them."""
+        for prompt in prompts:
+            self._encode(prompt.rstrip(), flag)
+
+    def _encode(self, prompt: str, flag: str = "--prompt") -> list[int]:
         ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if len(ids) + 2 > self.window:
             raise ValueError(
-                f"--prompt {textwrap.shorten(prompt, 40)!r}: {len(ids):,} tokens leave no room in the model's window "
+                f"{flag} {textwrap.shorten(prompt, 40)!r}: {len(ids):,} tokens leave no room in the model's window "
                 f"of {self.window:,}; shorten it"
             )
         return [self.tokenizer.bos_token_id, *ids]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neoflix.checkpoint import find_run
 from neoflix.config import TrainArguments
-from neoflix.data import find_dataset, read_texts, split_texts
+from neoflix.data import split_texts
 from neoflix.distributed import progress, say
 from neoflix.loss import IGNORED
 from neoflix.manifest import write_json
@@ -29,6 +29,8 @@ from neoflix.quality import (
     sweep_header,
     sweep_line,
 )
+from neoflix.reading import find_dataset, read_texts
+from neoflix.template import Template, parts
 from neoflix.tokenizer import read_tokenizer
 
 PERPLEXITY_TEXTS = 1000  # a large model reads no more of them: at 1,000 texts chance moves the figure by a few per cent
@@ -49,11 +51,13 @@ def read_training_texts(args) -> list[str]:
             f"--model_dir {args.model_dir}: nothing there says which texts it learnt from; name them with --dataset "
             "(and --text_column)"
         )
-    column = args.text_column or recorded.get("text_column", TrainArguments.text_column)
+    column = args.text_column or recorded.get("text_column")
     fraction = args.validation_fraction
     if fraction is None:
         fraction = recorded.get("validation_fraction", TrainArguments.validation_fraction)
-    texts = split_texts(read_texts(find_dataset(dataset), column), fraction).train
+    template = recorded.get("template") if args.dataset is None and args.text_column is None else None
+    texts = read_texts(find_dataset(dataset), column, Template(template) if template else None)
+    texts = [parts(text)[1].strip() for text in split_texts(texts, fraction).train]
     is_as_recorded = (args.dataset, args.text_column, args.validation_fraction) == (None, None, None)
     if is_as_recorded and len(texts) != run["num_training_texts"]:
         raise ValueError(

@@ -32,12 +32,14 @@ from transformers.utils import (
     WEIGHTS_NAME,
     cached_file,
     has_file,
+    logging,
 )
 
 from neoflix.attention import ATTENTION_NAME, register_attention
 from neoflix.checkpoint import has_shards_alone, holds_adapters
 from neoflix.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.loss import causal_lm_loss
+from neoflix.template import Template, attach_template
 from neoflix.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
 
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
@@ -89,6 +91,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
         return _load_adapted(Path(model_name_or_path), dtype, allow_pickle)
     check_reachable(model_name_or_path)
     register_attention()
+    logging.disable_progress_bar()  # of every process; a download has its own
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a bot of the hub's converts, and we load that
     if is_deepspeed_zero3_enabled():  # weights are sharded as they load: DeepSpeed must know the other processes
         import deepspeed
@@ -243,12 +246,18 @@ def load_model(
     return add_adapters(model, base=model_name_or_path, **lora) if lora else model
 
 
-def find_tokenizer(model_name_or_path: str, texts: list[str], cache_dir: Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; the demo's is trained on `texts`, and kept in `cache_dir`."""
+def find_tokenizer(
+    model_name_or_path: str, texts: list[str], cache_dir: Path, template: Template | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which carries the template, if there is one; the demo's is trained on `texts`, and kept in
+    `cache_dir`."""
     if model_name_or_path == DEMO:
-        return train_tokenizer(texts, DEMO_VOCAB_SIZE, cache_dir)
-    check_reachable(model_name_or_path)
-    return load_tokenizer(model_name_or_path)
+        tokenizer = train_tokenizer(texts, DEMO_VOCAB_SIZE, cache_dir)
+    else:
+        check_reachable(model_name_or_path)
+        tokenizer = load_tokenizer(model_name_or_path)
+    attach_template(tokenizer, template and template.with_rows(texts))
+    return tokenizer
 
 
 def _padded(vocab_size: int) -> int:

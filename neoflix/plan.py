@@ -28,6 +28,7 @@ from pathlib import Path
 
 from neoflix.ds_config import ROOT, read_ds_config
 from neoflix.machine import Machine, check_machine, read_machine, torch_version
+from neoflix.template import Template
 
 GIB = 2**30
 ADAPTERS_CONFIG_FILE = "adapter_config.json"  # as in checkpoint.py
@@ -202,16 +203,32 @@ class Plan:
     def fits(self) -> bool:
         return not self.misfits()
 
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s of one GPU at its peak, None where nothing is known of it."""
+        names = PEAK_TFLOPS if self.machine.has_gpu else {}
+        return next((rate * 1e12 for name, rate in names.items() if name in self.machine.device_name), None)
+
+    def utilization(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilization: the share of all devices' peak that goes into the model's own products, those of
+        recomputed activations left out; None where the peak is not known. Source: Chowdhery et al., "PaLM", 2022,
+        appendix B."""
+        if self.peak_flops is None or not self.settings.train_tokens:
+            return None
+        per_token = self.flops / self.settings.train_tokens / (8 / 6 if self.settings.recomputes else 1)
+        return tokens_per_second * per_token / (self.peak_flops * self.settings.num_processes)
+
     def seconds(self) -> tuple[float, str] | None:
         """(seconds of training, what the figure is), None where nothing is known of the device."""
         if not self.machine.has_gpu:
             # 0.165 TFLOP/s a core in products, of which a step's work was 0.49 (train-cpu.jsonl, two Xeon cores).
             rate = 0.165e12 * 0.49 * min(self.machine.num_cores, 64)
             return self.flops / rate, "by the rate of two Xeon cores"
-        peak = next((rate for name, rate in PEAK_TFLOPS.items() if name in self.machine.device_name), None)
-        if peak is None:
+        if self.peak_flops is None:
             return None
-        return self.flops / (peak * 1e12 * self.settings.num_processes), "at least: the device's peak, never reached"
+        return self.flops / (
+            self.peak_flops * self.settings.num_processes
+        ), "at least: the device's peak, never reached"
 
 
 def _fullest(phases: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -699,17 +716,17 @@ def _find_data(args) -> Path | None:
     """The file of `--dataset`, where it is here already (`data.py` downloads and complains)."""
     shipped = {"sample": ROOT / "data" / "sample_titles.csv", "netflix": ROOT / "data" / "netflix_titles.csv"}
     path = shipped.get(args.dataset, Path(args.dataset).expanduser())
-    return path if path.is_file() else None
+    return path if path.exists() else None
 
 
 def _counts_file(args, window: int) -> Path | None:
-    """Where the counts of this file, column, share and tokenizer (by the model's name) are kept."""
+    """Where the counts of this file, columns, share and tokenizer (by the model's name) are kept."""
     data = _find_data(args)
     if data is None:
         return None
     state = data.stat()
-    key = [str(data.resolve()), state.st_size, state.st_mtime_ns, args.text_column, args.validation_fraction, window]
-    key.append(str(args.model_name_or_path))
+    key = [str(data.resolve()), state.st_size, state.st_mtime_ns, args.validation_fraction, window]
+    key += [args.text_column, args.template, str(args.model_name_or_path)]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     home = Path(
         os.environ.get("HF_HOME", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "huggingface"))
@@ -724,8 +741,15 @@ def estimate_texts(path: Path | None, args, window: int) -> Texts:
     if path is None:
         return Texts(7008, 779, 31.8, 4.4, 64, "of the Netflix descriptions, as published")
     try:
-        texts, num_texts = _sample_texts(path, args.text_column)
-    except (OSError, ValueError, KeyError, csv.Error):  # `data.py` says what is wrong with it
+        texts, num_texts = _sample_texts(path, args.text_column, args.template)
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        ZeroDivisionError,
+        StopIteration,
+        csv.Error,
+    ):  # `data.py` says what is wrong with it
         return Texts(7008, 779, 31.8, 4.4, 64, "of the Netflix descriptions, as published")
     chosen = random.Random(0).sample(texts, min(SAMPLE_TEXTS, len(texts)))
     tokenizer = _load_tokenizer(args.model_name_or_path)
@@ -755,29 +779,50 @@ def _load_tokenizer(model_name_or_path: str):
     return None
 
 
-def _sample_texts(path: Path, column: str) -> tuple[list[str], int]:
+def _sample_texts(path: Path, column: str | None, template: str | None) -> tuple[list[str], int]:
     """(texts of the file's first 2 MB, number of texts in all of it)"""
+    rows, scale = _sample_rows(path)
+    if template:
+        texts = [Template(template).fill({name: str(value or "") for name, value in row.items()}) for row in rows]
+    else:
+        column = column or _likeliest_column(rows)
+        texts = [row.get(column) for row in rows]
+    texts = [text for text in texts if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise ValueError("no texts")
+    return texts, round(len(texts) * scale)
+
+
+def _likeliest_column(rows: list[dict]) -> str:
+    """Which one `reading.py` will take, where nobody says."""
+    length = {name: sum(len(str(row.get(name) or "").split()) for row in rows) for name in rows[0]}
+    usual = [name for name in ("description", "text") if name in length]
+    return usual[0] if usual else max(length, key=length.get)
+
+
+def _sample_rows(path: Path) -> tuple[list[dict], float]:
+    """(rows of the file's first 2 MB, how many times as many the file has)"""
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt"))
+        some = files[: 4 * SAMPLE_TEXTS]
+        return [{"name": file.stem, "text": file.read_text(encoding="utf-8")} for file in some], len(files) / len(some)
     if path.suffix.lower() == ".parquet":
         import pyarrow.parquet as pq
 
         file = pq.ParquetFile(path)
-        rows = next(file.iter_batches(batch_size=4 * SAMPLE_TEXTS, columns=[column])).column(0).to_pylist()
-        return [text for text in rows if text], file.metadata.num_rows
+        rows = next(file.iter_batches(batch_size=4 * SAMPLE_TEXTS)).to_pylist()
+        return rows, file.metadata.num_rows / len(rows)
     with path.open(encoding="utf-8", newline="") as lines:
         head = lines.read(SAMPLE_BYTES)
     whole = len(head.encode()) >= path.stat().st_size
     if not whole:
         head = head[: head.rfind("\n") + 1]
     if path.suffix.lower() == ".jsonl":
-        texts = [json.loads(line).get(column) for line in head.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in head.splitlines() if line.strip()]
     else:
-        rows = csv.DictReader(head.splitlines(keepends=True), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        texts = [row[column] for row in rows]
-    texts = [text for text in texts if isinstance(text, str) and text.strip()]
-    if not texts:
-        raise ValueError("no texts")
-    scale = 1 if whole else path.stat().st_size / len(head.encode())
-    return texts, round(len(texts) * scale)
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        rows = list(csv.DictReader(head.splitlines(keepends=True), delimiter=delimiter))
+    return rows, 1 if whole else path.stat().st_size / len(head.encode())
 
 
 # ---- what fits ---------------------------------------------------------------------------------------------
@@ -1095,7 +1140,7 @@ def check_same_everywhere(args, texts) -> None:
 
 # The flags that a plan looks at, with train.py's defaults (`tests/test_plan.py` holds them equal).
 PLAN_FLAGS = {
-    "model_name_or_path": "EleutherAI/gpt-neo-2.7B", "dataset": "netflix", "text_column": "description",
+    "model_name_or_path": "EleutherAI/gpt-neo-2.7B", "dataset": "netflix", "text_column": None, "template": None,
     "validation_fraction": 0.1, "max_length": None, "cache_dir": None, "output_dir": "results",
     "deepspeed": str(ROOT / "ds_config.json"), "per_device_train_batch_size": 64, "tokens_per_device_batch": None,
     "per_device_eval_batch_size": 32, "gradient_accumulation_steps": 1, "num_train_epochs": 5.0, "max_steps": -1,
@@ -1106,7 +1151,8 @@ PLAN_FLAGS = {
 # What a recipe may say besides, and no plan depends on.
 OTHER_FLAGS = frozenset(
     "config generation learning_rate lr_scheduler_type warmup_steps weight_decay early_stopping_patience seed "
-    "logging_steps report_to disable_tqdm eval_strategy lora_alpha".split()
+    "logging_steps report_to disable_tqdm eval_strategy lora_alpha loss_on_prompt sample_prompts "
+    "num_progress_samples".split()
 )
 
 

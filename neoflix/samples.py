@@ -13,13 +13,13 @@ from neoflix.distributed import progress
 from neoflix.manifest import write_json
 
 
-def describe_job(model_dir: Path, prompts: list[str], **settings) -> dict:
+def describe_job(model_dir: Path, prompts: list[str] | list[dict], **settings) -> dict:
     """What decides over every text of a file: the model's files, the prompts, the seed and the sampling settings."""
     files = sorted(path for path in model_dir.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
     model = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return {
         "model": hashlib.sha256(repr(model).encode()).hexdigest()[:16],
-        "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
         **settings,
     }
 

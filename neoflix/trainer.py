@@ -10,6 +10,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -29,10 +30,13 @@ from neoflix.checkpoint import (
 from neoflix.consolidation import gather_weights
 from neoflix.data import TokenBatches, count_tokens
 from neoflix.distributed import StoppedEarly, ask_main_process, gather, say, shout
+from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
 from neoflix.manifest import Files, num_bytes, read_manifest, write_manifest
 from neoflix.plan import compare, explain_failure
+from neoflix.record import note_start
+from neoflix.report import write_report
 from neoflix.universal import check_loadable, convert, needs_conversion
 from neoflix.watchdog import Watchdog
 
@@ -81,6 +85,17 @@ def recall_steps(optimizer) -> None:
         optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, *zeros)
 
 
+def keep_gradient_norm(engine) -> None:
+    """Has a DeepSpeed engine keep the norm that it clips gradients by without ZeRO (stage 0), where it forgets it."""
+    from deepspeed.runtime.utils import clip_grad_norm_  # at import it asks what the accelerator is: too early
+
+    def clip() -> None:
+        weights, most = engine.module.parameters(), engine.gradient_clipping()
+        engine._global_grad_norm = clip_grad_norm_(parameters=weights, max_norm=most, mpu=engine.mpu)
+
+    engine.clip_fp32_gradients = clip
+
+
 class TokenTrainer(Trainer):
     """A Trainer whose evaluation loss is the mean over tokens, whose speed is in tokens, and whose checkpoints
     are complete or do not count.
@@ -101,12 +116,23 @@ class TokenTrainer(Trainer):
         self.remove_callback(ProgressCallback)  # ours takes its place
         for callback in run_callbacks(self.args):
             self.add_callback(callback)
+        if self.args.num_progress_samples and not self.args.eval_only:
+            self.add_callback(ShowSamples(self._find_tensorboard))
+
+    def _find_tensorboard(self):
+        """TensorBoard's writer, where curves go there."""
+        callbacks = self.callback_handler.callbacks
+        return next((each.tb_writer for each in callbacks if isinstance(each, TensorBoardCallback)), None)
+
+    def create_model_card(self, *args, **kwargs):
+        """Not Trainer's: `report.py` writes README.md."""
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; DeadProcessError where
         another process died; ValueError, with the plan, where memory did not suffice."""
         logging.disable_progress_bar()  # transformers' own, one for each save
         ask_main_process(self._check_space_for_all)
+        ask_main_process(note_start, self.args.output_dir, self._describe_start(resume_from_checkpoint))
         if resume_from_checkpoint:
             resume_from_checkpoint = str(self._fit_to_processes(Path(resume_from_checkpoint)))
         watchdog = Watchdog(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
@@ -114,8 +140,22 @@ class TokenTrainer(Trainer):
             output = super().train(resume_from_checkpoint, **kwargs)
         if self._stop.reason:
             step, reason = self.state.global_step, self._stop.reason
+            ask_main_process(write_report, self.args.output_dir)
             raise StoppedEarly(f"Stopped after step {step} ({reason}); the same command goes on from there")
         return output
+
+    def _describe_start(self, checkpoint: str | None) -> dict:
+        args, plan = self.args, self.args.forecast
+        return {
+            "command": args.command,
+            "from_step": read_manifest(Path(checkpoint))["step"] if checkpoint else 0,
+            "num_processes": args.world_size,
+            "deepspeed": Path(args.deepspeed).name if isinstance(args.deepspeed, str) else "given in the command",
+            "precision": str(args.weight_dtype).removeprefix("torch."),
+            "num_parameters": sum(getattr(weight, "ds_numel", weight.numel()) for weight in self.model.parameters()),
+            "num_validation_texts": sum(chars > 0 for chars in self.eval_dataset["num_chars"]),
+            "plan_seconds": plan and plan.seconds(),
+        }
 
     def _fit_to_processes(self, checkpoint: Path) -> Path:
         """The checkpoint or, where it was saved by another number of processes, its universal form. Collective."""
@@ -148,6 +188,7 @@ class TokenTrainer(Trainer):
     def _run_epoch(self, *args, **kwargs):
         """Not one step more where the run that is resumed had come to its end already."""
         self._doing = "training"
+        keep_gradient_norm(self.model_wrapped)
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
@@ -191,12 +232,20 @@ class TokenTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs, start_time=None):
-        """Adds tokens/s of all processes since the last line to the log of training steps."""
+        """Adds to the log of training steps: tokens/s of all processes since the last line and, where the device's peak
+        is known, what share of it that is; peaks of memory; of fp16, how many steps were skipped so far."""
         if "loss" in logs:
             num_tokens, seconds = self._total_tokens(), self.stopwatch.seconds()
             last_tokens, last_seconds = self._last_log
-            logs["tokens_per_second"] = (num_tokens - last_tokens) / max(seconds - last_seconds, 1e-9)
+            speed = logs["tokens_per_second"] = (num_tokens - last_tokens) / max(seconds - last_seconds, 1e-9)
             self._last_log = (num_tokens, seconds)
+            if self.args.forecast and (mfu := self.args.forecast.utilization(speed)) is not None:
+                logs["mfu"] = mfu
+            device_bytes, logs["peak_host_bytes"] = self._peak_bytes()
+            if device_bytes:
+                logs["peak_device_bytes"] = device_bytes
+            if self.args.fp16:
+                logs["skipped_steps"] = self.model_wrapped.skipped_steps
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -219,7 +268,8 @@ class TokenTrainer(Trainer):
             f"{metric_key_prefix}_runtime": time.perf_counter() - began,
         }
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        with self._busy("writing samples"):
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
@@ -374,14 +424,16 @@ class TokenTrainer(Trainer):
         )
 
     def save_best(self) -> None:
-        """Puts the best model at the top of the run's folder, whole; where none was kept, the model as it is.
-        Collective."""
+        """Puts the best model at the top of the run's folder, whole; where none was kept, the model as it is. Beside it
+        the run's history. Collective."""
         best = ask_main_process(self._find_best_checkpoint)
         if best is None:
             self.model_wrapped._config.zero_config.gather_16bit_weights_on_model_save = True
             self.save_model()
         else:
             ask_main_process(self._promote, best)
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(Path(self.args.output_dir, STATE_FILE)))
 
     def _promote(self, checkpoint: Path) -> None:
         gather_weights(checkpoint)
@@ -399,12 +451,11 @@ class TokenTrainer(Trainer):
         `train_tokens_per_second`: real tokens, all processes; `train_peak_device_bytes`: on the fullest
         device; `train_peak_host_bytes`: all processes together.
         """
-        device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        peaks = self.accelerator.gather(torch.tensor([[device_bytes, peak_host_bytes()]], device=self.args.device))
+        device_bytes, host_bytes = self._peak_bytes()
         figures = {
             "train_tokens_per_second": self._total_tokens() / max(self.stopwatch.seconds(), 1e-9),
-            "train_peak_device_bytes": peaks[:, 0].max().item(),
-            "train_peak_host_bytes": peaks[:, 1].sum().item(),
+            "train_peak_device_bytes": device_bytes,
+            "train_peak_host_bytes": host_bytes,
             "epoch": self.state.epoch,
             "global_step": self.state.global_step,
         }
@@ -423,6 +474,12 @@ class TokenTrainer(Trainer):
             if evaluations[0]["step"] == 0:
                 figures["untouched_perplexity"] = evaluations[0]["eval_perplexity"]
         return figures
+
+    def _peak_bytes(self) -> tuple[int, int]:
+        """(of the fullest device, 0 without a GPU; of the host, all processes together)"""
+        device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        peaks = self.accelerator.gather(torch.tensor([[device_bytes, peak_host_bytes()]], device=self.args.device))
+        return peaks[:, 0].max().item(), peaks[:, 1].sum().item()
 
     def _total_tokens(self) -> int:
         mine = torch.as_tensor(self.num_tokens, device=self.args.device)

@@ -25,7 +25,7 @@ def parse(tmp_path):
 def test_no_argument_is_the_promised_run(parse):
     args = parse()
     assert args.model_name_or_path == "EleutherAI/gpt-neo-2.7B"
-    assert (args.dataset, args.text_column, args.validation_fraction) == ("netflix", "description", 0.1)
+    assert (args.dataset, args.text_column, args.validation_fraction) == ("netflix", None, 0.1)
     assert args.deepspeed == str(ROOT / "ds_config.json")
     assert parse_train_args(["--use_cpu", "true"]).output_dir == "results"
     assert not args.bf16

@@ -1,15 +1,10 @@
 """Reading, splitting, tokenising and collating; and that packing changes nothing a model learns."""
 
-import csv
-import json
 import random
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -23,11 +18,11 @@ from neoflix.data import (
     TokenBatches,
     count_tokens,
     fill_up,
-    read_texts,
     split_texts,
 )
 from neoflix.loss import IGNORED
 from neoflix.model import load_model
+from neoflix.reading import read_texts
 from neoflix.tokenizer import load_tokenizer
 
 
@@ -39,144 +34,6 @@ def tokenizer(model_dir):
 @pytest.fixture
 def tokens(titles, tokenizer, tmp_path):
     return data.tokenize_texts(titles[:40], tokenizer, 256, tmp_path)[0]
-
-
-# ---- read -----------------------------------------------------------------------------------------------
-
-
-def test_sample_catalogue_has_the_shape_it_promises(titles):
-    frame = pd.read_csv(data.SAMPLE_PATH, keep_default_na=False)
-    assert len(frame) >= 300
-    assert (
-        list(frame.columns)
-        == (
-            "show_id type title director cast country date_added release_year rating duration listed_in description"
-        ).split()
-    )
-    assert frame["title"].is_unique
-    assert frame["description"].is_unique
-    assert read_texts(data.SAMPLE_PATH, "description") == [text.strip() for text in titles]
-
-
-TEXTS = ["Plain.", 'Two,  "quoted" fields; and a\nline.', "  trimmed  ", "", "NA", "Café — naïve"]
-KEPT = ["Plain.", 'Two,  "quoted" fields; and a\nline.', "trimmed", "NA", "Café — naïve"]
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
-def test_every_format_gives_the_same_texts(tmp_path, suffix):
-    path = tmp_path / f"texts{suffix}"
-    frame = pd.DataFrame({"n": range(len(TEXTS)), "text": TEXTS})
-    if suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in frame.to_dict("records")))
-    elif suffix == ".parquet":
-        frame.to_parquet(path)
-    else:
-        frame.to_csv(path, index=False, sep="," if suffix == ".csv" else "\t")
-    assert read_texts(path, "text") == KEPT
-
-
-def test_crlf_and_byte_order_mark(tmp_path):
-    path = tmp_path / "windows.csv"
-    path.write_bytes(b"\xef\xbb\xbftext,n\r\none,1\r\ntwo,2\r\n")
-    assert read_texts(path, "text") == ["one", "two"]
-
-
-def test_null_values_are_rows_without_text(tmp_path):
-    path = tmp_path / "nulls.jsonl"
-    path.write_text('{"text": "one"}\n{"text": null}\n{"n": 1}\n{"text": "two"}\n')
-    assert read_texts(path, "text") == ["one", "two"]
-
-
-BAD_FILES = {
-    "empty.csv": (b"", "is empty"),
-    "blank.csv": (b"\n\n", "is empty"),
-    "header_only.csv": (b"title,description\n", "no rows"),
-    "wrong_column.csv": (b"title,synopsis\na,b\n", "it has title, synopsis"),
-    "no_texts.csv": (b"title,description\na,\nb,  \n", "every row"),
-    "latin1.csv": ("title,description\na,café\n".encode("latin-1"), "not UTF-8"),
-    "latin1_header.csv": ("título,description\na,b\n".encode("latin-1"), "not UTF-8"),
-    "short_row.csv": (b"title,description\na,b\nc\n", "too many or too few fields"),
-    "long_row.csv": (b"title,description\na,b\nc,d,e\n", "too many or too few fields"),
-    "unclosed.csv": (b'title,description\na,"b\nc,d\n', "a quote is not closed"),
-    "numbers.csv": (b"title,description\na,1999\nb,2001\n", "holds numbers"),
-    "broken.jsonl": (b'{"description": "a"}\n{"description": "b"\n', "line 2"),
-    "list.jsonl": (b'{"description": "a"}\n["b"]\n', "line 2"),
-    "wrong_key.jsonl": (b'{"synopsis": "a"}\n', "it has synopsis"),
-    "numbers.jsonl": (b'{"description": 1}\n{"description": 2}\n', "not text|numbers"),
-    "latin1.jsonl": ('{"description": "café"}\n'.encode("latin-1"), "not UTF-8"),
-    "not.parquet": (b"title,description\na,b\n", "not a Parquet file"),
-    "prose.docx": (b"PK", "should be .csv"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files_are_told_in_one_sentence(tmp_path, name):
-    content, message = BAD_FILES[name]
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        read_texts(path, "description")
-    assert "\n" not in str(error.value)
-    assert name in str(error.value)
-
-
-def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
-        data.find_dataset(str(tmp_path / "none.csv"))
-    with pytest.raises(ValueError, match="is a folder"):
-        data.find_dataset(str(tmp_path))
-
-
-# ---- download -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def web():
-    """A real web server on this machine; set `web.body` to what it answers."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(self.server.promised or len(self.server.body)))
-            self.end_headers()
-            self.wfile.write(self.server.body)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.promised, server.body = None, b""
-    server.url = f"http://127.0.0.1:{server.server_port}/netflix_titles.csv"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_download_is_whole_and_checked(web, tmp_path):
-    path = tmp_path / "data" / "netflix_titles.csv"
-    web.body = b"title,description\r\n" + b"".join(b"t,text %d.\r\n" % i for i in range(1500))
-    data.download_netflix(path, web.url)
-    assert len(read_texts(path, "description")) == 1500
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("case", ["cut short", "an error page", "no server"])
-def test_failed_download_says_where_to_put_the_file(web, tmp_path, case):
-    path, url = tmp_path / "netflix_titles.csv", web.url
-    web.body = b"title,description\r\n" + b"t,text.\r\n" * 1500
-    if case == "cut short":
-        web.promised = len(web.body) + 10
-    elif case == "an error page":
-        web.body = b"<html>try again later</html>"
-    else:
-        url = "http://127.0.0.1:9/netflix_titles.csv"  # the discard port: nobody listens
-    with pytest.raises(ValueError, match="save that file as") as error:
-        data.download_netflix(path, url)
-    assert str(path) in str(error.value)
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- split ----------------------------------------------------------------------------------------------
@@ -421,10 +278,3 @@ def test_packed_equals_one_by_one_equals_padded(tokens, tokenizer, model_dir):
         for name, gradient in one_by_one[1].items():
             scale = gradient.abs().max().clamp(min=1.0)
             torch.testing.assert_close(other[1][name] / scale, gradient / scale, atol=1e-5, rtol=1e-4)
-
-
-def test_written_csv_is_read_as_written(tmp_path, titles):
-    path = tmp_path / "again.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["description"], *([text] for text in titles)])
-    assert read_texts(path, "description") == titles

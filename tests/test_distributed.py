@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from test_train import losses, results
 
 from neoflix.generation import Sampler
+from neoflix.record import read_live_samples
 
 
 @pytest.fixture
@@ -29,6 +30,13 @@ def same_weights(one, other) -> bool:
     return all(torch.allclose(ours[name], theirs[name], atol=2e-5, rtol=1e-4) for name in ours)
 
 
+def first_samples(folder) -> list[str]:
+    """Texts of the model before its first step: the same in any number of processes, at any ZeRO stage."""
+    texts = [row["text"] for row in read_live_samples(folder) if row["step"] == 0]
+    assert len(texts) == 4
+    return texts
+
+
 def test_two_processes_are_one(deepspeed_run):
     """Same texts a step, same losses, same weights, over epochs whose last step is not full."""
     words = ["--num_train_epochs", "2"]
@@ -40,6 +48,7 @@ def test_two_processes_are_one(deepspeed_run):
     assert same_weights(one, two)
     assert (two / "checkpoint-14" / "global_step14" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").is_file()
     assert output.count("Best model in") == 1, "more than one process spoke"
+    assert first_samples(two) == first_samples(one)
 
     # Resumed on two processes, the run goes on by itself.
     _, output = deepspeed_run("two", 2, "--num_train_epochs", "3", "--per_device_train_batch_size", "4")
@@ -82,6 +91,7 @@ def test_zero_3_shards_and_saves_whole_weights(deepspeed_run, tmp_path):
     three, _ = deepspeed_run("three", 2, *words, "--per_device_train_batch_size", "4", "--deepspeed", str(config))
     assert losses(three) == pytest.approx(losses(one), rel=1e-4)
     assert same_weights(one, three)
+    assert first_samples(three) == first_samples(one), "all processes write them together"
     assert Sampler.load(three, device="cpu").model.config.vocab_size == 512
 
 

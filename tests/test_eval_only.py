@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from neoflix.checkpoint import RUN_FILE, list_checkpoints
-from neoflix.data import read_texts, split_texts
+from neoflix.data import split_texts
 from neoflix.distributed import exit_code_of
 from neoflix.model import load_model
+from neoflix.reading import read_texts
 from neoflix.tokenizer import load_tokenizer
 
 

@@ -158,3 +158,5 @@ def test_main_command_trains_and_samples(tmp_path):
     assert "Best model in" in output
     assert " 20. " in output
     assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert output.splitlines()[-1] == f"Report: {tmp_path / 'run'}/report.html (open it in a browser)"
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -68,7 +68,7 @@ def test_a_run_holds_adapters_and_little_else(trained, model_dir):
     folder, _, _ = trained
     names = {path.name for path in folder.iterdir() if path.is_file()}
     assert {ADAPTERS_FILE, ADAPTERS_CONFIG_FILE, "tokenizer.json", "generation_config.json"} <= names
-    assert not {"model.safetensors", "config.json", "README.md"} & names
+    assert not {"model.safetensors", "config.json"} & names
     saved = json.loads((folder / ADAPTERS_CONFIG_FILE).read_text())
     assert (saved["base_model_name_or_path"], saved["r"], saved["lora_alpha"]) == (str(model_dir), 4, 8)
     num_learning = 4 * 4 * (8 * 32 + 2 * (32 + 128))  # layers, rank, widths

@@ -495,6 +495,15 @@ def test_estimate_reads_every_kind_of_file(suffix, tmp_path, titles):
     assert found.mean == pytest.approx(characters / plan.CHARS_PER_TOKEN + 2, rel=0.1)
 
 
+def test_estimate_reads_folders_and_templates(tmp_path, titles):
+    for number, text in enumerate(titles[:100]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    found = plan.estimate_texts(tmp_path, arguments(), 2048)
+    assert found.num_train + found.num_validation == 100
+    prompted = plan.estimate_texts(tmp_path, arguments("--template", "{name} is a long word: {text}"), 2048)
+    assert prompted.mean > found.mean + 3
+
+
 def test_run_compares_its_plan_with_what_it_took(train_words, tmp_path, capsys):
     """`auto` in a real run, its plan, and the measured peak beside it."""
     run = tmp_path / "run"

@@ -31,6 +31,7 @@ from neoflix.quality import (
     split_words,
     word_trigrams,
 )
+from neoflix.reading import read_dataset
 from neoflix.tokenizer import load_tokenizer
 
 TWELVE = "a retired pilot finds one last letter under the ice and flies"
@@ -244,7 +245,7 @@ def learnt(model_dir, titles, tmp_path_factory):
 def record(words: list[str], cache, validation_fraction: float):
     """What train.py does, but for the training."""
     args = parse_train_args([*words, "--validation_fraction", str(validation_fraction)])
-    texts = data.split_texts(data.read_texts(data.find_dataset(args.dataset), args.text_column), validation_fraction)
+    texts = data.split_texts(read_dataset(args), validation_fraction)
     tokenizer = load_tokenizer(args.model_name_or_path)
     sampling = SAMPLING_DEFAULTS | {"max_new_tokens": 24}
     torch.manual_seed(0)

@@ -10,12 +10,14 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
-    {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "tokenizer"},
+    {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"},
     {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
-    {"consolidation", "lora", "plan", "universal"},
+    {"consolidation", "lora", "plan", "record", "universal"},
     {"config"},
-    {"callbacks", "data", "model"},
-    {"export", "generation", "judging", "trainer"},
+    {"callbacks", "data", "model", "reading", "report"},
+    {"export", "generation", "judging"},
+    {"live_samples"},
+    {"trainer"},
     {"evaluation"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}

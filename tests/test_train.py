@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 import train
 from neoflix.attention import GPTNeoFastAttention
 from neoflix.checkpoint import find_model, list_checkpoints
-from neoflix.data import PackedCollator, fill_up, read_texts, split_texts, tokenize_texts
+from neoflix.data import PackedCollator, fill_up, split_texts, tokenize_texts
 from neoflix.distributed import exit_code_of
 from neoflix.generation import Sampler
 from neoflix.model import load_model
+from neoflix.reading import read_texts
 from neoflix.tokenizer import load_tokenizer
 
 
@@ -291,7 +292,7 @@ def test_unfinished_checkpoint_is_never_resumed(run, capsys):
 CSV = "title,description\n"
 BAD_RUNS = {
     "missing file": ({}, ["--dataset", "none.csv"], "no such file"),
-    "a folder": ({}, ["--dataset", "."], "is a folder"),
+    "a folder": ({}, ["--dataset", "."], "a folder without a .txt file"),
     "an empty file": ({"d.csv": ""}, ["--dataset", "d.csv"], "is empty"),
     "a header only": ({"d.csv": CSV}, ["--dataset", "d.csv"], "no rows"),
     "a wrong column": ({}, ["--text_column", "synopsis"], "it has title, description"),

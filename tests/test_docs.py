@@ -1,0 +1,159 @@
+"""The commands in the documents: those of the README and of docs/your-texts are run, with a small model and few steps;
+those of the other pages are read by the parsers that would read them. A line may say `# not run by a test: why`, and
+```sh blocks are those of other programs, which the page says no test runs."""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, run_program
+
+import generate
+import train
+from neoflix.config import parse_export_args, parse_generate_args, parse_train_args
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RUN = [ROOT / "README.md", *sorted((ROOT / "docs" / "your-texts").glob("*.md"))]
+SMALL = {
+    "--max_steps": "4",
+    "--deepspeed": "ds_configs/cpu.json",
+    "--use_cpu": "true",
+    "--cache_dir": "cache",
+    "--disable_tqdm": "true",
+}
+
+
+def commands(page) -> list[str]:
+    """Lines of a page's ```bash blocks, but for those that say that no test runs them, and for schemes with dots."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line.strip()]
+    return [line for line in lines if "not run by a test" not in line and not line.lstrip().startswith("#")]
+
+
+def split(line: str) -> tuple[dict[str, str], list[str]]:
+    """(environment, words) of a command."""
+    words = shlex.split(line, comments=True)
+    env = {}
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        name, _, value = words.pop(0).partition("=")
+        env[name] = value
+    return env, words
+
+
+def test_pages_have_commands():
+    assert len(commands(ROOT / "README.md")) > 15
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:docs|recipes|neoflix|benchmarks|ds_configs|tests|data)/[\w./-]+\.\w+)`", text):
+        if name != "data/netflix_titles.csv":  # downloaded
+            assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (page.parent / name).exists(), name
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, model_dir):
+    """A folder that looks like the project's, for commands to write into."""
+    folder = tmp_path_factory.mktemp("desk")
+    for path in ROOT.iterdir():
+        if path.name in {
+            "data",
+            "docs",
+            "recipes",
+            "ds_configs",
+            "train.py",
+            "generate.py",
+            "neoflix",
+            "ds_config.json",
+        }:
+            (folder / path.name).symlink_to(path)
+    (folder / "poems.jsonl").write_text(
+        "".join(f'{{"poem": "The {i} roses of the garden wither in the rain."}}\n' for i in range(60))
+    )
+    shutil.copytree(model_dir, folder / "tiny")
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_is_one(page, desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    for line in commands(page):
+        env, words = split(line)
+        (run_command if page in RUN else read_command)(line, env, words)
+
+
+def without_launcher(words: list[str]) -> list[str]:
+    """`deepspeed --num_accelerators 2 train.py ...` as `python train.py ...`"""
+    return ["python", *words[words.index("train.py") :]] if words[0] == "deepspeed" else words
+
+
+def read_command(line: str, env: dict, words: list[str]) -> None:
+    """Has the parser of a command read it."""
+    match without_launcher(words):
+        case _ if "..." in words:
+            pass
+        case ["python", "train.py", *rest]:
+            parse_train_args([*rest, "--use_cpu", "true", "--deepspeed", "ds_configs/cpu.json"])
+        case ["python", "generate.py", *rest]:
+            parse_generate_args(rest)
+        case ["python", "-m", "neoflix.export", *rest]:
+            parse_export_args(rest)
+        case _:
+            run_command(line, env, words)
+
+
+def run_command(line: str, env: dict, words: list[str]) -> None:
+    """Runs a command, with a small model and few steps; what needs hardware or a cluster as a dry run."""
+    match without_launcher(words):
+        case _ if "..." in words:
+            pass
+        case ["python", "train.py", *rest]:
+            if "--eval_only" not in rest:  # each line of a list of examples is a run of its own
+                shutil.rmtree("results", ignore_errors=True)
+            train.main([*rest, *small_run(rest)])
+        case ["python", "generate.py", *rest]:
+            prepare_samples(rest)
+            few = ["--num_samples", "2"] if "--judge" not in rest else []
+            generate.main([*rest, *few, "--max_new_tokens", "8"])
+        case ["python", "-m", module, *rest] if module.startswith("neoflix."):
+            importlib.import_module(module).main(rest)
+        case ["./launch.sh", *rest] | ["sbatch", *rest]:
+            arguments = rest[rest.index("launch.sh") + 1 :] if "launch.sh" in rest else rest
+            run_program("./launch.sh", *arguments, env={**env, "DRY_RUN": "1"})
+        case ["make", target]:
+            run_program("make", "--dry-run", target)
+        case ["source", file]:
+            assert file == ".venv/bin/activate"
+        case ["python", "-c", _] | ["mkdir" | "touch" | "cp", *_]:
+            path = f"{os.path.dirname(os.sys.executable)}:{os.environ['PATH']}"
+            subprocess.run(line, shell=True, check=True, env={**os.environ, "PATH": path})
+        case _:
+            pytest.fail(f"neither known nor marked as not run by a test: {line}")
+
+
+def small_run(said: list[str]) -> list[str]:
+    """Flags that make a run small, without the texts or the model that a command is about."""
+    flags = dict(SMALL)
+    if "--eval_only" in said:
+        return ["--use_cpu", "true", "--cache_dir", "cache"]
+    if "demo" not in said:
+        flags["--model_name_or_path"] = "tiny"
+    if "netflix" in said or not ("--dataset" in said or re.search("own-|txt-", " ".join(said))):
+        flags["--dataset"] = "sample"
+    return [word for pair in flags.items() for word in pair]
+
+
+def prepare_samples(words: list[str]) -> None:
+    """A checkpoint of the number that a command names."""
+    folder = words[words.index("--model_dir") + 1] if "--model_dir" in words else ""
+    if "checkpoint-" in folder and not os.path.isdir(folder):
+        run = os.path.dirname(folder)
+        newest = max(name for name in os.listdir(run) if name.startswith("checkpoint-"))
+        shutil.copytree(os.path.join(run, newest), folder)

@@ -1,0 +1,136 @@
+"""Texts written while a model trains: always the same ones, and the run does not notice."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+from conftest import ROOT, tiny_config
+from test_train import assert_same_weights, history, losses
+
+import train
+from neoflix.callbacks import Progress
+from neoflix.checkpoint import list_checkpoints
+from neoflix.distributed import exit_code_of
+from neoflix.generation import Sampler
+from neoflix.model import load_for_reading
+from neoflix.plan import plan_run, read_quickly
+from neoflix.record import LIVE_SAMPLES_FILE, read_live_samples
+from neoflix.tokenizer import read_tokenizer
+
+PLAIN = ["--deepspeed", str(ROOT / "ds_configs" / "cpu.json")]
+
+
+@pytest.fixture
+def run(train_words, tmp_path):
+    """run("name", *more words) trains the demo, which has dropout, in a folder of that name, and returns it."""
+
+    def run(name, *words):
+        folder = tmp_path / name
+        demo = ["--model_name_or_path", "demo", "--output_dir", str(folder)]
+        train.main([*train_words, *PLAIN, *demo, *words])
+        return folder
+
+    return run
+
+
+def test_a_run_with_samples_is_the_run_without(run, capsys):
+    words = ["--max_steps", "6", "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps"]
+    words += ["--save_steps", "6", "--lr_scheduler_type", "constant"]
+    without = run("without", *words, "--num_progress_samples", "0")
+    assert not (without / LIVE_SAMPLES_FILE).exists()
+    shown = ["--num_progress_samples", "3", "--sample_prompts", "", "A young"]
+    samples = run("with", *words, *shown)
+    assert losses(samples) == losses(without)
+    assert losses(samples, "eval_loss") == losses(without, "eval_loss")
+    assert_same_weights(samples / "checkpoint-6", without / "checkpoint-6")
+
+    rows = read_live_samples(samples)
+    assert [row["step"] for row in rows] == [step for step in (0, 2, 4, 6) for _ in range(6)]
+    assert [row["prompt"] for row in rows] == (["", "", "", "A young", "A young", "A young"]) * 4
+    assert all(row["text"].startswith(row["prompt"]) for row in rows)
+    texts = {step: [row["text"] for row in rows if row["step"] == step] for step in (0, 6)}
+    assert texts[0] != texts[6], "the model has not changed"
+    assert len(set(texts[6])) == 6
+    assert " ".join(texts[6][0].split())[:40] in capsys.readouterr().out
+
+    # They are what the checkpoint itself writes.
+    checkpoint = list_checkpoints(samples)[-1]
+    sampler = Sampler(load_for_reading(str(checkpoint)), read_tokenizer(checkpoint, ""), in_training=True)
+    again = sampler.sample(["", "A young"], 3, seed=42, batch_size=6, max_new_tokens=48)
+    assert [sample.text for sample in again] == texts[6]
+
+
+def test_a_resumed_run_has_each_sample_once(run, tmp_path):
+    words = ["--max_steps", "4", "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps"]
+    words += ["--save_steps", "2", "--save_total_limit", "5", "--num_progress_samples", "2"]
+    whole = run("whole", *words)
+    resumed = tmp_path / "resumed"  # killed after its evaluation at step 4, in the middle of a line
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-4", "all_results.json"))
+    with (resumed / LIVE_SAMPLES_FILE).open("a") as file:
+        file.write('{"step": 4, "te')
+    run("resumed", *words)
+    assert (resumed / LIVE_SAMPLES_FILE).read_bytes() == (whole / LIVE_SAMPLES_FILE).read_bytes()
+    starts = json.loads((resumed / "starts.json").read_text())
+    assert [start["from_step"] for start in starts] == [0, 2]
+
+
+def test_what_the_log_and_the_bar_say(run, capfd):
+    folder = run("run", "--max_steps", "3", "--report_to", "tensorboard", "--disable_tqdm", "false")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    line = next(line for line in history(folder) if "loss" in line)
+    assert line["peak_host_bytes"] > 100_000_000
+    assert line["grad_norm"] > 0, "without ZeRO DeepSpeed forgets the norm it clips by"
+    assert math.isfinite(line["tokens_per_second"])
+    events = EventAccumulator(str(next((folder / "runs").rglob("events*")).parent))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/tokens_per_second", "train/peak_host_bytes", "train/grad_norm"} <= set(tags["scalars"])
+    assert "samples/text_summary" in tags["tensors"]
+    out, err = capfd.readouterr()
+    bar = [line for line in err.splitlines() if line.startswith("Training:")]
+    assert "tok/s=" in bar[-1]
+    assert "GiB=" in bar[-1]
+    assert "\r" not in err, "a log file's lines stay"
+    assert out.count("Best model in") == 1
+
+
+def test_figures_behind_the_bar():
+    logs = {"loss": 2.5, "tokens_per_second": 1234.5, "peak_host_bytes": 2**31}
+    assert Progress._figures(logs) == {"loss": "2.500", "tok/s": "1,234", "GiB": "2.0"}
+    on_gpu = logs | {"mfu": 0.412, "peak_device_bytes": 2**34, "skipped_steps": 3}
+    expected = {"loss": "2.500", "tok/s": "1,234", "MFU": "41%", "GiB": "16.0", "skipped": "3"}
+    assert Progress._figures(on_gpu) == expected
+
+
+def test_prompts_that_are_too_long_are_told_before_the_first_step(run):
+    with pytest.raises(ValueError, match="--sample_prompts 'A a a"):
+        run("run", "--max_steps", "1", "--sample_prompts", "A " + "a " * 600)
+
+
+def test_share_of_the_peak(tmp_path):
+    """MFU by hand: 6 FLOP a parameter and token, and attention's, over the makers' 989 TFLOP/s."""
+    tiny_config(hidden_size=64).save_pretrained(tmp_path)
+    words = ["--model_name_or_path", str(tmp_path), "--dataset", "sample", "--cache_dir", str(tmp_path)]
+    plan = plan_run(read_quickly([*words, "--use_cpu", "true"]), must_fit=False)
+    assert plan.utilization(1000.0) is None, "nobody knows a CPU's peak"
+    card = replace(plan.machine, num_devices=1, device_name="NVIDIA H100 80GB HBM3", device_memory=80 * 2**30)
+    per_token = 6 * plan.shape.num_parameters + 6 * 4 * 64 * plan.texts.mean
+    for recomputes in (False, True):
+        flops = plan.settings.train_tokens * per_token * (8 / 6 if recomputes else 1)
+        run = replace(plan, machine=card, flops=flops, settings=replace(plan.settings, recomputes=recomputes))
+        assert run.utilization(1000.0) == pytest.approx(1000 * per_token / 989e12)
+
+
+def test_where_curves_cannot_go_is_told_at_once(train_words, tmp_path, capfd):
+    missing = next(name for name in ("clearml", "neptune", "wandb") if find_spec(name) is None)
+    for name, said in (
+        (missing, f"{missing}: its package is not installed; `pip install {missing}"),
+        ("wandbb", "'wandb'"),
+    ):
+        assert exit_code_of(lambda: train.main([*train_words, "--report_to", name])) == 2  # noqa: B023 - called here
+        assert said in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()

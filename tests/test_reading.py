@@ -1,0 +1,257 @@
+"""Files of texts: every format, every bad file in one sentence; downloads."""
+
+import csv
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pandas as pd
+import pytest
+from datasets import Dataset
+
+from neoflix import reading
+from neoflix.reading import read_fields, read_texts
+from neoflix.template import Template, parts
+
+
+def test_sample_catalogue_has_the_shape_it_promises(titles):
+    frame = pd.read_csv(reading.SAMPLE_PATH, keep_default_na=False)
+    assert len(frame) >= 300
+    assert (
+        list(frame.columns)
+        == (
+            "show_id type title director cast country date_added release_year rating duration listed_in description"
+        ).split()
+    )
+    assert frame["title"].is_unique
+    assert frame["description"].is_unique
+    assert read_texts(reading.SAMPLE_PATH, "description") == [text.strip() for text in titles]
+
+
+TEXTS = ["Plain.", 'Two,  "quoted" fields; and a\nline.', "  trimmed  ", "", "NA", "Café — naïve"]
+KEPT = ["Plain.", 'Two,  "quoted" fields; and a\nline.', "trimmed", "NA", "Café — naïve"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_every_format_gives_the_same_texts(tmp_path, suffix):
+    path = tmp_path / f"texts{suffix}"
+    frame = pd.DataFrame({"n": range(len(TEXTS)), "text": TEXTS})
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in frame.to_dict("records")))
+    elif suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="," if suffix == ".csv" else "\t")
+    assert read_texts(path, "text") == KEPT
+
+
+def test_crlf_and_byte_order_mark(tmp_path):
+    path = tmp_path / "windows.csv"
+    path.write_bytes(b"\xef\xbb\xbftext,n\r\none,1\r\ntwo,2\r\n")
+    assert read_texts(path, "text") == ["one", "two"]
+
+
+def test_null_values_are_rows_without_text(tmp_path):
+    path = tmp_path / "nulls.jsonl"
+    path.write_text('{"text": "one"}\n{"text": null}\n{"n": 1}\n{"text": "two"}\n')
+    assert read_texts(path, "text") == ["one", "two"]
+
+
+BAD_FILES = {
+    "empty.csv": (b"", "is empty"),
+    "blank.csv": (b"\n\n", "is empty"),
+    "header_only.csv": (b"title,description\n", "no rows"),
+    "wrong_column.csv": (b"title,synopsis\na,b\n", "it has title, synopsis"),
+    "no_texts.csv": (b"title,description\na,\nb,  \n", "every row"),
+    "latin1.csv": ("title,description\na,café\n".encode("latin-1"), "not UTF-8"),
+    "latin1_header.csv": ("título,description\na,b\n".encode("latin-1"), "not UTF-8"),
+    "short_row.csv": (b"title,description\na,b\nc\n", "too many or too few fields"),
+    "long_row.csv": (b"title,description\na,b\nc,d,e\n", "too many or too few fields"),
+    "unclosed.csv": (b'title,description\na,"b\nc,d\n', "a quote is not closed"),
+    "numbers.csv": (b"title,description\na,1999\nb,2001\n", "holds numbers"),
+    "broken.jsonl": (b'{"description": "a"}\n{"description": "b"\n', "line 2"),
+    "list.jsonl": (b'{"description": "a"}\n["b"]\n', "line 2"),
+    "wrong_key.jsonl": (b'{"synopsis": "a"}\n', "it has synopsis"),
+    "numbers.jsonl": (b'{"description": 1}\n{"description": 2}\n', "not text|numbers"),
+    "latin1.jsonl": ('{"description": "café"}\n'.encode("latin-1"), "not UTF-8"),
+    "not.parquet": (b"title,description\na,b\n", "not a Parquet file"),
+    "prose.docx": (b"PK", "should be .csv"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_told_in_one_sentence(tmp_path, name):
+    content, message = BAD_FILES[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_texts(path, "description")
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        reading.find_dataset(str(tmp_path / "none.csv"))
+    with pytest.raises(ValueError, match=r"a folder without a \.txt file"):
+        reading.find_dataset(str(tmp_path))
+
+
+# ---- download -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def web():
+    """A real web server on this machine; set `web.body` to what it answers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(self.server.promised or len(self.server.body)))
+            self.end_headers()
+            self.wfile.write(self.server.body)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.promised, server.body = None, b""
+    server.url = f"http://127.0.0.1:{server.server_port}/netflix_titles.csv"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_download_is_whole_and_checked(web, tmp_path):
+    path = tmp_path / "data" / "netflix_titles.csv"
+    web.body = b"title,description\r\n" + b"".join(b"t,text %d.\r\n" % i for i in range(1500))
+    reading.download_netflix(path, web.url)
+    assert len(read_texts(path, "description")) == 1500
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("case", ["cut short", "an error page", "no server"])
+def test_failed_download_says_where_to_put_the_file(web, tmp_path, case):
+    path, url = tmp_path / "netflix_titles.csv", web.url
+    web.body = b"title,description\r\n" + b"t,text.\r\n" * 1500
+    if case == "cut short":
+        web.promised = len(web.body) + 10
+    elif case == "an error page":
+        web.body = b"<html>try again later</html>"
+    else:
+        url = "http://127.0.0.1:9/netflix_titles.csv"  # the discard port: nobody listens
+    with pytest.raises(ValueError, match="save that file as") as error:
+        reading.download_netflix(path, url)
+    assert str(path) in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_written_csv_is_read_as_written(tmp_path, titles):
+    path = tmp_path / "again.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["description"], *([text] for text in titles)])
+    assert read_texts(path, "description") == titles
+
+
+# ---- folders, the hub -----------------------------------------------------------------------------------
+
+
+def test_each_file_of_a_folder_is_a_text(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name, text in (
+        ("b.txt", "The second."),
+        ("a.txt", " The first.\n"),
+        ("old/c.txt", "The third."),
+        ("n.md", "No."),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = reading.find_dataset(str(tmp_path))
+    assert read_texts(found) == ["The first.", "The second.", "The third."]
+    assert read_texts(found, template=Template("{name}: {text}"))[2] == "old/c: The third."
+    (tmp_path / "d.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"d\.txt is not UTF-8"):
+        read_texts(found)
+
+
+def test_a_data_set_of_the_hub_is_a_table(tmp_path, monkeypatch):
+    """`datasets` loads a folder as it does a name of the hub: the same code, without the network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "poems"
+    for split, texts in (("train", ["One.", "Two."]), ("test", ["Three."])):
+        Dataset.from_dict({"text": texts, "label": [1] * len(texts)}).to_parquet(
+            folder / f"{split}-00000-of-00001.parquet"
+        )
+    assert read_texts(reading.find_dataset(f"hf:{folder}", tmp_path / "cache"), "text") == ["One.", "Two."]
+    again = reading.find_dataset(f"hf:{folder}:test", tmp_path / "cache")
+    assert read_texts(again, "text") == ["Three."]
+    assert reading.find_dataset(f"hf:{folder}:test", tmp_path / "cache") == again
+    for name in (f"hf:{folder}:none", f"hf:{tmp_path / 'nowhere'}", "hf:"):
+        with pytest.raises(ValueError, match="--dataset hf:") as error:
+            reading.find_dataset(name, tmp_path / "cache")
+        assert "\n" not in str(error.value)
+
+
+# ---- which column ---------------------------------------------------------------------------------------
+
+ROWS = {
+    "id": ["1", "2"],
+    "name": ["A Ship", "The Cook"],
+    "story": ["A ship is lost at sea for years.", "A cook finds a map in an old pot."],
+}
+
+
+def write(path, rows):
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+def test_the_one_column_of_texts_is_taken_and_said(tmp_path, capsys):
+    path = write(tmp_path / "mine.csv", ROWS)
+    assert read_texts(path) == ROWS["story"]
+    assert "taking story" in capsys.readouterr().out
+    usual = write(tmp_path / "usual.csv", ROWS | {"description": ["Short.", "Shorter."]})
+    assert read_texts(usual) == ["Short.", "Shorter."]
+
+
+def test_where_more_than_one_column_holds_texts_they_are_listed(tmp_path):
+    path = write(tmp_path / "two.csv", ROWS | {"review": ROWS["story"][::-1]})
+    with pytest.raises(ValueError, match="it has id, name, story, review, and story and review hold texts"):
+        read_texts(path)
+    path = write(tmp_path / "none.csv", {"id": ["1"], "name": ["A Ship"]})
+    with pytest.raises(ValueError, match="it has id, name, and none of them holds texts"):
+        read_texts(path)
+
+
+# ---- templates ------------------------------------------------------------------------------------------
+
+
+def test_rows_become_prompts_and_texts(tmp_path):
+    path = tmp_path / "table.jsonl"
+    rows = [
+        {"title": "Alien: Again", "year": 1979.0, "genres": ["Horror", "Space"], "plot": " It comes back. "},
+        {"title": None, "plot": "Nobody knows."},
+        {"title": "Left out", "plot": ""},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    template = Template("{genres} | {year} | {title}: {plot}")
+    texts = read_texts(path, template=template)
+    assert [parts(text) for text in texts] == [
+        ("Horror, Space | 1979 | Alien\\: Again:", " It comes back."),
+        (" |  | :", " Nobody knows."),
+    ]
+    assert template.read(texts[0]) == ["Horror, Space", "1979", "Alien: Again"]
+    with pytest.raises(ValueError, match=r"--template genre: not a column of .*; it has title"):
+        read_texts(path, template=Template("{genre}: {plot}"))
+
+
+def test_fields_come_from_a_file(tmp_path):
+    template = Template("{type} | {title}: {description}")
+    path = write(tmp_path / "new.csv", {"title": ["The Last Ferry", ""], "note": ["x", "y"]})
+    assert read_fields({}, str(path), template) == [{"title": "The Last Ferry"}, {}]
+    with pytest.raises(ValueError, match="none of the columns type, title, but note"):
+        read_fields({}, str(write(tmp_path / "other.csv", {"note": ["x"]})), template)
+    with pytest.raises(ValueError, match="no such file"):
+        read_fields({}, str(tmp_path / "none.csv"), template)
