@@ -107,6 +107,7 @@ if ((${#train_args[@]} == 0)); then
     # What the recipes take by their plans (docs/memory.md): 2.7B 18 GiB of the GPU and 52 of the host, 1.3B 6.4 and
     # 30, by LoRA 2.7B 17 and 7.4. Where `free` is missing the GPU alone decides, and the plan has the last word.
     host_mib=$({ free --mebi 2>/dev/null || true; } | awk '/^Mem:/ {print $7}')
+    host_words=${host_mib:+, $host_mib MiB of host memory free}
     host_mib=${host_mib:-1000000}
     if ((gpu_memory_mib[0] >= 24000 && host_mib >= 54000)); then
       recipe=recipes/gpt-neo-2.7b.yaml
@@ -117,7 +118,7 @@ if ((${#train_args[@]} == 0)); then
     else
       recipe=recipes/gpt-neo-125m.yaml
     fi
-    echo "$num_gpus GPU(s) of at least ${gpu_memory_mib[0]} MiB, $host_mib MiB of host memory: taking $recipe."
+    echo "$num_gpus GPU(s) of at least ${gpu_memory_mib[0]} MiB$host_words: taking $recipe."
   fi
   train_args=(--config "$recipe")
 fi

@@ -24,7 +24,7 @@ def main() -> None:
         ("memory", "train", draw_memory),
         ("growth", "growth", draw_growth),
     ):
-        lines_of = [line for line in lines if line["benchmark"] == benchmark]
+        lines_of = [line for line in lines if line["benchmark"] == benchmark and "lora" not in line]
         machines = sorted({line["hardware"] for line in lines_of})
         if not machines:
             continue
