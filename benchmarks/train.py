@@ -179,6 +179,7 @@ def build_our_trainer(args, texts_per_step: int, texts: list[list[int]], common:
     training = TrainArguments(
         **common,
         validation_fraction=0,  # nothing is evaluated
+        num_progress_samples=0,
         deepspeed=args.deepspeed,
         per_device_train_batch_size=texts_per_batch,
         gradient_accumulation_steps=texts_per_step // texts_per_batch,

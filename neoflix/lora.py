@@ -102,7 +102,9 @@ def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
     """
     from peft import LoraConfig, set_peft_model_state_dict
 
-    adapted = _wrap(model, LoraConfig.from_pretrained(str(folder)))
+    config = LoraConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = None  # peft would warn of a base that is itself a run's folder
+    adapted = _wrap(model, config)
     try:
         outcome = set_peft_model_state_dict(adapted, load_file(Path(folder, ADAPTERS_FILE)))
     except RuntimeError as error:  # another shape

@@ -146,6 +146,7 @@ class TokenTrainer(Trainer):
 
     def _describe_start(self, checkpoint: str | None) -> dict:
         args, plan = self.args, self.args.forecast
+        num_chars = self.eval_dataset["num_chars"] if self.eval_dataset else []
         return {
             "command": args.command,
             "from_step": read_manifest(Path(checkpoint))["step"] if checkpoint else 0,
@@ -153,7 +154,7 @@ class TokenTrainer(Trainer):
             "deepspeed": Path(args.deepspeed).name if isinstance(args.deepspeed, str) else "given in the command",
             "precision": str(args.weight_dtype).removeprefix("torch."),
             "num_parameters": sum(getattr(weight, "ds_numel", weight.numel()) for weight in self.model.parameters()),
-            "num_validation_texts": sum(chars > 0 for chars in self.eval_dataset["num_chars"]),
+            "num_validation_texts": sum(chars > 0 for chars in num_chars),
             "plan_seconds": plan and plan.seconds(),
         }
 

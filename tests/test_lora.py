@@ -120,6 +120,17 @@ def test_eval_only_measures_what_the_run_did(trained, monkeypatch):
     assert found[0]["same_texts_as_run"]
 
 
+def test_a_run_may_begin_as_another_ones_result(trained, run, model_dir):  # noqa: F811
+    folder, _, _ = trained
+    words = ["--model_name_or_path", str(folder), "--max_steps", "2", "--deepspeed", "ds_configs/cpu.json"]
+    second = run("second", *LORA, *words)
+    assert results(second)["untouched_perplexity"] == pytest.approx(results(folder)["perplexity"], rel=1e-5)
+    assert json.loads((second / ADAPTERS_CONFIG_FILE).read_text())["base_model_name_or_path"] == str(folder)
+    loaded = Sampler.load(second, device="cpu").model
+    with torch.no_grad():
+        assert (loaded(IDS).logits - load_pretrained(str(folder), torch.float32).eval()(IDS).logits).abs().max() > 0.01
+
+
 def test_other_settings_are_another_run(trained):
     *_, words = trained
     for more in (["--lora_rank", "8"], ["--lora_alpha", "4"], ["--lora", "false"]):
