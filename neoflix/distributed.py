@@ -46,6 +46,8 @@ def prepare_environment() -> None:
     programs = str(Path(sys.executable).parent)
     if os.environ.get("PATH", "").split(os.pathsep)[0] != programs:
         os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])
+    # Accelerate says how many threads it takes, where nobody says (`_share_cores` does, for several processes).
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset", category=UserWarning)
     # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 announces it will drop: nothing a user can do.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if sys.prefix != sys.base_prefix:

@@ -713,7 +713,7 @@ def remember_counts(args, window: int, lengths_N, num_validation: int) -> None:
 
 
 def _find_data(args) -> Path | None:
-    """The file of `--dataset`, where it is here already (`data.py` downloads and complains)."""
+    """The file of `--dataset`, where it is here already (`reading.py` downloads and complains)."""
     shipped = {"sample": ROOT / "data" / "sample_titles.csv", "netflix": ROOT / "data" / "netflix_titles.csv"}
     path = shipped.get(args.dataset, Path(args.dataset).expanduser())
     return path if path.exists() else None
@@ -739,7 +739,9 @@ def estimate_texts(path: Path | None, args, window: int) -> Texts:
     """From the first texts of the file: rows by the file's size, tokens by the model's own tokenizer or, where that is
     not here, by characters. Without a file: what the Netflix descriptions have."""
     if path is None:
-        return Texts(7008, 779, 31.8, 4.4, 64, "of the Netflix descriptions, as published")
+        is_netflix = args.dataset == "netflix"
+        source = "of the Netflix descriptions, as published" if is_netflix else "a guess, until the data set is here"
+        return Texts(7008, 779, 31.8, 4.4, 64, source)
     try:
         texts, num_texts = _sample_texts(path, args.text_column, args.template)
     except (
@@ -749,8 +751,8 @@ def estimate_texts(path: Path | None, args, window: int) -> Texts:
         ZeroDivisionError,
         StopIteration,
         csv.Error,
-    ):  # `data.py` says what is wrong with it
-        return Texts(7008, 779, 31.8, 4.4, 64, "of the Netflix descriptions, as published")
+    ):  # `reading.py` says what is wrong with it
+        return Texts(7008, 779, 31.8, 4.4, 64, "a guess: the file could not be read")
     chosen = random.Random(0).sample(texts, min(SAMPLE_TEXTS, len(texts)))
     tokenizer = _load_tokenizer(args.model_name_or_path)
     if tokenizer:
