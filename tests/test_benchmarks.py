@@ -84,6 +84,7 @@ def test_article_and_ours_side_by_side(tmp_path):
     assert line["article"]["python_share_ours"] == 0, "the article's side runs none of our code"
 
 
+@pytest.mark.slow
 def test_growth_and_plots(tmp_path):
     words = ["--rows", "100", "--processes", "2", "--steps", "2", "--output", str(tmp_path / "growth.jsonl")]
     run_program(PYTHON, "benchmarks/growth.py", *words)
