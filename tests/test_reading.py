@@ -93,6 +93,7 @@ def test_bad_files_are_told_in_one_sentence(tmp_path, name):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         reading.find_dataset(str(tmp_path / "none.csv"))
+    (tmp_path / "notes.md").write_text("no text file")
     with pytest.raises(ValueError, match=r"a folder without a \.txt file"):
         reading.find_dataset(str(tmp_path))
 
