@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 from architectures import ARCHITECTURES, PADDED_LENGTH, build_model, draw_texts  # noqa: E402
 from machine import cap_device_memory, now, product_flops_per_second, run_job, write_line  # noqa: E402
 
-from neoflix.config import TrainArguments  # noqa: E402
+from neoflix.config import RECOMPUTING, TrainArguments  # noqa: E402
 from neoflix.data import PackedCollator  # noqa: E402
 from neoflix.distributed import prepare_environment  # noqa: E402
 from neoflix.lora import add_adapters  # noqa: E402
@@ -183,7 +183,7 @@ def build_our_trainer(args, texts_per_step: int, texts: list[list[int]], common:
         deepspeed=args.deepspeed,
         per_device_train_batch_size=texts_per_batch,
         gradient_accumulation_steps=texts_per_step // texts_per_batch,
-        activation_checkpointing=args.activation_checkpointing,
+        **{RECOMPUTING: args.activation_checkpointing},
     )
     transformers.set_seed(0)
     dtype = torch.float32 if training.use_cpu else torch.bfloat16
@@ -191,7 +191,7 @@ def build_our_trainer(args, texts_per_step: int, texts: list[list[int]], common:
     return TokenTrainer(
         model=add_adapters(model, rank=16, alpha=32, base=args.architecture) if args.side == "lora" else model,
         args=training,
-        train_dataset=Dataset.from_dict({"input_ids": texts}),
+        train_dataset=Dataset.from_dict({"input_ids": texts, "num_given": [1] * len(texts)}),
         data_collator=PackedCollator(),
     )
 

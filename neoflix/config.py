@@ -34,6 +34,9 @@ from neoflix.ds_config import (
 from neoflix.plan import Plan, plan_run
 from neoflix.template import Template
 
+# Recomputing activations: --activation_checkpointing, which transformers before 5.23 knows by its older name alone.
+NAMES_OF_RECOMPUTING = ("activation_checkpointing", "gradient_checkpointing")
+RECOMPUTING = next(name for name in NAMES_OF_RECOMPUTING if name in TrainingArguments.__dataclass_fields__)
 PACKAGES = {"azure_ml": "azureml-core", "neptune": "neptune-client"}  # whose names are not what --report_to says
 # What reads best from a fine-tuned model (README, "Sampling"); a run saves them with its model.
 SAMPLING_DEFAULTS = {
@@ -382,6 +385,7 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     asked, _ = parser.parse_known_args(_as_flags(recipe) + words)
     before, after = _evaluation_flags(asked.model_name_or_path, words) if asked.eval_only else ([], [])
     words = _as_flags(recipe) + before + words + after
+    words = [word.replace(f"--{NAMES_OF_RECOMPUTING[0]}", f"--{RECOMPUTING}") for word in words]
     _, unknown = parser.parse_known_args(words)
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0], parser._option_string_actions)}")

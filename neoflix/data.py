@@ -283,7 +283,7 @@ class PackedCollator:
         lengths = [len(example["input_ids"]) for example in examples]
         input_ids = torch.tensor([i for example in examples for i in example["input_ids"]]).unsqueeze(0)
         position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-        num_given = [example.get("num_given", 1) for example in examples]
+        num_given = [example["num_given"] for example in examples]
         num_given_1T = torch.tensor(num_given).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
         return {
             "input_ids": input_ids,
@@ -305,7 +305,7 @@ class PaddedCollator:
         rows = [torch.tensor(example["input_ids"]) for example in examples]
         input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
         is_real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        num_given_B1 = torch.tensor([[example.get("num_given", 1)] for example in examples])
+        num_given_B1 = torch.tensor([[example["num_given"]] for example in examples])
         is_given = torch.arange(input_ids.shape[1]) < num_given_B1
         labels = input_ids.masked_fill((is_real == 0) | is_given, IGNORED)
         return {"input_ids": input_ids, "attention_mask": is_real, "labels": labels}

@@ -598,7 +598,7 @@ def read_settings(args, shape: Shape, texts: Texts, machine: Machine, ds_config:
         local_processes=min(_local_processes(), num_processes),
         num_steps=num_steps,
         train_tokens=int(num_steps * mean_tokens * accumulation * num_processes),
-        recomputes=bool(args.gradient_checkpointing or args.activation_checkpointing),
+        recomputes=any(getattr(args, f"{name}_checkpointing", None) for name in ("activation", "gradient")),
         num_checkpoints=kept,
         is_cpu=is_cpu,
         rounds_pinned=rounds_pinned(),

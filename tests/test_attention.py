@@ -106,7 +106,7 @@ def test_the_cuda_path_never_waits_for_the_device(monkeypatch):
     monkeypatch.setattr(attention, "takes_varlen", lambda query: True)
     model = GPTNeoForCausalLM._from_config(tiny_config(), attn_implementation=ATTENTION_NAME).to("meta")
     model.loss_function = causal_lm_loss
-    batch = PackedCollator()([{"input_ids": list(range(length))} for length in (5, 40, 1)])
+    batch = PackedCollator()([{"input_ids": list(range(length)), "num_given": 1} for length in (5, 40, 1)])
     batch = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
     model(**batch, num_items_in_batch=torch.tensor(43, device="meta")).loss.backward()
     assert all(weight.grad.shape == weight.shape for weight in model.parameters())

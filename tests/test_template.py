@@ -6,6 +6,7 @@ import re
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
 import generate
@@ -15,6 +16,7 @@ from neoflix.config import parse_generate_args
 from neoflix.data import PackedCollator, PaddedCollator
 from neoflix.generation import Sampler
 from neoflix.loss import IGNORED
+from neoflix.reading import read_texts
 from neoflix.template import Template, attach_template, find_template, parts
 from neoflix.tokenizer import load_tokenizer
 
@@ -167,7 +169,8 @@ def told(request, catalogue, model_dir):
             *("--template", "{genre} | {name}: {plot}", "--cache_dir", str(folder / "cache")),
             *("--loss_on_prompt", str(request.param == "prompt and text")),
             *("--deepspeed", str(ROOT / "ds_configs" / "cpu.json"), "--per_device_train_batch_size", "16"),
-            *("--learning_rate", "1e-2", "--max_steps", "120", "--save_strategy", "no", "--eval_strategy", "no"),
+            *("--learning_rate", "1e-2", "--max_steps", "120", "--save_strategy", "no", "--eval_strategy", "steps"),
+            *("--eval_steps", "120", "--metric_for_best_model", "eval_loss", "--early_stopping_patience", "0"),
             *("--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"),
         ]
     )
@@ -261,9 +264,34 @@ def test_samples_are_judged_as_texts_without_prompts(told, catalogue):
     assert judging.read_training_texts(args) == data.split_texts(texts, 0.1).train
 
 
+def test_loss_of_a_run_is_that_of_what_it_learns(told, sampler, catalogue, tmp_path):
+    template, tokenizer = find_template(sampler.tokenizer), sampler.tokenizer
+    texts = data.split_texts(read_texts(catalogue, template=template), 0.1).validation
+    tokens, _, _ = data.tokenize_texts(texts, tokenizer, 256, tmp_path, template.learns_prompt)
+    losses = []
+    for row in tokens:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logits = sampler.model(ids).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        losses += each[row["num_given"] - 1 :].tolist()
+    results = json.loads((told / "all_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
 def test_eval_only_measures_as_the_run_learnt(told, capsys):
     train.main(["--eval_only", "--model_name_or_path", str(told), "--use_cpu", "true"])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results["same_texts_as_run"]
     assert results["template"] == "{genre} | {name}: {plot}"
-    assert results["perplexity"] < 8
+    run = json.loads((told / "all_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(run["eval_loss"], rel=1e-5)
+
+
+def test_texts_while_it_trains_have_prompts(told):
+    rows = rows_of(told / "progress_samples.jsonl")
+    assert {row["step"] for row in rows} == {0, 120}
+    for row in rows:
+        assert row["text"].startswith(row["prompt"])
+        assert row["prompt"].endswith(":")
+    assert {row["prompt"].split(" |")[0] for row in rows if row["step"]} <= set(WORDS)
