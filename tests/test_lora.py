@@ -60,7 +60,8 @@ def test_adapters_alone_learn(trained, model_dir):
         else:
             torch.testing.assert_close(weight, before.get_parameter(name), atol=0, rtol=0)
     assert learnt == {"q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"}
-    loss = trainer.model(**PackedCollator()([{"input_ids": [500, 5, 6]}, {"input_ids": [500, 7]}])).loss
+    texts = [{"input_ids": ids, "num_given": 1} for ids in ([500, 5, 6], [500, 7])]
+    loss = trainer.model(**PackedCollator()(texts)).loss
     assert type(loss.grad_fn.next_functions[0][0]).__name__ == "SummedCrossEntropyBackward"
 
 
