@@ -140,17 +140,25 @@ class Template:
         return values
 
     @cached_property
-    def _rows(self) -> list[dict[str, str]]:
-        return [dict(zip(self.fields, row, strict=True)) for row in self.rows]
+    def _nearest(self) -> dict[tuple, list[dict[str, str]]]:
+        """By what is given: the rows that have most of it. Filled as it is asked for: many texts are given the same."""
+        return {}
+
+    def _find_nearest(self, given: dict[str, str]) -> list[dict[str, str]]:
+        key = tuple(sorted(given.items()))
+        if key not in self._nearest:
+            rows = [dict(zip(self.fields, row, strict=True)) for row in self.rows]
+            alike = [sum(row[name] == given[name] for name in given) for row in rows]
+            most = max(alike)
+            self._nearest[key] = [row for row, num in zip(rows, alike, strict=True) if num == most]
+        return self._nearest[key]
 
     def draw(self, given: dict[str, str], seed: int, index: int) -> dict[str, str]:
         """All fields: those that are given and, for the others, what a row of the training texts had there, one of
         those that have most of what is given. Text `index` of a seed always gets the same."""
         if len(given) == len(self.fields) or not self.rows:
             return given
-        alike = [sum(row[name] == given[name] for name in given) for row in self._rows]
-        nearest = [row for row, num in zip(self._rows, alike, strict=True) if num == max(alike)]
-        return random.Random(f"{seed} {index}").choice(nearest) | given
+        return random.Random(f"{seed} {index}").choice(self._find_nearest(given)) | given
 
     def check(self, given: Iterable[str], said: str) -> None:
         """ValueError for fields that the prompt does not have; `said`: how the user gave them."""
