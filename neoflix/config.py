@@ -31,7 +31,7 @@ from neoflix.ds_config import (
     leave_out_shared_memory,
     read_ds_config,
 )
-from neoflix.plan import Plan, plan_run
+from neoflix.plan import LORA_RANK, Plan, plan_run
 from neoflix.template import Template
 
 # Recomputing activations: --activation_checkpointing, which transformers before 5.23 knows by its older name alone.
@@ -86,7 +86,7 @@ class TrainArguments(TrainingArguments):
     on_full_disk: str = _option("stop", "When a checkpoint cannot be written: 'stop', or 'go_on' without it.")
     cache_dir: str | None = _option(None, "Where token caches lie; default: beside Hugging Face's data set cache.")
     lora: bool = _option(False, "Freeze the model and train small adapters beside it (LoRA): little host memory.")
-    lora_rank: int = _option(16, "With --lora: width of an adapter.")
+    lora_rank: int = _option(LORA_RANK, "With --lora: width of an adapter.")
     lora_alpha: float | None = _option(None, "With --lora: adapters count alpha / rank times; default: 2 x rank.")
     eval_only: bool = _option(False, "Measure the model on the held-out texts and end; a run's own texts, if unsaid.")
     sample_prompts: list[str] = field(

@@ -144,11 +144,16 @@ def write_manifest(folder: Path, facts: dict, entries: dict[str, dict]) -> None:
         sync_folder(inner)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict | list) -> None:
+    """All of it or nothing, and on the disk itself."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
     """All of it or nothing, and on the disk itself."""
     unfinished = path.with_name(path.name + ".part")
     with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

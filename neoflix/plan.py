@@ -49,6 +49,7 @@ CUDA_CONTEXT = int(0.6 * GIB)
 FRAGMENTATION = 0.06
 LOSS_CHUNK = {"cuda": 2**26 * 4, "cpu": 2**20 * 4}  # fp32 logits that `loss.py` reads at a time
 
+USUAL_COLUMNS = ("description", "text")  # that hold the texts, where nobody says which column does
 CHARS_PER_TOKEN = 4.8  # the 7,787 Netflix descriptions, GPT-2's tokenizer; special tokens left out
 SAMPLE_BYTES, SAMPLE_TEXTS = 2**21, 500
 
@@ -798,7 +799,7 @@ def _sample_texts(path: Path, column: str | None, template: str | None) -> tuple
 def _likeliest_column(rows: list[dict]) -> str:
     """Which one `reading.py` will take, where nobody says."""
     length = {name: sum(len(str(row.get(name) or "").split()) for row in rows) for name in rows[0]}
-    usual = [name for name in ("description", "text") if name in length]
+    usual = [name for name in USUAL_COLUMNS if name in length]
     return usual[0] if usual else max(length, key=length.get)
 
 

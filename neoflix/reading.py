@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from neoflix.distributed import say
 from neoflix.ds_config import ROOT
+from neoflix.plan import USUAL_COLUMNS
 from neoflix.template import Template
 
 NETFLIX_PATH = ROOT / "data" / "netflix_titles.csv"
@@ -23,7 +24,6 @@ NETFLIX_URL = (
     "https://raw.githubusercontent.com/rfordatascience/tidytuesday/main/data/2021/2021-04-20/netflix_titles.csv"
 )
 SAMPLE_PATH = ROOT / "data" / "sample_titles.csv"
-USUAL_COLUMNS = ("description", "text")
 PROSE = 5  # words that the texts of a column have on average, at least; names, dates and lists of genres have fewer
 HEAD = 1000  # rows that are looked at where the columns are not known
 HUB_NAME = re.compile(r"hf:(?P<path>[^@:]+)(@(?P<config>[^:]+))?(:(?P<split>.+))?")

@@ -15,7 +15,7 @@ from statistics import mean
 import torch
 
 from neoflix.checkpoint import RESULTS_FILE, STATE_FILE, list_checkpoints, read_run
-from neoflix.manifest import write_json
+from neoflix.manifest import write_json, write_text
 
 STARTS_FILE = "starts.json"  # how the run was started, each time
 LIVE_SAMPLES_FILE = "progress_samples.jsonl"  # texts of each evaluation, a line each
@@ -87,9 +87,7 @@ def write_live_samples(output_dir: str | Path, rows: list[dict]) -> None:
     if not rows:
         path.unlink(missing_ok=True)
         return
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: Path, default):

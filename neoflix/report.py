@@ -6,7 +6,6 @@ them. Nothing is loaded from a network: drawings are inline SVG whose colours ar
 
 import json
 import math
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ import jinja2
 from neoflix.checkpoint import RESULTS_FILE
 from neoflix.config import parse_report_args
 from neoflix.distributed import run_and_exit, say
+from neoflix.manifest import write_text
 from neoflix.quality import Judgement, Style, judgement_table, sweep_header, sweep_line
 from neoflix.record import Record, file_sizes, printable, read_json
 from neoflix.template import Template
@@ -501,9 +501,7 @@ def _write(path: Path, content: str, mark: str, way_out: str) -> None:
     try:
         if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
             raise ValueError(f"{path}: is not a file that neoflix wrote, and is left alone; {way_out}")
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.write_text(content, encoding="utf-8")
-        os.replace(unfinished, path)
+        write_text(path, content)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
 
