@@ -90,8 +90,10 @@ class Watchdog:
             try:
                 self._beat(count)
                 self._verdict = self._find_dead()
-            except dist.DistError:  # rank 0 keeps the store
-                self._verdict = self._describe(0, "cannot be reached any more")
+            except dist.DistError:  # rank 0 keeps the store; its connections end a moment before it does
+                self._left.wait(0.2)
+                how = "was killed or crashed" if self._is_gone(0) else "cannot be reached any more"
+                self._verdict = self._describe(0, how)
             if self._verdict is not None:
                 self._found.set()
                 break
