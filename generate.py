@@ -11,6 +11,7 @@ from neoflix import judging
 from neoflix.checkpoint import find_model
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args
 from neoflix.distributed import keep_freed_memory, run_and_exit
+from neoflix.errors import UserError
 from neoflix.generation import Sampler
 from neoflix.reading import read_fields
 from neoflix.samples import describe_job, find_done, save_samples
@@ -62,9 +63,9 @@ def read_prompts(args, model_dir: Path) -> list[str] | list[dict]:
     try:
         prompts = [line for line in Path(prompt).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompt {prompt}: cannot be read as UTF-8 text ({error})") from error
+        raise UserError(f"--prompt {prompt}: cannot be read as UTF-8 text ({error})") from error
     if not prompts:
-        raise ValueError(f"--prompt {prompt}: the file has no line with text")
+        raise UserError(f"--prompt {prompt}: the file has no line with text")
     return prompts
 
 

@@ -5,6 +5,7 @@ import math
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from neoflix.distributed import StoppedEarly, any_rank, gather, is_main_process, progress, write_beside_progress
+from neoflix.errors import UserError
 from neoflix.preemption import find_stop_request, forget_stop_file
 
 
@@ -71,7 +72,7 @@ class StopOnBadNumbers(TrainerCallback):
     """Ends a run that no longer learns: a loss that is no number, or step after step skipped for overflow.
 
     fp16's loss scale begins at 2 ** initial_scale_power and is halved at each skipped step: so many in a row, and it is
-    down at 1 with the gradients still overflowing. Raises ValueError, in every process.
+    down at 1 with the gradients still overflowing. Raises UserError, in every process.
     """
 
     def __init__(self):
@@ -80,14 +81,14 @@ class StopOnBadNumbers(TrainerCallback):
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         self.num_skipped = self.num_skipped + 1 if getattr(optimizer, "step_was_skipped", False) else 0
         if self.num_skipped >= max(10, self._scale_power(args)):
-            raise ValueError(
+            raise UserError(
                 f"step {state.global_step}: {self.num_skipped} steps in a row were skipped: gradients overflow; "
                 f"{self._instead(args)}. {self._kept(args)}"
             )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise ValueError(
+            raise UserError(
                 f"step {state.global_step}: the loss is {logs['loss']}; {self._instead(args)}. {self._kept(args)}"
             )
 

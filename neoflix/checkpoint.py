@@ -11,6 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
+from neoflix.errors import UserError
 from neoflix.manifest import find_damage, free_bytes, read_manifest, sync_folder, write_json
 
 STATE_FILE = "trainer_state.json"
@@ -93,7 +94,7 @@ def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, repor
     """
     if resume_from_checkpoint:
         if damage := find_damage(Path(resume_from_checkpoint), checksums=True):
-            raise ValueError(
+            raise UserError(
                 f"--resume_from_checkpoint {resume_from_checkpoint}: no complete checkpoint ({damage}); leave the "
                 "flag out to take the newest complete one of the run"
             )
@@ -108,10 +109,10 @@ def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, repor
 
 
 def check_space(run: Path, needed: int, what: str) -> None:
-    """ValueError unless `needed` bytes are free for the run."""
+    """UserError unless `needed` bytes are free for the run."""
     free = free_bytes(run)
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"{run}: {what} {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free; make room, lower "
             "--save_total_limit, or choose another --output_dir"
         )
@@ -187,14 +188,14 @@ def save_run(folder: str, run: dict) -> None:
 
 
 def check_same_run(checkpoint: str, run: dict) -> None:
-    """ValueError where a checkpoint comes from a run with another model, tokenizer or data."""
+    """UserError where a checkpoint comes from a run with another model, tokenizer or data."""
     before = read_run(Path(checkpoint).parent)
     if before is None:
         return
     for key in ("model", "architecture", "tokenizer", "data", "lora"):
         if before.get(key) != run[key]:
             was = f" ({before.get(key)}, now {run[key]})" if key in ("model", "lora") else ""
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint} belongs to a run with another {key}{was}; choose another --output_dir, "
                 "or start it again as it was"
             )
@@ -237,7 +238,7 @@ def find_model(model_dir: str, flag: str = "--model_dir") -> Path:
     complete checkpoint. `flag` is how the user named it."""
     folder = Path(model_dir)
     if not folder.is_dir():
-        raise ValueError(f"{flag} {model_dir}: no such folder; name a run's folder or one checkpoint of it")
+        raise UserError(f"{flag} {model_dir}: no such folder; name a run's folder or one checkpoint of it")
     checkpoints = list_checkpoints(folder)
     is_unfinished = (folder / RUN_FILE).is_file() and not (folder / RESULTS_FILE).is_file()
     weights = WEIGHTS_FILES + PICKLED_WEIGHTS_FILES + (SHARDS_FILE,)
@@ -247,7 +248,7 @@ def find_model(model_dir: str, flag: str = "--model_dir") -> Path:
         return find_best(checkpoints)
     if holds_model:
         return folder
-    raise ValueError(f"{flag} {model_dir}: holds no model and no complete checkpoint; train one first")
+    raise UserError(f"{flag} {model_dir}: holds no model and no complete checkpoint; train one first")
 
 
 def has_weights(folder: Path) -> bool:

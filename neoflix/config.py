@@ -31,6 +31,7 @@ from neoflix.ds_config import (
     leave_out_shared_memory,
     read_ds_config,
 )
+from neoflix.errors import UserError
 from neoflix.plan import LORA_RANK, Plan, plan_run
 from neoflix.template import Template
 
@@ -167,7 +168,7 @@ class TrainArguments(TrainingArguments):
 
     def keep_texts_per_step(self) -> None:
         """A run that goes on with another number of processes keeps the texts of its steps: each process takes its
-        share, in as many batches as that needs. ValueError where the shares would not be even."""
+        share, in as many batches as that needs. UserError where the shares would not be even."""
         texts_per_step = read_texts_per_step(self.output_dir, self.resume_from_checkpoint)
         if texts_per_step is None:
             return
@@ -175,7 +176,7 @@ class TrainArguments(TrainingArguments):
         share, rest = divmod(texts_per_step, num_processes)
         if rest:
             counts = [str(n) for n in range(1, texts_per_step + 1) if texts_per_step % n == 0]
-            raise ValueError(
+            raise UserError(
                 f"{self.output_dir}: its run takes {texts_per_step} texts a step, and {num_processes} processes cannot "
                 f"share them evenly; use {', '.join(counts)} processes, or start anew in another --output_dir"
             )
@@ -194,30 +195,30 @@ class TrainArguments(TrainingArguments):
     def check(self) -> None:
         """Refuses values that no run can use; before devices and process groups are touched."""
         if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"--validation_fraction {self.validation_fraction}: should be at least 0 and below 1")
+            raise UserError(f"--validation_fraction {self.validation_fraction}: must be at least 0 and below 1")
         self.check_template()
         self.remove_unused_columns = False  # of the tokens: batches are made of all of them
         if self.max_length is not None and self.max_length < 3:
-            raise ValueError(f"--max_length {self.max_length}: should be 3 or more (two are special tokens)")
+            raise UserError(f"--max_length {self.max_length}: must be 3 or more (two are special tokens)")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: should be 1 or more")
+                raise UserError(f"--{name} {getattr(self, name)}: must be 1 or more")
         if self.tokens_per_device_batch is not None and self.tokens_per_device_batch < 2:
-            raise ValueError(f"--tokens_per_device_batch {self.tokens_per_device_batch}: should be 2 or more")
+            raise UserError(f"--tokens_per_device_batch {self.tokens_per_device_batch}: must be 2 or more")
         if self.early_stopping_patience < 0:
-            raise ValueError(f"--early_stopping_patience {self.early_stopping_patience}: should be 0 or more")
+            raise UserError(f"--early_stopping_patience {self.early_stopping_patience}: must be 0 or more")
         if self.on_full_disk not in ("stop", "go_on"):
-            raise ValueError(f"--on_full_disk {self.on_full_disk}: should be stop or go_on")
+            raise UserError(f"--on_full_disk {self.on_full_disk}: must be stop or go_on")
         for name in ("lora_rank", "lora_alpha"):
             if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"--{name} {value}: should be above 0")
+                raise UserError(f"--{name} {value}: must be above 0")
         if self.lora and self.model_name_or_path == "demo" and not self.eval_only:
-            raise ValueError("--lora trains adapters beside a model that has learnt before; the demo's has not")
+            raise UserError("--lora trains adapters beside a model that has learnt before; the demo's has not")
         if self.num_progress_samples < 0:
-            raise ValueError(f"--num_progress_samples {self.num_progress_samples}: should be 0 (none) or more")
+            raise UserError(f"--num_progress_samples {self.num_progress_samples}: must be 0 (none) or more")
         check_report_to(self.report_to)
         if self.learning_rate <= 0:
-            raise ValueError(f"--learning_rate {self.learning_rate}: should be above 0")
+            raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
         if self.eval_only:
             self.check_evaluation()
             return
@@ -227,77 +228,77 @@ class TrainArguments(TrainingArguments):
         check_compiler(read_ds_config(self.deepspeed))
 
     def check_template(self) -> None:
-        """ValueError for a template that is none, or that says something else than another flag."""
+        """UserError for a template that is none, or that says something else than another flag."""
         if self.template is None:
             if self.loss_on_prompt:
-                raise ValueError("--loss_on_prompt: without --template there is no prompt; leave it out, or give one")
+                raise UserError("--loss_on_prompt: without --template there is no prompt; leave it out, or give one")
             return
         learnt = Template(self.template).text_field
         if self.text_column not in (None, learnt):
-            raise ValueError(
+            raise UserError(
                 f"--text_column {self.text_column}: the template ends with {{{learnt}}}, which is learnt; leave the "
                 "flag out, or end the template with that column"
             )
 
     def check_evaluation(self) -> None:
-        """ValueError where there is nothing to evaluate on, or a run's folder would be written to."""
+        """UserError where there is nothing to evaluate on, or a run's folder would be written to."""
         if self.validation_fraction == 0:
-            raise ValueError("--validation_fraction 0: no text is held out, and --eval_only has nothing to measure on")
+            raise UserError("--validation_fraction 0: no text is held out, and --eval_only has nothing to measure on")
         if self.plan:
-            raise ValueError("--plan forecasts training; with --eval_only, leave it out")
+            raise UserError("--plan forecasts training; with --eval_only, leave it out")
         if not self.output_dir:
             return
         check_writable(self.output_dir)
         folder = Path(self.output_dir).absolute()
         if run := next((path for path in (folder, *folder.parents) if read_run(path)), None):
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {self.output_dir}: {run} is a run's folder (it has a {RUN_FILE}), which --eval_only "
                 "leaves alone; name another one, or none"
             )
 
 
 def check_report_to(report_to: str | list[str] | None) -> None:
-    """ValueError where curves are to go to what transformers does not know, or to what is not installed."""
+    """UserError where curves are to go to what transformers does not know, or to what is not installed."""
     names = [report_to] if isinstance(report_to, str) else report_to or []
     if names in (["all"], ["none"]):
         return
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ["none", "all", *sorted(INTEGRATION_TO_CALLBACK)]
-            raise ValueError(f"--report_to {name}: should be of {', '.join(known)}{_nearest(name, known)}")
+            raise UserError(f"--report_to {name}: must be of {', '.join(known)}{_nearest(name, known)}")
         if name not in {*get_available_reporting_integrations(), "flyte"}:
-            raise ValueError(
+            raise UserError(
                 f"--report_to {name}: its package is not installed; `pip install {PACKAGES.get(name, name)}`, or take "
                 "--report_to tensorboard or none"
             )
 
 
 def _count_or_auto(value: int | str | None, flag: str) -> int | str | None:
-    """A flag's number, which a command line hands over as a word. ValueError for any other word than 'auto'."""
+    """A flag's number, which a command line hands over as a word. UserError for any other word than 'auto'."""
     try:
         return value if value in (None, "auto") else int(value)
     except ValueError:
-        raise ValueError(f"--{flag} {value}: should be a number of tokens, or auto") from None
+        raise UserError(f"--{flag} {value}: must be a number of tokens, or auto") from None
 
 
 def check_writable(folder: str) -> None:
-    """ValueError unless `folder`, or the nearest folder above it that exists, can be written to."""
+    """UserError unless `folder`, or the nearest folder above it that exists, can be written to."""
     nearest = Path(folder).absolute()
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise ValueError(f"--output_dir {folder}: {nearest} is a file; name a folder")
+        raise UserError(f"--output_dir {folder}: {nearest} is a file; name a folder")
     try:
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
-        raise ValueError(f"--output_dir {folder}: cannot write in {nearest} ({error.strerror})") from error
+        raise UserError(f"--output_dir {folder}: cannot write in {nearest} ({error.strerror})") from error
 
 
 class _OneSentence:
     """An argparse mix-in: argparse itself would print two hundred flags before it says what is wrong."""
 
     def error(self, message):
-        raise ValueError(message)
+        raise UserError(message)
 
 
 class _Parser(_OneSentence, HfArgumentParser):
@@ -309,21 +310,21 @@ class _PlainParser(_OneSentence, argparse.ArgumentParser):
 
 
 def read_recipe(path: str) -> tuple[dict, dict]:
-    """Reads a recipe; returns (train.py's flags, generate.py's sampling flags). ValueError for unknown keys."""
+    """Reads a recipe; returns (train.py's flags, generate.py's sampling flags). UserError for unknown keys."""
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise ValueError(f"--config {path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"--config {path}: should hold one 'flag: value' a line")
+        raise UserError(f"--config {path}: must hold one 'flag: value' a line")
     generation = recipe.pop("generation", None) or {}
     flags = {f.name for f in fields(TrainArguments) if f.init} - {"config"}
     for known, keys in ((flags, recipe), (SAMPLING_DEFAULTS.keys() | {"num_samples"}, generation)):
         for key in keys:
             if key not in known:
-                raise ValueError(f"--config {path}: unknown key {key!r}{_nearest(key, known)}")
+                raise UserError(f"--config {path}: unknown key {key!r}{_nearest(key, known)}")
     return recipe, generation
 
 
@@ -370,7 +371,7 @@ def _hardware_flags(words: list[str]) -> list[str]:
 
 
 def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> TrainArguments:
-    """Command line and recipe -> arguments. ValueError says in one sentence what is wrong.
+    """Command line and recipe -> arguments. UserError says in one sentence what is wrong.
 
     Args:
         argv: words after the program's name; None takes them from the command line.
@@ -388,11 +389,14 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     words = [word.replace(f"--{NAMES_OF_RECOMPUTING[0]}", f"--{RECOMPUTING}") for word in words]
     _, unknown = parser.parse_known_args(words)
     if unknown:
-        raise ValueError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0], parser._option_string_actions)}")
+        raise UserError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0], parser._option_string_actions)}")
     words += _hardware_flags(words)
     asked = parser.parse_known_args(words)[0]
     forecast, choices = (None, []) if asked.eval_only else _plan(asked, must_fit)
-    (args,) = parser.parse_args_into_dataclasses(words + choices, look_for_args_file=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(words + choices, look_for_args_file=False)
+    except ValueError as error:  # TrainingArguments checks flags by themselves and beside each other
+        raise UserError(str(error)) from error
     args.generation, args.forecast = SAMPLING_DEFAULTS | generation, forecast
     args.command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv)])
     return args
@@ -468,7 +472,7 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     recipe, generation = read_recipe(args.config) if args.config else ({}, {})
     args.fields = parse_fields(args.fields or [])
     if args.prompt and (args.fields or args.fields_file):
-        raise ValueError("--prompt begins the text as it stands, --fields by the model's template: give one of them")
+        raise UserError("--prompt begins the text as it stands, --fields by the model's template: give one of them")
     defaults = {"num_samples": 20, "model_dir": recipe.get("output_dir", "results")} | generation
     if args.fields_file:
         defaults["num_samples"] = 1
@@ -484,10 +488,10 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_sampling(said: str, name: str, value: float) -> None:
-    """ValueError for a sampling setting that means nothing; `said`: how the user put it."""
+    """UserError for a sampling setting that means nothing; `said`: how the user put it."""
     holds, rule = SAMPLING_RULES[name]
     if not holds(value):
-        raise ValueError(f"{said}: should be {rule}")
+        raise UserError(f"{said}: must be {rule}")
 
 
 def parse_fields(words: list[str]) -> dict[str, str]:
@@ -496,8 +500,8 @@ def parse_fields(words: list[str]) -> dict[str, str]:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name or name in fields:
-            raise ValueError(
-                f"--fields {word}: should be NAME=VALUE, each name once, with quotes where there is space: "
+            raise UserError(
+                f"--fields {word}: must be NAME=VALUE, each name once, with quotes where there is space: "
                 "--fields title='The Last Ferry'"
             )
         fields[name] = value
@@ -511,31 +515,31 @@ def parse_sweep(words: list[str]) -> list[dict]:
         name, _, values = word.partition("=")
         if name not in SAMPLING_DEFAULTS:
             known = ", ".join(SAMPLING_DEFAULTS)
-            raise ValueError(f"--sweep {word}: {name!r} is no sampling setting; there are {known}, as in top_p=0.9,1.0")
+            raise UserError(f"--sweep {word}: {name!r} is no sampling setting; there are {known}, as in top_p=0.9,1.0")
         if name in axes:
-            raise ValueError(f"--sweep {word}: {name} was given before; put its values in one list")
+            raise UserError(f"--sweep {word}: {name} was given before; put its values in one list")
         number = type(SAMPLING_DEFAULTS[name])
         try:
             axes[name] = list(dict.fromkeys(map(number, values.split(","))))
         except ValueError:
             kind = "whole numbers" if number is int else "numbers"
-            raise ValueError(f"--sweep {word}: should be {name}= and {kind} with commas between") from None
+            raise UserError(f"--sweep {word}: must be {name}= and {kind} with commas between") from None
         for value in axes[name]:
             check_sampling(f"--sweep {name}={value}", name, value)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def check_judging(args: argparse.Namespace) -> None:
-    """ValueError for flags that do not go together, and for a share that is none."""
+    """UserError for flags that do not go together, and for a share that is none."""
     if isinstance(args.judge, str) and (args.sweep or args.novel or args.output):
         other = "--sweep" if args.sweep else "--novel" if args.novel else "--output"
-        raise ValueError(f"--judge {args.judge}: judges that file and samples nothing; leave out {other} or the file")
+        raise UserError(f"--judge {args.judge}: judges that file and samples nothing; leave out {other} or the file")
     if args.sweep and args.novel:
-        raise ValueError("--sweep shows what each setting brings by itself; leave out --novel")
+        raise UserError("--sweep shows what each setting brings by itself; leave out --novel")
     if args.stream and (args.sweep or args.novel):
         other = "--sweep" if args.sweep else "--novel"
-        raise ValueError(f"--stream shows each text before it can be judged; leave it out, or {other}")
+        raise UserError(f"--stream shows each text before it can be judged; leave it out, or {other}")
     if args.validation_fraction is not None and not 0 <= args.validation_fraction < 1:
-        raise ValueError(f"--validation_fraction {args.validation_fraction}: should be at least 0 and below 1")
+        raise UserError(f"--validation_fraction {args.validation_fraction}: must be at least 0 and below 1")
     if args.sweep and args.output is None:
         args.output = "samples-sweep"

@@ -19,6 +19,7 @@ import torch
 
 from neoflix.checkpoint import SHARDS_FILE, WEIGHTS_FILES, has_shards_alone, has_weights, promote
 from neoflix.distributed import progress, say
+from neoflix.errors import UserError
 from neoflix.manifest import MANIFEST, HashedFile, find_damage, free_bytes, read_manifest, sync_folder, write_json
 
 WEIGHTS = WEIGHTS_FILES[0]
@@ -37,7 +38,7 @@ SAFETENSORS_DTYPES = {
 @contextmanager
 def whole_weights(folder: Path, in_place: bool = True) -> Iterator[Path]:
     """A folder with the whole weights of `folder`: itself, gathered where need be or, where it cannot be written to,
-    a temporary one that is deleted when the context ends. ValueError as `gather_weights`.
+    a temporary one that is deleted when the context ends. UserError as `gather_weights`.
 
     Args:
         in_place: False leaves `folder` as it is, whether it can be written to or not.
@@ -58,7 +59,7 @@ def gather_weights(checkpoint: Path) -> None:
     """Gives a checkpoint that has ZeRO-3's shards alone a `model.safetensors`, and its manifest an entry for it.
 
     An interrupted gathering leaves `model.safetensors.part`, which counts for nothing. Other processes that want the
-    same weights wait. ValueError where the checkpoint is not complete or the disk too small.
+    same weights wait. UserError where the checkpoint is not complete or the disk too small.
     """
     if not has_shards_alone(checkpoint):
         return
@@ -73,7 +74,7 @@ def gather_weights(checkpoint: Path) -> None:
 
 
 def _check_shards(checkpoint: Path) -> None:
-    """ValueError unless every pickle that DeepSpeed is about to read is one that this project wrote, as far as a
+    """UserError unless every pickle that DeepSpeed is about to read is one that this project wrote, as far as a
     manifest can tell. Reads the whole checkpoint: a damaged shard would become damaged weights."""
     say(f"{checkpoint} holds its weights in ZeRO-3's shards only: checking these, then gathering them, once")
     damage = find_damage(checkpoint, checksums=True)
@@ -82,7 +83,7 @@ def _check_shards(checkpoint: Path) -> None:
         strange = names - read_manifest(checkpoint)["files"].keys()
         damage = f"{min(strange)} is not named in its {MANIFEST}" if strange else None
     if damage:
-        raise ValueError(f"{checkpoint}: {damage}; its shards are not read, name another checkpoint")
+        raise UserError(f"{checkpoint}: {damage}; its shards are not read, name another checkpoint")
 
 
 def _shard_folder(checkpoint: Path) -> Path:
@@ -109,7 +110,7 @@ def _gather(checkpoint: Path, target: Path) -> dict:
     sizes = {name: weights[name].shape.numel() * dtypes[name].itemsize for name in weights}
     total, free = sum(sizes.values()), free_bytes(target)
     if free < total:
-        raise ValueError(
+        raise UserError(
             f"{target}: gathered weights take {total / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free"
         )
     names = sorted(weights, key=lambda name: -dtypes[name].itemsize)  # so that each begins at a multiple of its own
@@ -131,7 +132,7 @@ def _gather(checkpoint: Path, target: Path) -> dict:
         sync_folder(target)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise ValueError(f"{target}: the gathered weights could not be written ({error.strerror})") from error
+        raise UserError(f"{target}: the gathered weights could not be written ({error.strerror})") from error
     return file.entry()
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neoflix.attention import lay_out_texts
 from neoflix.distributed import progress, say
+from neoflix.errors import UserError
 from neoflix.loss import IGNORED
 from neoflix.quality import split_words
 from neoflix.template import parts
@@ -52,7 +53,7 @@ def split_texts(texts: list[str], validation_fraction: float) -> TextSplit:
     ranks = [_rank(text) for text in texts]
     lowest, highest = min(ranks), max(ranks)
     if lowest == highest:
-        raise ValueError("all texts are the same: one distinct text cannot be both learnt from and measured on")
+        raise UserError("all texts are the same: one distinct text cannot be both learnt from and measured on")
     is_held_out = [rank == lowest or (rank < validation_fraction and rank != highest) for rank in ranks]
     return TextSplit(
         train=[text for text, held_out in zip(texts, is_held_out, strict=True) if not held_out],
@@ -217,14 +218,14 @@ class TokenBatches(Sampler[list[int]]):
         rank, world_size: this process takes every `world_size`-th batch, from the `rank`-th on.
 
     Raises:
-        ValueError: where a single text is longer than the budget.
+        UserError: where a single text is longer than the budget.
     """
 
     def __init__(
         self, lengths_N: np.ndarray, budget: int, batches_per_step: int, rank: int, world_size: int, seed: int
     ):
         if (longest := lengths_N.max()) > budget:
-            raise ValueError(
+            raise UserError(
                 f"--tokens_per_device_batch {budget}: the longest text has {longest} tokens; raise it to that, "
                 f"or cut texts with --max_length {budget}"
             )

@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from neoflix.attention import ATTENTION_NAME
+from neoflix.errors import UserError
 from neoflix.machine import read_host_memory
 
 MASK_64 = (1 << 64) - 1
@@ -208,7 +209,7 @@ class Decoder:
             inference mode), every pass is one of the whole model, as ZeRO-3 gathers it, and each step is one pass.
 
     Raises:
-        ValueError: where keys and values of so many slots do not fit into the memory that is free.
+        UserError: where keys and values of so many slots do not fit into the memory that is free.
     """
 
     def __init__(
@@ -416,7 +417,7 @@ def place_bytes(model: PreTrainedModel) -> int:
 
 
 def check_memory(model: PreTrainedModel, num_slots: int, num_places: int) -> None:
-    """ValueError where keys, values and logits of so many texts need more memory than is free."""
+    """UserError where keys, values and logits of so many texts need more memory than is free."""
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(model.device)[0]
@@ -426,7 +427,7 @@ def check_memory(model: PreTrainedModel, num_slots: int, num_places: int) -> Non
     need = place_bytes(model) * num_places + logits
     if num_slots * need <= free:
         return
-    raise ValueError(
+    raise UserError(
         f"--batch_size {num_slots}: texts of up to {num_places:,} tokens need {num_slots * need / GIB:.1f} GiB beside "
         f"the model, and {free / GIB:.1f} are free; "
         + (f"--batch_size {free // need} would fit" if free >= need else "lower --max_new_tokens")

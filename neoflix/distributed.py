@@ -1,4 +1,4 @@
-"""Which of the processes of a run this one is, how they agree, and how they end. A leaf: imports nothing of ours."""
+"""Which of the processes of a run this one is, how they agree, and how they end."""
 
 import atexit
 import ctypes
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
+
+from neoflix.errors import UserError
 
 RUN_ME_AGAIN = 75  # exit code: stopped on request, the same command goes on from there (EX_TEMPFAIL of sysexits.h)
 
@@ -142,17 +144,17 @@ def any_rank(flag: bool) -> bool:
 
 
 def ask_main_process(function: Callable, *args) -> Any:
-    """What `function` returns in the main process, or the ValueError it raises, in every process. Collective."""
+    """What `function` returns in the main process, or the UserError it raises, in every process. Collective."""
     answer, error = None, None
     if is_main_process():
         try:
             answer = function(*args)
-        except ValueError as caught:
+        except UserError as caught:
             error = caught
     if num_processes() > 1:
         message = [(answer, str(error) if error else None)]
         dist.broadcast_object_list(message, src=0, group=_cpu_group())
-        answer, error = message[0][0], ValueError(message[0][1]) if message[0][1] else None
+        answer, error = message[0][0], UserError(message[0][1]) if message[0][1] else None
     if error:
         raise error
     return answer
@@ -208,11 +210,11 @@ def write_beside_progress(message: str) -> None:
 
 
 def exit_code_of(main) -> int:
-    """Runs an entry point. What the user got wrong (ValueError) is one sentence and exit code 2, no traceback;
+    """Runs an entry point. What the user got wrong (UserError) is one sentence and exit code 2, no traceback;
     NEOFLIX_TRACEBACK=1 shows where it arose."""
     try:
         main()
-    except ValueError as error:
+    except UserError as error:
         if os.environ.get("NEOFLIX_TRACEBACK"):
             raise
         if is_main_process():

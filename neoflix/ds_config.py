@@ -13,6 +13,8 @@ import sysconfig
 from contextlib import suppress
 from pathlib import Path
 
+from neoflix.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Every top-level key that deepspeed 0.19 reads (deepspeed/runtime/config.py and the files it calls).
@@ -51,25 +53,25 @@ def _is_json(source) -> bool:
 
 
 def read_ds_config(source: str | Path) -> dict:
-    """Reads and checks a DeepSpeed file, or the JSON itself; ValueError names what is wrong and the way out."""
+    """Reads and checks a DeepSpeed file, or the JSON itself; UserError names what is wrong and the way out."""
     source = find_ds_config(source)
     is_json = _is_json(source)
     path = "{...}" if is_json else source
     try:
         config = json.loads(source if is_json else Path(source).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--deepspeed {path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"--deepspeed {path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise ValueError(f"--deepspeed {path}: not valid JSON ({error})") from error
+        raise UserError(f"--deepspeed {path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"--deepspeed {path}: should hold one JSON object, {{...}}")
+        raise UserError(f"--deepspeed {path}: must hold one JSON object, {{...}}")
     for place, known in (("", TOP_LEVEL_KEYS), *OPEN_BLOCKS.items()):
         for key in config.get(place, {}) if place else config:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "remove it"
                 where = f" in {place!r}" if place else ""
-                raise ValueError(
+                raise UserError(
                     f"--deepspeed {path}: DeepSpeed knows no key {key!r}{where} and would ignore it; {hint}"
                 )
     check_zero(config.get("zero_optimization", {}), path)
@@ -77,43 +79,43 @@ def read_ds_config(source: str | Path) -> dict:
 
 
 def check_zero(zero: dict, path: str | Path) -> None:
-    """ValueError for what DeepSpeed 0.19.8 would ignore, or spoil the model with."""
+    """UserError for what DeepSpeed 0.19.8 would ignore, or spoil the model with."""
     stage, optimizer_device = zero.get("stage", 0), zero.get("offload_optimizer", {}).get("device")
     if "offload_param" in zero and stage != 3:
-        raise ValueError(
+        raise UserError(
             f"--deepspeed {path}: offload_param works with ZeRO stage 3 only and would be ignored at stage "
             f'{stage}; set "stage": 3 or remove offload_param'
         )
     if optimizer_device == "nvme" and stage != 3:
-        raise ValueError(
+        raise UserError(
             f"--deepspeed {path}: at ZeRO stage {stage} DeepSpeed keeps the optimizer in host memory, not on NVMe; "
             'set "stage": 3 (see ds_configs/nvme.json) or "device": "cpu"'
         )
     if optimizer_device == "nvme" and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        raise ValueError(
+        raise UserError(
             f"--deepspeed {path}: with the optimizer on NVMe a checkpoint's shards do not hold the weights; "
             'set "stage3_gather_16bit_weights_on_model_save": true'
         )
     if "zenflow" in zero:
-        raise ValueError(
+        raise UserError(
             f"--deepspeed {path}: ZenFlow of DeepSpeed 0.19.8 transposes the weights it takes over, and the model is "
             "spoilt before its first step; remove zenflow"
         )
 
 
 def check_compiler(config: dict) -> None:
-    """DeepSpeed compiles its CPU Adam on first use; ValueError says what to install for that."""
+    """DeepSpeed compiles its CPU Adam on first use; UserError says what to install for that."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
     if offload.get("device") not in ("cpu", "nvme"):
         return
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None and shutil.which("g++") is None:
-        raise ValueError(
+        raise UserError(
             "DeepSpeed compiles its CPU Adam on first use and found no C++ compiler: install one "
             "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
         )
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        raise ValueError(
+        raise UserError(
             "DeepSpeed compiles its CPU Adam on first use and found no Python headers: install them "
             "(Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
         )

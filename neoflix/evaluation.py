@@ -18,6 +18,7 @@ from neoflix.checkpoint import describe_texts, find_model, find_run
 from neoflix.config import TrainArguments
 from neoflix.consolidation import whole_weights
 from neoflix.distributed import ask_main_process, say
+from neoflix.errors import UserError
 from neoflix.model import find_tokenizer, get_window, keeps_texts_apart, load_model
 from neoflix.plan import check_same_everywhere
 from neoflix.trainer import TokenTrainer
@@ -114,7 +115,7 @@ def _report(results: dict, run: dict | None, output_dir: str) -> None:
             with Path(output_dir, RESULTS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(results) + "\n")
         except OSError as error:
-            raise ValueError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
+            raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
 
 
 def _learnt(results: dict, run: dict) -> str:

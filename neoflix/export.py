@@ -24,6 +24,7 @@ from neoflix.checkpoint import find_model, holds_adapters
 from neoflix.config import parse_export_args
 from neoflix.consolidation import WEIGHTS, safetensors_header, whole_weights
 from neoflix.distributed import progress, run_and_exit, say
+from neoflix.errors import UserError
 from neoflix.manifest import HashedFile, free_bytes, sync_folder
 from neoflix.model import load_pretrained
 from neoflix.tokenizer import read_tokenizer
@@ -63,7 +64,7 @@ def export_gpt2(run: str, out: str, dtype: str | None = None, allow_pickle: bool
         allow_pickle: see `load_pretrained`.
 
     Raises:
-        ValueError: where there is no model or none of GPT-Neo's, where `out` holds something or cannot be written, and
+        UserError: where there is no model or none of GPT-Neo's, where `out` holds something or cannot be written, and
             where a weight is too large for `dtype`.
     """
     folder, target = find_model(run, "RUN"), Path(out)
@@ -103,7 +104,7 @@ def export_merged(run: str, out: str, dtype: str | None = None, allow_pickle: bo
 
 @contextmanager
 def appearing_whole(target: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `target` when the context ends, and nothing where it fails. ValueError where
+    """A folder to write to, which becomes `target` when the context ends, and nothing where it fails. UserError where
     the disk does not take it."""
     unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
     try:
@@ -113,37 +114,37 @@ def appearing_whole(target: Path) -> Iterator[Path]:
         unfinished.rename(target)
         sync_folder(target.absolute().parent)
     except OSError as error:
-        raise ValueError(f"OUT {target}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"OUT {target}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_room(num_bytes: int, folder: Path) -> None:
-    """ValueError unless so many bytes are free where `folder` lies."""
+    """UserError unless so many bytes are free where `folder` lies."""
     free = free_bytes(folder)
     if free < num_bytes:
-        raise ValueError(f"OUT: the weights take {num_bytes / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free")
+        raise UserError(f"OUT: the weights take {num_bytes / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free")
 
 
 def check_target(target: Path) -> None:
-    """ValueError unless a folder of this name can be made without touching anything that is there."""
+    """UserError unless a folder of this name can be made without touching anything that is there."""
     if target.exists() and not target.is_dir():
-        raise ValueError(f"OUT {target}: is a file; name a folder")
+        raise UserError(f"OUT {target}: is a file; name a folder")
     if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"OUT {target}: exists already and is not empty; choose another name or delete it")
+        raise UserError(f"OUT {target}: exists already and is not empty; choose another name or delete it")
 
 
 def check_architecture(model_type: str | None, folder: Path) -> None:
-    """ValueError unless it is GPT-Neo's."""
+    """UserError unless it is GPT-Neo's."""
     if model_type != "gpt_neo":
-        raise ValueError(f"RUN {folder}: its model is a {model_type}, not a GPT-Neo; no other is rewritten as GPT-2")
+        raise UserError(f"RUN {folder}: its model is a {model_type}, not a GPT-Neo; no other is rewritten as GPT-2")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> None:
-    """ValueError for a tokenizer with more tokens than the model."""
+    """UserError for a tokenizer with more tokens than the model."""
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
-        raise ValueError(f"RUN {folder}: its tokenizer has {len(tokenizer):,} tokens, its model {rows:,}")
+        raise UserError(f"RUN {folder}: its tokenizer has {len(tokenizer):,} tokens, its model {rows:,}")
 
 
 def context_limit(config: GPTNeoConfig) -> int:
@@ -216,7 +217,7 @@ def rewrite(weights: dict[str, torch.Tensor], config: GPTNeoConfig, gpt2: GPT2Co
 
 
 def write_weights(model: PreTrainedModel, config: GPT2Config, folder: Path) -> None:
-    """Streams the rewritten weights into `folder`'s model.safetensors. OSError where the disk is full, ValueError where
+    """Streams the rewritten weights into `folder`'s model.safetensors. OSError where the disk is full, UserError where
     a weight is too large for the dtype."""
     weights = model.state_dict()
     shapes = dict(rewrite({name: weight.to("meta") for name, weight in weights.items()}, model.config, config))
@@ -229,7 +230,7 @@ def write_weights(model: PreTrainedModel, config: GPT2Config, folder: Path) -> N
         for name, weight in rewrite(weights, model.config, config):
             cast = weight.to(config.dtype)
             if not cast.isfinite().all():
-                raise ValueError(
+                raise UserError(
                     f"{name} holds numbers that {_name(config.dtype)} cannot; take --dtype bfloat16 or float32"
                 )
             file.write(cast.contiguous().flatten().view(torch.uint8).numpy())

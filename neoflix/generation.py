@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from neoflix.config import SAMPLING_DEFAULTS, check_sampling
 from neoflix.consolidation import whole_weights
 from neoflix.decoding import Decoder, Draw, Text, num_rows, quicken
+from neoflix.errors import UserError
 from neoflix.model import get_window, load_for_reading
 from neoflix.template import find_template
 from neoflix.tokenizer import read_tokenizer
@@ -118,7 +119,7 @@ class Sampler:
                 model's window ends).
 
         Raises:
-            ValueError: for settings that mean nothing, and where a prompt leaves no room in the model's window or the
+            UserError: for settings that mean nothing, and where a prompt leaves no room in the model's window or the
                 texts none in memory.
         """
         settings = self.settings(**settings)
@@ -158,7 +159,7 @@ class Sampler:
         if not fields:
             return fields
         if self.template is None:
-            raise ValueError("the model was trained without --template: it knows no fields, only how a text begins")
+            raise UserError("the model was trained without --template: it knows no fields, only how a text begins")
         for given in fields.values():
             self.template.check(given, f"--fields {' '.join(given)}")
         if not self.template.learns_prompt:
@@ -211,14 +212,14 @@ class Sampler:
         return min(get_window(self.model), getattr(self.model.config, "sliding_window", None) or 2**31)
 
     def check_prompts(self, prompts: list[str], flag: str) -> None:
-        """ValueError where one leaves no room in the model's window; `flag`: how the user named them."""
+        """UserError where one leaves no room in the model's window; `flag`: how the user named them."""
         for prompt in prompts:
             self._encode(prompt.rstrip(), flag)
 
     def _encode(self, prompt: str, flag: str = "--prompt") -> list[int]:
         ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if len(ids) + 2 > self.window:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {textwrap.shorten(prompt, 40)!r}: {len(ids):,} tokens leave no room in the model's window "
                 f"of {self.window:,}; shorten it"
             )

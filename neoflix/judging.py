@@ -16,6 +16,7 @@ from neoflix.checkpoint import find_run
 from neoflix.config import TrainArguments
 from neoflix.data import split_texts
 from neoflix.distributed import progress, say
+from neoflix.errors import UserError
 from neoflix.loss import IGNORED
 from neoflix.manifest import write_json
 from neoflix.model import DEMO, get_window, load_for_reading
@@ -41,13 +42,13 @@ DRAWS_PER_TEXT = 20  # --novel gives up beyond: a model that mostly repeats its 
 def read_training_texts(args) -> list[str]:
     """The texts a run has learnt from, without those it held out; or those of `--dataset`.
 
-    ValueError where no one says which they are, or where the file is no longer what it was.
+    UserError where no one says which they are, or where the file is no longer what it was.
     """
     run = find_run(args.model_dir) or {}
     recorded = run.get("texts", {})
     dataset = args.dataset or recorded.get("dataset")
     if dataset is None:
-        raise ValueError(
+        raise UserError(
             f"--model_dir {args.model_dir}: nothing there says which texts it learnt from; name them with --dataset "
             "(and --text_column)"
         )
@@ -60,7 +61,7 @@ def read_training_texts(args) -> list[str]:
     texts = [parts(text)[1].strip() for text in split_texts(texts, fraction).train]
     is_as_recorded = (args.dataset, args.text_column, args.validation_fraction) == (None, None, None)
     if is_as_recorded and len(texts) != run["num_training_texts"]:
-        raise ValueError(
+        raise UserError(
             f"{dataset}: has changed since the run learnt from it ({run['num_training_texts']:,} training texts "
             f"then, {len(texts):,} now); name the file as it was with --dataset"
         )
@@ -98,11 +99,11 @@ class BaseModel:
 
     @classmethod
     def load(cls, name: str, allow_pickle: bool = False) -> "BaseModel":
-        """Loads it, on CUDA in bf16 (fp16 before Ampere), else on the CPU in fp32. ValueError where it is not there."""
+        """Loads it, on CUDA in bf16 (fp16 before Ampere), else on the CPU in fp32. UserError where it is not there."""
         model = load_for_reading(name, None, allow_pickle)
         tokenizer = read_tokenizer(name, f"--base_model {name}")
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"--base_model {name}: its tokenizer has no end token to put before a text")
+            raise UserError(f"--base_model {name}: its tokenizer has no end token to put before a text")
         return cls(model, tokenizer)
 
     @torch.inference_mode()
@@ -183,26 +184,26 @@ def judge_file(args) -> None:
 
 
 def read_samples(path: str) -> list[dict]:
-    """Samples of a JSON lines file, each an object with a `text`. ValueError, in one sentence, for anything else."""
+    """Samples of a JSON lines file, each an object with a `text`. UserError, in one sentence, for anything else."""
     rows = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ValueError(f"--judge {path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"--judge {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--judge {path}: not UTF-8 at byte {error.start}; name a JSONL file of samples") from error
+        raise UserError(f"--judge {path}: not UTF-8 at byte {error.start}; name a JSONL file of samples") from error
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:
-            raise ValueError(f"--judge {path}: line {number} is not valid JSON ({error})") from error
+            raise UserError(f"--judge {path}: line {number} is not valid JSON ({error})") from error
         if row is None:
             continue
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f'--judge {path}: line {number} is no sample, {{"text": "...", ...}}')
+            raise UserError(f'--judge {path}: line {number} is no sample, {{"text": "...", ...}}')
         rows.append(row)
     if not rows:
-        raise ValueError(f"--judge {path}: holds no sample")
+        raise UserError(f"--judge {path}: holds no sample")
     return rows
 
 
@@ -210,7 +211,7 @@ def _write(path: Path, content: dict | list) -> None:
     try:
         write_json(path, content)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 # ---- what samples are drawn for -------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def keep_novel(
         sample: `Sampler.sample` with seed and settings; called with prompts, `num_samples` and `first_index`.
 
     Raises:
-        ValueError: where more than 20 draws were needed for each sample that was asked for.
+        UserError: where more than 20 draws were needed for each sample that was asked for.
     """
     wanted = len(prompts) * num_samples
     missing, drawn = Counter(dict.fromkeys(range(len(prompts)), num_samples)), 0
@@ -236,7 +237,7 @@ def keep_novel(
     while rounds:
         for numbers, num in rounds:
             if drawn + num * len(numbers) > DRAWS_PER_TEXT * wanted:
-                raise ValueError(
+                raise UserError(
                     f"--novel: {drawn:,} texts were drawn and {wanted - missing.total():,} of the {wanted:,} asked for "
                     "are new; raise --temperature or --top_p, or train for fewer epochs"
                 )
@@ -260,7 +261,7 @@ def sweep(judge: Judge, sample: Callable[..., Iterator], settings: list[dict], o
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"--output {output}: cannot be made a folder ({error.strerror})") from error
+        raise UserError(f"--output {output}: cannot be made a folder ({error.strerror})") from error
     names = [",".join(f"{name}={value}" for name, value in each.items()) for each in settings]
     width = max(map(len, names))
     print(sweep_header(width), flush=True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from neoflix.checkpoint import ADAPTERS_CONFIG_FILE, ADAPTERS_FILE
+from neoflix.errors import UserError
 
 # peft takes seconds to import: only where there are adapters.
 
@@ -81,24 +82,24 @@ def save_adapters(model, weights: dict[str, torch.Tensor], folder: Path) -> None
 
 
 def read_adapters(folder: str | Path) -> tuple[str, torch.dtype]:
-    """(hub name or folder of the base model, dtype in which the adapters were trained). ValueError for adapters of
+    """(hub name or folder of the base model, dtype in which the adapters were trained). UserError for adapters of
     another kind than LoRA's, or broken ones."""
     try:
         config = json.loads(Path(folder, ADAPTERS_CONFIG_FILE).read_text(encoding="utf-8"))
         with safe_open(Path(folder, ADAPTERS_FILE), "pt") as file:
             dtype = file.get_tensor(next(iter(file.keys()))).dtype
     except (OSError, ValueError, StopIteration, SafetensorError) as error:
-        raise ValueError(f"{folder}: its adapters cannot be read ({error})") from error
+        raise UserError(f"{folder}: its adapters cannot be read ({error})") from error
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     if kind != "LORA" or config.get("megatron_config") or not base:
-        raise ValueError(f"{folder}: holds adapters of peft that are not LoRA's of a named model ({kind}, {base})")
+        raise UserError(f"{folder}: holds adapters of peft that are not LoRA's of a named model ({kind}, {base})")
     return base, dtype
 
 
 def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """The model with a folder's adapters added to its own weights, in place: as quick, and as plain, as before.
 
-    ValueError where the adapters do not fit the model.
+    UserError where the adapters do not fit the model.
     """
     from peft import LoraConfig, set_peft_model_state_dict
 
@@ -108,7 +109,7 @@ def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
     try:
         outcome = set_peft_model_state_dict(adapted, load_file(Path(folder, ADAPTERS_FILE)))
     except RuntimeError as error:  # another shape
-        raise ValueError(f"{folder}: its adapters do not fit its base model") from error
+        raise UserError(f"{folder}: its adapters do not fit its base model") from error
     if outcome.unexpected_keys or any("lora_" in name for name in outcome.missing_keys):
-        raise ValueError(f"{folder}: its adapters do not fit its base model")
+        raise UserError(f"{folder}: its adapters do not fit its base model")
     return adapted.merge_and_unload()

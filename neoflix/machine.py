@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from neoflix.errors import UserError
+
 # Oldest driver for each CUDA a torch may be built with (NVIDIA, "CUDA Toolkit Release Notes", table "CUDA Toolkit
 # and Minimum Required Driver Version for CUDA Minor Version Compatibility", Linux).
 OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
@@ -187,7 +189,7 @@ def toolkit_cuda() -> tuple[int, ...]:
 
 
 def check_machine(machine: Machine, ds_config: dict, pinned_bytes: int, bf16: bool | None, num_processes: int) -> None:
-    """ValueError for the first thing that would end the run after it has begun: in one sentence, with the way out.
+    """UserError for the first thing that would end the run after it has begun: in one sentence, with the way out.
 
     Args:
         pinned_bytes: host memory that the processes of this node lock, by the plan.
@@ -207,24 +209,24 @@ def check_machine(machine: Machine, ds_config: dict, pinned_bytes: int, bf16: bo
 
 
 def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple, toolkit: tuple) -> None:
-    """ValueError for a GPU that this torch or this precision cannot use, or an optimizer that cannot be compiled.
+    """UserError for a GPU that this torch or this precision cannot use, or an optimizer that cannot be compiled.
 
     Args:
         built, toolkit: CUDA of torch and of the toolkit, (major, minor); () where there is none.
     """
     oldest = OLDEST_DRIVER.get(built[0] if built else 0, ())
     if not built:
-        raise ValueError(
+        raise UserError(
             f"{machine.device_name}: this torch was built without CUDA; install one that was (pytorch.org says which), "
             "or train on the CPU with --use_cpu true"
         )
     if machine.driver < oldest:
-        raise ValueError(
+        raise UserError(
             f"driver {_dotted(machine.driver)} is older than {_dotted(oldest)}, the oldest for torch's CUDA "
             f"{_dotted(built)}; update the driver or install a torch built for an older CUDA"
         )
     if bf16 and machine.capability < (8, 0):
-        raise ValueError(
+        raise UserError(
             f"--bf16 true: {machine.device_name} (compute capability {_dotted(machine.capability)}) has no bf16, it "
             "came with 8.0 (Ampere); leave --bf16 out, and the run takes fp16"
         )
@@ -233,12 +235,12 @@ def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple
     compiles = optimizer.get("type", "").lower() in ("adam", "adamw") and not is_offloaded
     if compiles and not optimizer.get("params", {}).get("torch_adam"):
         if not toolkit:
-            raise ValueError(
+            raise UserError(
                 "DeepSpeed compiles its GPU Adam and found no CUDA toolkit (nvcc): install the one for CUDA "
                 f'{_dotted(built)}, or say "torch_adam": true in the optimizer\'s params of the DeepSpeed file'
             )
         if toolkit[0] != built[0]:
-            raise ValueError(
+            raise UserError(
                 f"DeepSpeed compiles its GPU Adam with CUDA {_dotted(toolkit)}, and torch was built for "
                 f'{_dotted(built)}: install that toolkit (CUDA_HOME names its folder), or say "torch_adam": true in '
                 "the optimizer's params of the DeepSpeed file"
@@ -254,7 +256,7 @@ def check_locked_memory(machine: Machine, pinned_bytes: int) -> None:
     locks by its driver, which no limit of the shell's holds back."""
     uses_mlock = os.environ.get("DS_PIN_MEMORY_BACKEND") == "native"
     if uses_mlock and machine.locked_memory is not None and machine.locked_memory < pinned_bytes:
-        raise ValueError(
+        raise UserError(
             f"DS_PIN_MEMORY_BACKEND=native locks {pinned_bytes / 2**30:.1f} GiB, and `ulimit -l` allows "
             f"{machine.locked_memory / 2**30:.1f} GiB: raise it (`ulimit -l unlimited`), leave the variable out, or "
             'say "pin_memory": false in the DeepSpeed file'
@@ -266,14 +268,14 @@ def check_shared_memory(machine: Machine, num_processes: int) -> None:
     is not enough for three; NCCL documentation, "Troubleshooting: shared memory")."""
     needed = num_processes * 33 * 2**20 if machine.has_gpu else 0
     if machine.shared_memory is not None and machine.shared_memory < needed:
-        raise ValueError(
+        raise UserError(
             f"/dev/shm: {machine.shared_memory / 2**20:.0f} MiB are free, {num_processes} processes connect through "
             f"{needed / 2**20:.0f} MiB; in a container start it with --shm-size=1g"
         )
 
 
 def check_port(address: str | None, port: str | None) -> None:
-    """The main process waits at this port for the others; ValueError where another program has it."""
+    """The main process waits at this port for the others; UserError where another program has it."""
     has_server = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own, which holds the port
     if int(os.environ.get("RANK", "0")) or not port or address is None or has_server:
         return
@@ -282,7 +284,7 @@ def check_port(address: str | None, port: str | None) -> None:
         try:
             probe.bind(("", int(port)))
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"port {port} is taken ({error.strerror}); choose another: deepspeed --master_port N, MASTER_PORT for "
                 "launch.sh"
             ) from error
@@ -295,16 +297,16 @@ def _is_connected() -> bool:
 
 
 def check_nvme(path: str | None, part: str) -> None:
-    """ValueError where DeepSpeed could not swap to `nvme_path`: not there, not writable, or no libaio."""
+    """UserError where DeepSpeed could not swap to `nvme_path`: not there, not writable, or no libaio."""
     if not path or not Path(path).is_dir():
-        raise ValueError(f"{part}: nvme_path {path}: no such folder; make one on a local NVMe disk and name it")
+        raise UserError(f"{part}: nvme_path {path}: no such folder; make one on a local NVMe disk and name it")
     try:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise ValueError(f"{part}: nvme_path {path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{part}: nvme_path {path}: cannot be written ({error.strerror})") from error
     header = [Path(folder, "libaio.h").is_file() for folder in ("/usr/include", "/usr/local/include")]
     if not any(header):
-        raise ValueError(
+        raise UserError(
             f"{part} to NVMe: DeepSpeed compiles against libaio, which is not here: install it (Debian, Ubuntu: apt "
             "install libaio-dev; Fedora: dnf install libaio-devel)"
         )

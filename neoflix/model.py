@@ -37,6 +37,7 @@ from transformers.utils import (
 
 from neoflix.attention import ATTENTION_NAME, register_attention
 from neoflix.checkpoint import has_shards_alone, holds_adapters
+from neoflix.errors import UserError
 from neoflix.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.loss import causal_lm_loss
 from neoflix.template import Template, attach_template
@@ -85,7 +86,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
         allow_pickle: where there is no safetensors file, take weights from pytorch_model.bin. torch then reads it
             with `weights_only=True`.
 
-    ValueError, in one sentence, where there is no such model, or no weights, or only pickled ones.
+    UserError, in one sentence, where there is no such model, or no weights, or only pickled ones.
     """
     if holds_adapters(model_name_or_path):
         return _load_adapted(Path(model_name_or_path), dtype, allow_pickle)
@@ -101,7 +102,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
         pickled = find_pickle(model_name_or_path, config)
     if pickled and not allow_pickle:
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {model_name_or_path}: its weights are in {pickled}, a pickle, which can run code as "
             "it is read; take a model with safetensors or, if you trust who made this one, say --allow_pickle true"
         )
@@ -116,7 +117,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
             **options,
         )
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {model_name_or_path}: its weights lack {len(missing)} that config.json asks for, "
             f"{missing[0]} among them; weights and config.json are not of one model"
         )
@@ -128,7 +129,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
 def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) -> PreTrainedModel:
     """A base model as its adapters saw it, rounded as it was then, with the adapters merged into it in `dtype`."""
     if is_deepspeed_zero3_enabled():  # a share of each weight is here: nothing to merge adapters into
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {folder}: holds LoRA adapters, which ZeRO-3 cannot merge; write the whole model "
             f"first (python -m neoflix.export --to merged {folder} OUT), or take a --deepspeed file of another stage"
         )
@@ -137,7 +138,7 @@ def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) ->
     try:
         model = load_pretrained(base, trained_dtype, allow_pickle)
     except ValueError as error:
-        raise ValueError(f"{folder} holds LoRA adapters, and the model they belong to did not load: {error}") from error
+        raise UserError(f"{folder} holds LoRA adapters, and the model they belong to did not load: {error}") from error
     make_room_for_tokens(model, tokenizer)
     set_token_ids(model, tokenizer, {})
     if (folder / GENERATION_CONFIG_NAME).is_file():
@@ -148,7 +149,7 @@ def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) ->
 def load_for_reading(model_name_or_path: str, device: str | None = None, allow_pickle: bool = False) -> PreTrainedModel:
     """Loads a model that is not to be trained: on CUDA in bf16 (fp16 before Ampere), else on the CPU in fp32.
 
-    ValueError as `load_pretrained`, and where the GPU has no room for the weights.
+    UserError as `load_pretrained`, and where the GPU has no room for the weights.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32
@@ -159,14 +160,14 @@ def load_for_reading(model_name_or_path: str, device: str | None = None, allow_p
         return model.eval().to(device)
     except torch.OutOfMemoryError as error:
         need, free = model.get_memory_footprint() / 2**30, torch.cuda.mem_get_info()[0] / 2**30
-        raise ValueError(
+        raise UserError(
             f"{model_name_or_path}: its weights take {need:.1f} GiB, and {free:.1f} of the GPU are free; end what else "
             "runs there, or set CUDA_VISIBLE_DEVICES= to sample on the CPU"
         ) from error
 
 
 def check_reachable(model_name_or_path: str) -> None:
-    """ValueError, within seconds, for a model that is not here while the hub cannot be reached (the hub's own library
+    """UserError, within seconds, for a model that is not here while the hub cannot be reached (the hub's own library
     tries for most of a minute before it says so). Whether the hub has such a model is not asked."""
     name = model_name_or_path
     if is_offline_mode() or Path(name).exists() or name.count("/") > 1:
@@ -179,7 +180,7 @@ def check_reachable(model_name_or_path: str) -> None:
         return  # it answers
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {name}: no such folder here, and {ENDPOINT} cannot be reached ({reason}); connect "
             "to a network, or name a folder that holds the model"
         ) from error
@@ -202,7 +203,7 @@ def find_pickle(model_name_or_path: str, config: PreTrainedConfig) -> str | None
 
 @contextmanager
 def _in_one_sentence(model_name_or_path: str) -> Iterator[None]:
-    """Turns what transformers raises where there is no model into a ValueError that says what is missing."""
+    """Turns what transformers raises where there is no model into a UserError that says what is missing."""
     try:
         yield
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
@@ -218,7 +219,7 @@ def _in_one_sentence(model_name_or_path: str) -> Iterator[None]:
             cure = f"a model's folder needs config.json and weights (model.safetensors); this one has {found}"
         else:
             cure = "no such folder here, and the hub could not be reached or has no such model"
-        raise ValueError(f"--model_name_or_path {model_name_or_path}: {cure}") from error
+        raise UserError(f"--model_name_or_path {model_name_or_path}: {cure}") from error
 
 
 def load_model(

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neoflix.ds_config import ROOT, read_ds_config
+from neoflix.errors import UserError
 from neoflix.machine import Machine, check_machine, read_machine, torch_version
 from neoflix.template import Template
 
@@ -502,14 +503,14 @@ def plan_run(args, must_fit: bool = True) -> Plan | None:
     what they stand for in `args`. None for a model whose shape is not to be found (loading it will say why).
 
     Raises:
-        ValueError: where the run would not fit, if it must, or could not come to its end: the plan's table, and what
+        UserError: where the run would not fit, if it must, or could not come to its end: the plan's table, and what
             to change.
     """
     machine = _stand_in(read_machine(args.output_dir, bool(args.use_cpu)), args)
     shape = read_shape(args.model_name_or_path)
     if shape is None:
         if args.plan or "auto" in (args.deepspeed, args.tokens_per_device_batch):
-            raise ValueError(
+            raise UserError(
                 f"--model_name_or_path {args.model_name_or_path}: has no config.json here, so that there is no plan; "
                 "name a folder that has one, or a model of the hub that was downloaded"
             )
@@ -529,7 +530,7 @@ def plan_run(args, must_fit: bool = True) -> Plan | None:
     plan = forecast(shape, texts, read_settings(args, shape, texts, machine, ds_config, args.deepspeed), machine)
     if must_fit and not plan.fits:
         if args.plan_must_fit:
-            raise ValueError(explain(plan) + "\n  or --plan_must_fit false, which tries it all the same")
+            raise UserError(explain(plan) + "\n  or --plan_must_fit false, which tries it all the same")
         _say("warning: by its plan this run does not fit; trying it all the same (--plan_must_fit false)")
     if must_fit and not (args.plan_device_memory or args.plan_host_memory):
         check_machine(machine, ds_config, plan.pinned_bytes, args.bf16, plan.settings.local_processes)
@@ -547,7 +548,7 @@ def parse_bytes(text: str | None, flag: str) -> int | None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)(B?)\s*", str(text), re.IGNORECASE)
     if match is None:
-        raise ValueError(f"--{flag} {text}: should be a size, such as 24GiB")
+        raise UserError(f"--{flag} {text}: must be a size, such as 24GiB")
     number, unit, is_binary, byte = match.groups()
     base = 1000 if byte and not is_binary and unit else 1024
     return int(float(number) * base ** ("KMGT".index((unit or "G").upper()) + 1))
@@ -558,7 +559,7 @@ def _stand_in(machine: Machine, args) -> Machine:
     device = parse_bytes(args.plan_device_memory, "plan_device_memory")
     host = parse_bytes(args.plan_host_memory, "plan_host_memory")
     if (device or host) and not args.plan:
-        raise ValueError("--plan_device_memory and --plan_host_memory stand in for hardware: they go with --plan only")
+        raise UserError("--plan_device_memory and --plan_host_memory stand in for hardware: they go with --plan only")
     if device:
         num_devices = _local_processes()
         name = f"a card of {device / GIB:.0f} GiB"
@@ -792,7 +793,7 @@ def _sample_texts(path: Path, column: str | None, template: str | None) -> tuple
         texts = [row.get(column) for row in rows]
     texts = [text for text in texts if isinstance(text, str) and text.strip()]
     if not texts:
-        raise ValueError("no texts")
+        raise UserError("no texts")
     return texts, round(len(texts) * scale)
 
 
@@ -832,7 +833,7 @@ def _sample_rows(path: Path) -> tuple[list[dict], float]:
 
 
 def choose_ds_config(args, shape: Shape, texts: Texts, machine: Machine) -> tuple[str, list[str]]:
-    """(the fastest shipped set-up that fits, a line for each one passed over). ValueError where none does."""
+    """(the fastest shipped set-up that fits, a line for each one passed over). UserError where none does."""
     passed_over, last = [], None
     for name in set_ups(machine, int(os.environ.get("WORLD_SIZE", "1"))):
         config = read_ds_config(ROOT / name)
@@ -849,7 +850,7 @@ def choose_ds_config(args, shape: Shape, texts: Texts, machine: Machine) -> tupl
         passed_over.append(
             f"passed over {name}: needs {needed / GIB:.1f} GiB of {what}, {there / GIB:.1f} are there ({largest})"
         )
-    raise ValueError("\n".join(["--deepspeed auto: none fits", *passed_over, explain(last)]))
+    raise UserError("\n".join(["--deepspeed auto: none fits", *passed_over, explain(last)]))
 
 
 def set_ups(machine: Machine, num_processes: int) -> list[str]:
@@ -1107,7 +1108,7 @@ def explain_failure(plan: Plan | None, error: str, allocated: int, reserved: int
 
 
 def check_same_everywhere(args, texts) -> None:
-    """ValueError, in every process, where processes run other code, other versions, other settings or other texts than
+    """UserError, in every process, where processes run other code, other versions, other settings or other texts than
     the first: they would wait for each other for ever, or learn something that nobody asked for. Collective."""
     from importlib.metadata import version
 
@@ -1133,7 +1134,7 @@ def check_same_everywhere(args, texts) -> None:
     for rank, theirs in enumerate(everywhere):
         for what in facts:
             if theirs[what] != everywhere[0][what]:
-                raise ValueError(
+                raise UserError(
                     f"process {rank} has other {what} than process 0 ({theirs[what]}, not {everywhere[0][what]}): "
                     "give every node the same"
                 )
@@ -1208,7 +1209,7 @@ def _convert(name: str, value, default):
         return default
     if name in ("bf16", "fp16") or name.endswith("_checkpointing") or isinstance(default, bool):
         if str(value).lower() not in ("true", "false"):
-            raise ValueError
+            raise UserError
         return str(value).lower() == "true"
     if name == "deepspeed":
         return value if isinstance(value, str) else json.dumps(value)

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from neoflix.errors import UserError
+
 NEAR_TWIN = 0.7  # Jaccard index of two texts' sets of word trigrams, from which on they count as near twins
 # 20 bands of 4: two texts at 0.7 share a band, and are compared, with probability 1 - (1 - 0.7^4)^20 = 99.6%. A band
 # takes 100 bytes a text.
@@ -67,7 +69,7 @@ class TrainingTexts:
     samples judged by them, 5.8 GiB at the peak (docs/sampling.md).
 
     Raises:
-        ValueError: where there is no text.
+        UserError: where there is no text.
     """
 
     def __init__(self, texts: Iterable[str]):
@@ -85,7 +87,7 @@ class TrainingTexts:
             if trigrams := word_trigrams(words):
                 self._index.insert(number, _sketch(trigrams))
         if not self.texts:
-            raise ValueError("there is no training text to judge samples against")
+            raise UserError("there is no training text to judge samples against")
         self._whole = set(self.texts)
         self._arrays = _WordArrays(ids, lengths)
 
@@ -275,10 +277,10 @@ def judge(samples: Sequence[str], training: TrainingTexts, ended: float | None =
         base: `of_samples` and `of_texts`, perplexities under the base model, or `no_perplexity`: why there are none.
 
     Raises:
-        ValueError: where there is no sample.
+        UserError: where there is no sample.
     """
     if not samples:
-        raise ValueError("there is no sample to judge")
+        raise UserError("there is no sample to judge")
     words = [split_words(text) for text in samples]
     is_copy = np.array([" ".join(each) in training._whole for each in words])
     has_twin = np.array([training.near_twin(text) is not None for text in samples])

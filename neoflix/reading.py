@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from neoflix.distributed import say
 from neoflix.ds_config import ROOT
+from neoflix.errors import UserError
 from neoflix.plan import USUAL_COLUMNS
 from neoflix.template import Template
 
@@ -53,12 +54,12 @@ def find_dataset(name: str, cache_dir: Path | None = None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not any(path.rglob("*.txt")):
-            raise ValueError(
+            raise UserError(
                 f"--dataset {name}: a folder without a .txt file; name one that has some, or a CSV, TSV, JSONL or "
                 "Parquet file"
             )
     elif not path.is_file():
-        raise ValueError(f"--dataset {name}: no such file (or say 'netflix', 'sample', or hf:NAME for one of the hub)")
+        raise UserError(f"--dataset {name}: no such file (or say 'netflix', 'sample', or hf:NAME for one of the hub)")
     return path
 
 
@@ -71,11 +72,11 @@ def download_netflix(path: Path, url: str = NETFLIX_URL) -> None:
         with urllib.request.urlopen(url, timeout=60) as response:
             partial.write_bytes(response.read())
         if len(read_texts(partial, "description", suffix=".csv")) < 1000:
-            raise ValueError("the file is too short to be the catalogue")
+            raise UserError("the file is too short to be the catalogue")
         partial.replace(path)
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(
+        raise UserError(
             f"--dataset netflix: could not be downloaded from {url} ({reason}); save that file as {path}, "
             "or try --dataset sample"
         ) from error
@@ -86,20 +87,20 @@ def download_netflix(path: Path, url: str = NETFLIX_URL) -> None:
 def download_from_hub(name: str, cache_dir: Path) -> Path:
     """'hf:PATH[@CONFIG][:SPLIT]' -> a Parquet file of that split ('train', if unsaid), downloaded once.
 
-    PATH may be a folder that `datasets` can load. No code of the data set's own is run. ValueError, in one sentence,
+    PATH may be a folder that `datasets` can load. No code of the data set's own is run. UserError, in one sentence,
     where there is no such data set or split.
     """
     from datasets import load_dataset
 
     match = HUB_NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"--dataset {name}: should be hf:NAME, hf:NAME:SPLIT or hf:NAME@CONFIG:SPLIT")
+        raise UserError(f"--dataset {name}: must be hf:NAME, hf:NAME:SPLIT or hf:NAME@CONFIG:SPLIT")
     path, split = match["path"], match["split"] or "train"
     try:
         dataset = load_dataset(path, match["config"], split=split)
     except Exception as error:  # every data set's builder raises its own
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise UserError(
             f"--dataset {name}: could not be loaded ({reason}); the name is as on huggingface.co/datasets, behind it "
             "@CONFIG where the data set has several and :SPLIT for another one than train"
         ) from error
@@ -126,7 +127,7 @@ def read_texts(
         suffix: what kind of file it is, where its name does not say.
 
     Raises:
-        ValueError, in one sentence, for every file that is not a table with such columns.
+        UserError, in one sentence, for every file that is not a table with such columns.
     """
     if template:
         column = template.text_field
@@ -152,21 +153,21 @@ def read_fields(given: dict[str, str], file: str | None, template: Template | No
     """The fields of one prompt or, with a file, of one for each row: those of its columns that the template has, where
     they are not empty, and `given` besides.
 
-    ValueError where there is no template, or the file has none of its columns, or a field is none of its.
+    UserError where there is no template, or the file has none of its columns, or a field is none of its.
     """
     if template is None:
-        raise ValueError("--fields: the model was trained without --template; say how texts begin with --prompt")
+        raise UserError("--fields: the model was trained without --template; say how texts begin with --prompt")
     template.check(given, f"--fields {' '.join(given)}")
     if file is None:
         return [given]
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"--fields_file {file}: no such file")
+        raise UserError(f"--fields_file {file}: no such file")
     said = ("--fields_file", "--fields_file")
     columns = list(read_table(path, None, said=said).columns)
     known = [name for name in template.fields if name in columns]
     if not known:
-        raise ValueError(
+        raise UserError(
             f"--fields_file {file}: has none of the columns {', '.join(template.fields)}, but {', '.join(columns)}"
         )
     table = read_table(path, known, said=said).map(_as_field)
@@ -186,7 +187,7 @@ def _as_field(value) -> str:
 
 def guess_column(path: Path) -> str:
     """The column of a table that holds the texts, where nobody says: 'description', 'text', or the only one that looks
-    like texts. ValueError, with the columns to choose from, where there is none or more than one."""
+    like texts. UserError, with the columns to choose from, where there is none or more than one."""
     head = read_table(path, None)
     if usual := [name for name in USUAL_COLUMNS if name in head.columns]:
         return usual[0]
@@ -200,7 +201,7 @@ def guess_column(path: Path) -> str:
         say(f"--text_column is not given: taking {prose[0]}, the one column of {path} that holds texts")
         return prose[0]
     few = "none of them holds" if not prose else f"{' and '.join(prose)} hold"
-    raise ValueError(
+    raise UserError(
         f"--text_column is not given, and {path} has no column {' or '.join(USUAL_COLUMNS)}; it has "
         f"{', '.join(map(str, head.columns))}, and {few} texts of {PROSE} words or more: name one"
     )
@@ -221,28 +222,28 @@ def read_table(
     readers = {".csv": _read_separated, ".tsv": _read_separated, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     reader = _read_folder if path.is_dir() else readers.get(suffix)
     if reader is None:
-        raise ValueError(
-            f"{said[0]} {path}: ends in {suffix or 'nothing'!r}; should be .csv, .tsv, .jsonl or .parquet, or a folder "
+        raise UserError(
+            f"{said[0]} {path}: ends in {suffix or 'nothing'!r}; must be .csv, .tsv, .jsonl or .parquet, or a folder "
             "of .txt files"
         )
     if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"{said[0]} {path}: the file is empty")
+        raise UserError(f"{said[0]} {path}: the file is empty")
     try:
         table = reader(path, columns)
     except MissingColumnError as error:
-        raise ValueError(f"{said[1]} {error}") from None
+        raise UserError(f"{said[1]} {error}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{said[0]} {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        raise UserError(f"{said[0]} {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     except OSError as error:
-        raise ValueError(f"{said[0]} {path}: cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{said[0]} {path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise ValueError(f"{said[0]} {path}: {error}") from error
+        raise UserError(f"{said[0]} {path}: {error}") from error
     if len(table) == 0:
-        raise ValueError(f"{said[0]} {path}: has a header but no rows")
+        raise UserError(f"{said[0]} {path}: has a header but no rows")
     return table
 
 
-class MissingColumnError(ValueError):
+class MissingColumnError(UserError):
     pass
 
 
@@ -261,12 +262,12 @@ def _read_separated(path: Path, columns: list[str] | None) -> pd.DataFrame:
         _require(path, columns, list(pd.read_csv(path, nrows=0, encoding="utf-8", **options).columns))
         return pd.read_csv(path, usecols=columns, engine="pyarrow", **options)
     except pd.errors.EmptyDataError as error:
-        raise ValueError("the file is empty") from error
+        raise UserError("the file is empty") from error
     except (pd.errors.ParserError, pa.ArrowInvalid) as error:
         if "UTF8" in str(error):
-            raise ValueError(f"not UTF-8 ({error}); save it as UTF-8") from error
+            raise UserError(f"not UTF-8 ({error}); save it as UTF-8") from error
         message = " ".join(str(error).split())
-        raise ValueError(f"a row has too many or too few fields, or a quote is not closed ({message[:160]})") from error
+        raise UserError(f"a row has too many or too few fields, or a quote is not closed ({message[:160]})") from error
 
 
 def _read_jsonl(path: Path, columns: list[str] | None) -> pd.DataFrame:
@@ -278,9 +279,9 @@ def _read_jsonl(path: Path, columns: list[str] | None) -> pd.DataFrame:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"line {number} is not valid JSON ({error})") from error
+                raise UserError(f"line {number} is not valid JSON ({error})") from error
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not a JSON object, {{...}}")
+                raise UserError(f"line {number} is not a JSON object, {{...}}")
             found |= dict.fromkeys(row)
             rows.append([row.get(name) for name in columns] if columns else row)
             if columns is None and len(rows) == HEAD:
@@ -299,7 +300,7 @@ def _read_parquet(path: Path, columns: list[str] | None) -> pd.DataFrame:
         _require(path, columns, pq.read_schema(path).names)
         return pd.read_parquet(path, columns=columns)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"not a Parquet file ({error})") from error
+        raise UserError(f"not a Parquet file ({error})") from error
 
 
 def _read_folder(path: Path, columns: list[str] | None) -> pd.DataFrame:
@@ -310,7 +311,7 @@ def _read_folder(path: Path, columns: list[str] | None) -> pd.DataFrame:
         try:
             rows.append((str(file.relative_to(path).with_suffix("")), file.read_text(encoding="utf-8")))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+            raise UserError(f"{file.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
     return pd.DataFrame(rows, columns=["name", "text"], dtype=object)
 
 
@@ -321,13 +322,13 @@ def _clean(values: pd.Series, path: Path, column: str) -> pd.Series:
     """The rows that hold a text, trimmed, with their place in the file as index."""
     values = values.dropna()
     if pd.api.types.is_numeric_dtype(values) and len(values):
-        raise ValueError(f"--text_column {column}: holds numbers in {path}; name a column of texts")
+        raise UserError(f"--text_column {column}: holds numbers in {path}; name a column of texts")
     if not values.map(type).eq(str).all():
-        raise ValueError(f"--text_column {column}: holds values that are not text in {path}; name a column of texts")
+        raise UserError(f"--text_column {column}: holds values that are not text in {path}; name a column of texts")
     texts = values.str.strip()
     texts = texts[texts.ne("")]
     if not len(texts):
-        raise ValueError(f"--text_column {column}: every row of {path} is empty there")
+        raise UserError(f"--text_column {column}: every row of {path} is empty there")
     if pd.to_numeric(texts, errors="coerce").notna().all():
-        raise ValueError(f"--text_column {column}: holds numbers in {path}; name a column of texts")
+        raise UserError(f"--text_column {column}: holds numbers in {path}; name a column of texts")
     return texts

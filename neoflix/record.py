@@ -15,6 +15,7 @@ from statistics import mean
 import torch
 
 from neoflix.checkpoint import RESULTS_FILE, STATE_FILE, list_checkpoints, read_run
+from neoflix.errors import UserError
 from neoflix.manifest import write_json, write_text
 
 STARTS_FILE = "starts.json"  # how the run was started, each time
@@ -115,17 +116,17 @@ class Record:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Record":
-        """Reads a run, finished or not. ValueError where the folder holds none, or nothing was logged yet."""
+        """Reads a run, finished or not. UserError where the folder holds none, or nothing was logged yet."""
         folder = Path(folder)
         run = read_run(folder)
         if run is None:
-            raise ValueError(f"{folder}: no run's folder (there is no run.json); name the --output_dir of a run")
+            raise UserError(f"{folder}: no run's folder (there is no run.json); name the --output_dir of a run")
         results = read_json(folder / RESULTS_FILE, {})
         state = read_json(folder / STATE_FILE, {})
         if not state and (checkpoints := list_checkpoints(folder)):
             state = read_json(checkpoints[-1] / STATE_FILE, {})
         if not state:
-            raise ValueError(f"{folder}: its run has no complete checkpoint yet, and so no curves; wait for the first")
+            raise UserError(f"{folder}: its run has no complete checkpoint yet, and so no curves; wait for the first")
         return cls(folder, run, read_json(folder / STARTS_FILE, []), state, results, read_live_samples(folder))
 
     @property

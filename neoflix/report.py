@@ -20,6 +20,7 @@ import jinja2
 from neoflix.checkpoint import RESULTS_FILE
 from neoflix.config import parse_report_args
 from neoflix.distributed import run_and_exit, say
+from neoflix.errors import UserError
 from neoflix.manifest import write_text
 from neoflix.quality import Judgement, Style, judgement_table, sweep_header, sweep_line
 from neoflix.record import Record, file_sizes, printable, read_json
@@ -493,17 +494,17 @@ def _markdown(text: str) -> str:
 
 
 def write_page(path: Path, page: str) -> None:
-    """ValueError where the file is not ours, or cannot be written."""
+    """UserError where the file is not ours, or cannot be written."""
     _write(path, page, PAGE_MARK, "name another file with --output, or move it away")
 
 
 def _write(path: Path, content: str, mark: str, way_out: str) -> None:
     try:
         if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
-            raise ValueError(f"{path}: is not a file that neoflix wrote, and is left alone; {way_out}")
+            raise UserError(f"{path}: is not a file that neoflix wrote, and is left alone; {way_out}")
         write_text(path, content)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def write_report(output_dir: str) -> Path | None:
@@ -544,7 +545,7 @@ def close_run(output_dir: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_report_args(argv)
     if len(args.runs) > MOST_RUNS:
-        raise ValueError(f"{len(args.runs)} runs: at most {MOST_RUNS} can be told apart in one page; name fewer")
+        raise UserError(f"{len(args.runs)} runs: at most {MOST_RUNS} can be told apart in one page; name fewer")
     records = [Record.read(run) for run in args.runs]
     if len(records) > 1:
         path, page = Path(args.output or COMPARISON_FILE), comparison_page(records)

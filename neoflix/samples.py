@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from neoflix.distributed import progress
+from neoflix.errors import UserError
 from neoflix.manifest import write_json
 
 
@@ -27,18 +28,18 @@ def describe_job(model_dir: Path, prompts: list[str] | list[dict], **settings) -
 def find_done(path: str, job: dict) -> int:
     """How many texts of this job the file at `path` has already; what a kill left of one more is cut off.
 
-    ValueError where the file is another job's, or finished.
+    UserError where the file is another job's, or finished.
     """
     file, note = Path(path), Path(f"{path}.job")
     if not file.exists():
         return 0
     if not note.is_file():
-        raise ValueError(f"--output {path}: exists already; choose another name or delete it")
+        raise UserError(f"--output {path}: exists already; choose another name or delete it")
     before = json.loads(note.read_text(encoding="utf-8"))
     for key in job:
         if before.get(key) != job[key]:
             was = "" if key in ("model", "prompts") else f" ({before.get(key)}, now {job[key]})"
-            raise ValueError(
+            raise UserError(
                 f"--output {path}: was begun with other {key}{was}; go on as it was begun, choose another name, or "
                 "delete it"
             )
@@ -66,4 +67,4 @@ def save_samples(samples: Iterable, path: str, job: dict, total: int, done: int,
                 yield sample
         note.unlink()
     except OSError as error:
-        raise ValueError(f"--output {path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from error

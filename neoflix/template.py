@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from string import Formatter
 
+from neoflix.errors import UserError
+
 NUM_ROWS = 500  # of a data set, whose fields are kept with the model, to draw from: 20 to 60 KB
 KEY = "text_template"  # in tokenizer_config.json
 
@@ -52,29 +54,29 @@ class Template:
     rows: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self):
-        """ValueError, in one sentence, for a pattern that is none."""
+        """UserError, in one sentence, for a pattern that is none."""
         try:
             pieces = list(Formatter().parse(self.pattern))
         except ValueError as error:
-            raise ValueError(f"--template {self.pattern!r}: {error}; a brace that is text is written twice") from None
+            raise UserError(f"--template {self.pattern!r}: {error}; a brace that is text is written twice") from None
         names = [name for _, name, _, _ in pieces if name is not None]
         if len(names) < 2 or not all(names):
-            raise ValueError(
-                f"--template {self.pattern!r}: should name two columns or more, as in '{{title}}: {{description}}'"
+            raise UserError(
+                f"--template {self.pattern!r}: must name two columns or more, as in '{{title}}: {{description}}'"
             )
         if any(spec or conversion for _, _, spec, conversion in pieces):
-            raise ValueError(f"--template {self.pattern!r}: braces hold a column's name and nothing else")
+            raise UserError(f"--template {self.pattern!r}: braces hold a column's name and nothing else")
         if len(set(names)) < len(names):
-            raise ValueError(f"--template {self.pattern!r}: names a column twice")
+            raise UserError(f"--template {self.pattern!r}: names a column twice")
         if pieces[-1][1] is None:
-            raise ValueError(
-                f"--template {self.pattern!r}: should end with the column that is learnt; {pieces[-1][0]!r} follows it"
+            raise UserError(
+                f"--template {self.pattern!r}: must end with the column that is learnt; {pieces[-1][0]!r} follows it"
             )
         for before, name, _, _ in pieces[1:]:
             if not before.strip() and "\n" not in before:
-                raise ValueError(
-                    f"--template {self.pattern!r}: between {{{names[names.index(name) - 1]}}} and {{{name}}} should "
-                    "stand something that tells where one ends, such as ' | '"
+                raise UserError(
+                    f"--template {self.pattern!r}: between {{{names[names.index(name) - 1]}}} and {{{name}}} there "
+                    "must be a separator, such as ' | '"
                 )
 
     @cached_property
@@ -161,12 +163,12 @@ class Template:
         return random.Random(f"{seed} {index}").choice(self._find_nearest(given)) | given
 
     def check(self, given: Iterable[str], said: str) -> None:
-        """ValueError for fields that the prompt does not have; `said`: how the user gave them."""
+        """UserError for fields that the prompt does not have; `said`: how the user gave them."""
         for name in given:
             if name == self.text_field:
-                raise ValueError(f"{said}: {name} is what the model writes; give {', '.join(self.fields)}")
+                raise UserError(f"{said}: {name} is what the model writes; give {', '.join(self.fields)}")
             if name not in self.fields:
-                raise ValueError(f"{said}: the model knows no {name}; give {', '.join(self.fields)}")
+                raise UserError(f"{said}: the model knows no {name}; give {', '.join(self.fields)}")
 
     def with_rows(self, texts: list[PromptedText]) -> "Template":
         """The same with fields of some of these texts to draw from; a model that writes fields itself needs none."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerBase
 
+from neoflix.errors import UserError
+
 BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 
 
@@ -14,17 +16,17 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
     """Loads a model's tokenizer and gives it a beginning, an end and a padding token that differ.
 
     GPT-Neo's own has one token, `<|endoftext|>`, for all three: it stays the end; `<|startoftext|>` and
-    `<|pad|>` are added. ValueError where the folder or hub name holds no tokenizer.
+    `<|pad|>` are added. UserError where the folder or hub name holds no tokenizer.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {model_name_or_path}: no tokenizer found there; a folder needs tokenizer.json "
             "(or vocab.json and merges.txt), a hub name needs a network connection or an earlier download"
         ) from error
     if len(tokenizer) < 2:
-        raise ValueError(f"--model_name_or_path {model_name_or_path}: its tokenizer has no vocabulary")
+        raise UserError(f"--model_name_or_path {model_name_or_path}: its tokenizer has no vocabulary")
     set_special_tokens(tokenizer)
     return tokenizer
 
@@ -32,15 +34,15 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
 def read_tokenizer(folder: str | Path, named: str) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with a model, as it is.
 
-    ValueError, which begins with how the user `named` it, where none does: of no files at all transformers makes an
+    UserError, which begins with how the user `named` it, where none does: of no files at all transformers makes an
     empty one.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{named}: holds a model but no tokenizer") from error
+        raise UserError(f"{named}: holds a model but no tokenizer") from error
     if len(tokenizer) < 2:
-        raise ValueError(f"{named}: holds a model but no tokenizer")
+        raise UserError(f"{named}: holds a model but no tokenizer")
     return tokenizer
 
 

@@ -30,6 +30,7 @@ from neoflix.checkpoint import (
 from neoflix.consolidation import gather_weights
 from neoflix.data import TokenBatches, count_tokens
 from neoflix.distributed import StoppedEarly, ask_main_process, gather, say, shout
+from neoflix.errors import UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
@@ -129,7 +130,7 @@ class TokenTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; DeadProcessError where
-        another process died; ValueError, with the plan, where memory did not suffice."""
+        another process died; UserError, with the plan, where memory did not suffice."""
         logging.disable_progress_bar()  # transformers' own, one for each save
         ask_main_process(self._check_space_for_all)
         ask_main_process(note_start, self.args.output_dir, self._describe_start(resume_from_checkpoint))
@@ -169,7 +170,7 @@ class TokenTrainer(Trainer):
 
     @contextmanager
     def _explaining_full_memory(self):
-        """Out of memory: ValueError, with the plan beside the allocator's figures and what to change."""
+        """Out of memory: UserError, with the plan beside the allocator's figures and what to change."""
         try:
             yield
         except RuntimeError as error:  # torch.OutOfMemoryError is one; of the host's memory there is no class
@@ -178,7 +179,7 @@ class TokenTrainer(Trainer):
             message = explain_failure(self.args.forecast, str(error), *self._allocated())
             if not self.is_world_process_zero():  # the main process may not have failed
                 shout(message)
-            raise ValueError(message) from error
+            raise UserError(message) from error
 
     def _allocated(self) -> tuple[int, int, int]:
         """(bytes at the peak that torch handed out on this device, that it held, that this process had of the host)"""
@@ -316,7 +317,7 @@ class TokenTrainer(Trainer):
     def _save_checkpoint(self, model, trial=None):
         """Writes `checkpoint-N`, all of it or nothing, then deletes those beyond `--save_total_limit`. Collective.
 
-        ValueError in every process where it cannot be written, `--on_full_disk go_on` excepted; earlier
+        UserError in every process where it cannot be written, `--on_full_disk go_on` excepted; earlier
         checkpoints are not touched before this one is complete.
         """
         run, step = Path(self.args.output_dir), self.state.global_step
@@ -326,10 +327,10 @@ class TokenTrainer(Trainer):
             try:
                 ask_main_process(self._begin_checkpoint, unfinished)
                 self._write_checkpoint(unfinished)
-            except ValueError as error:
+            except UserError as error:
                 ask_main_process(lambda: shutil.rmtree(unfinished, ignore_errors=True))
                 if self.args.on_full_disk == "stop":
-                    raise ValueError(
+                    raise UserError(
                         f"{error}. The run's earlier checkpoints are whole; the same command goes on"
                     ) from None
                 say(f"warning: {error}; going on without checkpoint-{step}")
@@ -392,7 +393,7 @@ class TokenTrainer(Trainer):
             write_manifest(folder, facts, entries)
             publish(folder)
         except OSError as error:
-            raise ValueError(f"{folder.with_suffix('')} could not be written ({error.strerror})") from error
+            raise UserError(f"{folder.with_suffix('')} could not be written ({error.strerror})") from error
 
     def _find_best_step(self, *more_steps: int) -> int | None:
         """The step of the best evaluated checkpoint among those that are complete, and `more_steps`."""
@@ -414,7 +415,7 @@ class TokenTrainer(Trainer):
         return forecast_bytes(num_weights, weights[0].element_size())
 
     def _check_space_for_all(self) -> None:
-        """ValueError where the disk cannot hold the checkpoints that will lie there side by side."""
+        """UserError where the disk cannot hold the checkpoints that will lie there side by side."""
         args, run = self.args, Path(self.args.output_dir)
         if args.save_strategy == "no":
             return

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from neoflix.checkpoint import STATE_FILE, UNIVERSAL, check_space
 from neoflix.distributed import progress, say
+from neoflix.errors import UserError
 from neoflix.manifest import read_manifest
 
 
@@ -26,7 +27,7 @@ def needs_conversion(checkpoint: Path, num_processes: int) -> bool:
 
 
 def check_loadable(checkpoint: Path, zero: dict, num_processes: int) -> None:
-    """ValueError where DeepSpeed 0.19.8 would fail to load the optimizer, or would leave it out without a word.
+    """UserError where DeepSpeed 0.19.8 would fail to load the optimizer, or would leave it out without a word.
 
     Args:
         zero: `zero_optimization` of the DeepSpeed file.
@@ -34,14 +35,14 @@ def check_loadable(checkpoint: Path, zero: dict, num_processes: int) -> None:
     saved = read_manifest(checkpoint)
     alike = {0: {0}, 1: {1, 2}, 2: {1, 2}, 3: {3}}[saved["zero_stage"]]
     if zero.get("stage", 0) not in alike:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} was saved at ZeRO stage {saved['zero_stage']}, and its optimizer does not fit stage "
             f"{zero.get('stage', 0)}; go on with the --deepspeed file it began with, or start anew in another "
             "--output_dir"
         )
     is_on_nvme = zero.get("offload_optimizer", {}).get("device") == "nvme"
     if is_on_nvme and saved["num_processes"] != num_processes:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} was saved by {saved['num_processes']} process(es) with the optimizer on NVMe, and "
             f"{num_processes} cannot take it over; go on with {saved['num_processes']}, or start anew in another "
             "--output_dir"
@@ -51,7 +52,7 @@ def check_loadable(checkpoint: Path, zero: dict, num_processes: int) -> None:
 def convert(checkpoint: Path, run: Path) -> Path:
     """Writes `checkpoint-N.universal` into the run's folder and returns it. One process.
 
-    The checkpoint itself is only read. ValueError where the disk is too full.
+    The checkpoint itself is only read. UserError where the disk is too full.
     """
     tag = (checkpoint / "latest").read_text().strip()
     target = run / (checkpoint.name + UNIVERSAL)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from neoflix.distributed import DeadProcessError, end_process, gather, num_processes, shout
+from neoflix.errors import UserError
 
 BEAT = 1.0  # seconds between two signs of life
 PATIENCE = 25  # beats without a sign of life: then it has hung, or its machine is gone
@@ -59,7 +60,7 @@ class Watchdog:
             return
         if kind is None:
             gather(None)  # rank 0 keeps the store until all have come so far
-        elif not issubclass(kind, ValueError | KeyboardInterrupt):
+        elif not issubclass(kind, UserError | KeyboardInterrupt):
             # Most often the consequence of another process's end: that is worth a sentence, this is not.
             if self._found.wait(GRACE + 2 * BEAT):
                 self._left.set()

@@ -156,7 +156,7 @@ def test_window_is_never_passed(sampler):
 @pytest.mark.parametrize("bad", [{"temperature": 0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -1}, {"num_samples": 0}])
 def test_settings_that_mean_nothing(sampler, bad):
     ((name, value),) = bad.items()
-    with pytest.raises(ValueError, match=f"{name}={value}: should be"):
+    with pytest.raises(ValueError, match=f"{name}={value}: must be"):
         sampler.sample(**bad)
     with pytest.raises(TypeError, match="'temprature' is no sampling setting; there are temperature, "):
         sampler.sample(temprature=1.0)

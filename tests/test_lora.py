@@ -232,8 +232,8 @@ def test_adapters_that_cannot_be_used_are_one_sentence(adapters, model_dir):
     ("words", "message"),
     [
         (["--model_name_or_path", "demo"], "beside a model that has learnt"),
-        (["--lora_rank", "0"], "--lora_rank 0: should be above 0"),
-        (["--lora_alpha", "-1"], "--lora_alpha -1.0: should be above 0"),
+        (["--lora_rank", "0"], "--lora_rank 0: must be above 0"),
+        (["--lora_alpha", "-1"], "--lora_alpha -1.0: must be above 0"),
     ],
 )
 def test_flags_that_mean_nothing(train_words, words, message):

@@ -411,7 +411,7 @@ def test_missing_model_is_a_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--plan", "--plan_device_memory", "much"], "should be a size"),
+        (["--plan", "--plan_device_memory", "much"], "must be a size"),
         (["--plan_device_memory", "24GiB"], "go with --plan only"),
         (["--tokens_per_device_batch", "many"], "a number of tokens, or auto"),
     ],

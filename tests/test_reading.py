@@ -75,7 +75,7 @@ BAD_FILES = {
     "numbers.jsonl": (b'{"description": 1}\n{"description": 2}\n', "not text|numbers"),
     "latin1.jsonl": ('{"description": "café"}\n'.encode("latin-1"), "not UTF-8"),
     "not.parquet": (b"title,description\na,b\n", "not a Parquet file"),
-    "prose.docx": (b"PK", "should be .csv"),
+    "prose.docx": (b"PK", "must be .csv"),
 }
 
 
