@@ -96,7 +96,7 @@ def attentions(lengths: list[int], args: argparse.Namespace) -> dict[str, Callab
     """Each takes no argument and returns the gradients of query, key and value [T, H, D]; a local layer's."""
     shape = (sum(lengths), args.num_heads, args.width // args.num_heads)
     query, key, value = (torch.randn(*shape, dtype=args.dtype).requires_grad_() for _ in range(3))
-    layout_NL = attention.lay_out_texts(lengths)[0, 0]
+    layout = attention.lay_out_texts(lengths)
     text_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place_T = torch.arange(len(text_T))
     distance_TT = place_T.unsqueeze(1) - place_T
@@ -115,7 +115,7 @@ def attentions(lengths: list[int], args: argparse.Namespace) -> dict[str, Callab
 
     def ours(with_varlen: bool):
         with mock.patch.object(attention, "takes_varlen", return_value=with_varlen):
-            return layer._attend_by_text(query, key, value, layout_NL)
+            return layer._attend_by_text(query, key, value, layout)
 
     functions = {
         "one row, dense mask": lambda: dense(mask_TT),

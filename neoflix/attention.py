@@ -8,6 +8,8 @@ A row that holds several texts end to end is attended to text by text: exact, an
 where a block-diagonal mask would be quadratic. On CUDA that is one kernel, torch's variable-length flash attention;
 elsewhere the texts are taken apart by length and each group goes through `scaled_dot_product_attention`.
 
+Every mask that transformers takes works: of two dimensions, or of four as bool, float or integer, with any cache.
+
 Shapes: B rows, T tokens a row, Q queries, K keys, H heads, D dimensions a head, N texts, L tokens of the
 longest text (in a group).
 """
@@ -25,18 +27,20 @@ ATTENTION_NAME = "neoflix"  # not "sdpa": transformers refuses that word for GPT
 SHORTEST_GROUP = 16  # texts up to this length share a group: below it padding costs less than another kernel
 
 
-def lay_out_texts(lengths: list[int]) -> torch.Tensor:
-    """Where texts of these lengths lie in the row that holds them end to end: what a model takes for its
-    `attention_mask` with such a row.
+class TextLayout(torch.Tensor):
+    """Long [1, 1, N, L]: the place in its row of each token of each text; beyond its end a text repeats its last.
 
-    Returns:
-        long [1, 1, N, L]: the place of each token of each text; beyond its end a text repeats its last. Four
-        dimensions, because transformers hands such a mask on as it is: to find the texts out by itself
-        it would have the host wait for the device, in every forward pass.
+    A model takes it as its `attention_mask`. Its type, which `.to()`, pinned memory and worker processes keep, tells it
+    from every mask. It has four dimensions because transformers hands such a mask on as it is: to find the texts by
+    itself it would have the host wait for the device, in every forward pass.
     """
+
+
+def lay_out_texts(lengths: list[int]) -> TextLayout:
+    """The layout of texts of these lengths in the row that holds them end to end."""
     lengths_N1 = torch.tensor(lengths).unsqueeze(1)
     starts_N1 = lengths_N1.cumsum(0) - lengths_N1
-    return (starts_N1 + torch.arange(max(lengths)).minimum(lengths_N1 - 1))[None, None]
+    return (starts_N1 + torch.arange(max(lengths)).minimum(lengths_N1 - 1))[None, None].as_subclass(TextLayout)
 
 
 def group_by_length(layout_NL: torch.Tensor) -> list[torch.Tensor]:
@@ -50,8 +54,8 @@ def group_by_length(layout_NL: torch.Tensor) -> list[torch.Tensor]:
 class GPTNeoFastAttention(nn.Module):
     """Takes the place of transformers' `GPTNeoSelfAttention`: same weights, same call, same result.
 
-    `attention_mask` may also be the layout of the texts in one packed row (`lay_out_texts`). `attn_weights` is
-    always None: no kernel that is worth using keeps them.
+    `attention_mask` may also be the layout of the texts in one packed row (`lay_out_texts`). Attention weights are not
+    offered: the kernels do not keep them.
     """
 
     def __init__(self, config, attention_type: str, layer_id: int | None = None):
@@ -68,23 +72,54 @@ class GPTNeoFastAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
 
-    def forward(self, hidden_states, attention_mask=None, layer_past=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, layer_past=None, output_attentions=False, **kwargs):
         """hidden_states [B, T, H * D] -> (output [B, T, H * D], None)."""
+        if output_attentions:
+            raise ValueError('output_attentions=True needs a model loaded with attn_implementation="eager"')
         query, key, value = (
             projection(hidden_states).unflatten(-1, (self.num_heads, -1))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if attention_mask is not None and attention_mask.dtype == torch.long:
-            output = self._attend_by_text(query[0], key[0], value[0], attention_mask[0, 0])
+        if isinstance(attention_mask, TextLayout):
+            output = self._attend_by_text(query[0], key[0], value[0], attention_mask)
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            start = 0 if layer_past is None else layer_past.get_query_offset(self.layer_id)
+            if attention_mask is not None:  # before the update, which moves a static cache's offset
+                places = start + torch.arange(query.shape[2], device=query.device).unsqueeze(1)
+                attention_mask = self._complete(attention_mask, places, query.dtype)
             if layer_past is not None:
                 key, value = layer_past.update(key, value, self.layer_id)
             output = self._attend(query, key, value, attention_mask).transpose(1, 2)
         return self.resid_dropout(self.out_proj(output.reshape(hidden_states.shape))), None
 
+    def _complete(self, mask, place_Q1, dtype):
+        """A mask as `scaled_dot_product_attention` takes it, without keys after each query or outside its window.
+
+        Args:
+            mask: broadcast to [B, H, Q, K]. Bool: True attends. Float: added to the scores. Integer: 1 attends, 0 does
+                not; without any positive number it is added to the scores.
+            place_Q1: each query's place among the keys; with our own cache [B, 1, 1, 1].
+        """
+        num_queries, num_keys = place_Q1.shape[-2], mask.shape[-1]
+        lowest = torch.finfo(dtype).min  # not -inf: a row without any visible key would be NaN
+        if mask.dtype != torch.bool:
+            if not mask.is_floating_point():
+                shown = torch.where(mask > 0, 0.0, lowest)
+                mask = torch.where((mask > 0).any(), shown, mask.to(shown.dtype))
+            mask = mask.to(dtype).clamp(min=lowest)
+        is_windowed = self.window is not None and num_keys > self.window
+        if num_queries == 1 and not is_windowed:  # one new token, which sees all of the cache
+            return mask
+        keys_K = torch.arange(num_keys, device=mask.device)
+        is_near = keys_K <= place_Q1
+        if is_windowed:
+            is_near &= keys_K > place_Q1 - self.window
+        return mask & is_near if mask.dtype == torch.bool else mask.masked_fill(~is_near, -torch.inf)
+
     @torch.compiler.disable  # its shapes change with every batch
-    def _attend_by_text(self, query_THD, key_THD, value_THD, layout_NL):
+    def _attend_by_text(self, query_THD, key_THD, value_THD, layout_11NL):
+        layout_NL = layout_11NL.as_subclass(torch.Tensor)[0, 0]
         dropout = self.attention_dropout if self.training else 0.0
         if not dropout and takes_varlen(query_THD):
             num_tokens, longest = len(query_THD), layout_NL.shape[1]
@@ -109,8 +144,6 @@ class GPTNeoFastAttention(nn.Module):
             key_BHKD, value_BHKD = key_BHKD[:, :, :num_queries], value_BHKD[:, :, :num_queries]
             if self.window is not None and num_queries > self.window:
                 mask = _band(num_queries, self.window, query_BHQD.device)
-        elif self.window is not None and key_BHKD.shape[2] > self.window:
-            mask = mask & _within_window(mask, self.window)
         return scaled_dot_product_attention(
             query_BHQD,
             key_BHKD,
@@ -133,13 +166,6 @@ def _band(length: int, window: int, device) -> torch.Tensor:
     """bool [length, length]: each token sees itself and the window - 1 tokens before it."""
     full = torch.ones(length, length, dtype=torch.bool, device=device)
     return full.tril().triu(1 - window)
-
-
-def _within_window(mask_B1QK: torch.Tensor, window: int) -> torch.Tensor:
-    """bool [B, 1, Q, K]: the last `window` keys up to each query, whose own place is its last visible key."""
-    keys_K = torch.arange(mask_B1QK.shape[-1], device=mask_B1QK.device)
-    query_place = (mask_B1QK * keys_K).amax(-1, keepdim=True)
-    return keys_K > query_place - window
 
 
 def register_attention() -> None:

@@ -190,6 +190,10 @@ class SlotCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
+    def get_query_offset(self, layer_idx: int = 0) -> torch.Tensor:
+        """The place of each slot's new token, [B, 1, 1, 1]."""
+        return self.places_B[:, None, None, None]
+
 
 # ---- the loop ----------------------------------------------------------------------------------------------
 

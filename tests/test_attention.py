@@ -4,12 +4,14 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from conftest import tiny_config
 from torch.utils.checkpoint import checkpoint
-from transformers import GPTNeoForCausalLM
+from torch.utils.data import DataLoader
+from transformers import DynamicCache, GPTNeoForCausalLM, StaticCache
 
 from neoflix import attention
-from neoflix.attention import ATTENTION_NAME, group_by_length, lay_out_texts, register_attention
+from neoflix.attention import ATTENTION_NAME, TextLayout, group_by_length, lay_out_texts, register_attention
 from neoflix.data import PackedCollator
 from neoflix.loss import causal_lm_loss
 
@@ -167,6 +169,88 @@ def test_right_padding(pair):
     torch.testing.assert_close(real, eager(ids, attention_mask=mask).logits[mask.bool()], **TOLERANCE)
 
 
+T = 40  # beyond the window of 16
+CAUSAL = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
+PADDED = torch.ones(2, T, dtype=torch.long).index_fill(1, torch.arange(5), 0)
+LOWEST = torch.finfo(torch.float32).min
+BIASES = -0.3 * torch.arange(T).float() * torch.arange(1, 5).view(1, 4, 1, 1)
+MASKS = {
+    "2-D": PADDED,
+    "2-D, bool": PADDED.bool(),
+    "2-D, float": PADDED.float(),
+    "4-D float, causal": torch.zeros(1, 1, T, T).masked_fill(~CAUSAL, LOWEST),
+    "4-D float, causal, -inf": torch.zeros(1, 1, T, T).masked_fill(~CAUSAL, -torch.inf),
+    "4-D float, padding": torch.zeros(2, 1, T, T).masked_fill(~(CAUSAL & PADDED.bool()[:, None, None]), LOWEST),
+    "4-D float, all queries": torch.zeros(2, 1, 1, T).masked_fill(~PADDED.bool()[:, None, None], LOWEST),
+    "4-D float, nothing": torch.zeros(1, 1, T, T),
+    "4-D float, biases": BIASES.expand(1, 4, T, T),
+    "4-D half, biases": BIASES.half().expand(1, 4, T, T),
+    "4-D bool, causal": CAUSAL,
+    "4-D bool, nothing": torch.ones(1, 1, T, T, dtype=torch.bool),
+    "4-D long, causal": CAUSAL.long(),
+    "4-D long, nothing": torch.ones(1, 1, T, T, dtype=torch.long),
+    "4-D long, two rows": CAUSAL.long().expand(2, 1, T, T),
+    "4-D int, added": (1 - PADDED.int()[:, None, None]) * -10000,
+    "4-D long, zeros": torch.zeros(1, 1, T, T, dtype=torch.long),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masks_are_eagers(pair, mask):
+    """Eager adds whatever it is given to the scores, and sees neither later tokens nor those outside the window."""
+    eager, ours = pair
+    ids, is_real = random_ids(2, T), PADDED.bool() if mask.shape[0] == 2 else torch.ones(2, T, dtype=torch.bool)
+    theirs, mine = eager(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits
+    assert mine.isfinite().all()
+    torch.testing.assert_close(mine[is_real], theirs[is_real], **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_masks_of_ones_and_zeros_hide_padding(pair, dtype):
+    eager, ours = pair
+    ids, mask = random_ids(2, T), (CAUSAL & PADDED.bool()[:, None, None]).to(dtype)
+    theirs, mine = eager(ids, attention_mask=PADDED).logits, ours(ids, attention_mask=mask).logits
+    torch.testing.assert_close(mine[PADDED.bool()], theirs[PADDED.bool()], **TOLERANCE)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bool, torch.float32, torch.long])
+def test_masks_with_a_cache(pair, dtype, is_static):
+    """A prompt, several tokens at once beyond the window, then one by one."""
+    eager, ours = pair
+    ids = random_ids(2, T)
+    cache = StaticCache(config=ours.config, max_cache_len=64) if is_static else DynamicCache(config=ours.config)
+    pieces, at = [], 0
+    for length in (10, 20, 1, 9):
+        num_keys = 64 if is_static else at + length
+        mask = torch.arange(num_keys) <= torch.arange(at, at + length).unsqueeze(1)
+        mask = mask.expand(2, 1, -1, -1)
+        if dtype is not None:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, LOWEST) if dtype.is_floating_point else mask.to(dtype)
+        mask = mask if dtype is not None else None
+        pieces.append(ours(ids[:, at : at + length], attention_mask=mask, past_key_values=cache).logits)
+        at += length
+    torch.testing.assert_close(torch.cat(pieces, 1), eager(ids).logits, **TOLERANCE)
+
+
+def test_a_layout_keeps_its_type():
+    layout = PackedCollator()([{"input_ids": [1, 2, 3], "num_given": 1}])["attention_mask"]
+    assert type(layout) is TextLayout
+    assert type(layout.to("meta", non_blocking=True)) is TextLayout
+    assert type(send_to_device({"attention_mask": layout}, "meta")["attention_mask"]) is TextLayout
+    rows = [{"input_ids": [1, 2, 3], "num_given": 1}] * 2
+    loader = DataLoader(rows, batch_size=2, collate_fn=PackedCollator(), num_workers=1)
+    assert type(next(iter(loader))["attention_mask"]) is TextLayout
+
+
+def test_attention_weights_are_refused(pair):
+    _, ours = pair
+    with pytest.raises(ValueError, match='needs a model loaded with attn_implementation="eager"'):
+        ours(random_ids(1, 4), output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        ours.config.output_attentions = True
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("prompt_length", [1, 10, 30])
 def test_generation_past_the_window(pair, cache, prompt_length):
@@ -189,7 +273,7 @@ def test_layout_visits_each_token_once():
     layout = lay_out_texts([20, 1, 29, 33, 17])
     assert layout.shape == (1, 1, 5, 33)
     assert layout[0, 0, 1].tolist() == [20] * 33, "a text of one token repeats it"
-    groups = group_by_length(layout[0, 0])
+    groups = group_by_length(layout.as_subclass(torch.Tensor)[0, 0])
     # Up to 16, up to 32, up to 64 tokens.
     assert [tuple(group.shape) for group in groups] == [(1, 1), (3, 29), (1, 33)]
     assert sorted({place for group in groups for place in group.flatten().tolist()}) == list(range(100))
