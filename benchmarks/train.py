@@ -43,6 +43,7 @@ from neoflix.config import RECOMPUTING, TrainArguments  # noqa: E402
 from neoflix.data import PackedCollator  # noqa: E402
 from neoflix.distributed import prepare_environment  # noqa: E402
 from neoflix.lora import add_adapters  # noqa: E402
+from neoflix.runs import Start  # noqa: E402
 from neoflix.trainer import TokenTrainer, peak_host_bytes  # noqa: E402
 
 SIDES = ("article", "ours", "lora")
@@ -159,7 +160,7 @@ def measure_one_side(args: argparse.Namespace) -> None:
         trainer = build_trainer(args, texts_per_step, texts, common)
         clock = Clock(trainer, args.steps)
         trainer.add_callback(clock)
-        trainer.train()
+        trainer.train(*([] if args.side == "article" else [Start(run={})]))
     figures = clock.figures(real_tokens_per_step=sum(map(len, texts)) / num_steps)
     num_parameters = trainer.model.num_parameters()
     figures |= {

@@ -14,13 +14,14 @@ from pathlib import Path
 from transformers import set_seed
 
 from neoflix import data, reading
-from neoflix.checkpoint import describe_texts, find_model, find_run
+from neoflix.checkpoint import find_model
 from neoflix.config import TrainArguments
 from neoflix.consolidation import whole_weights
 from neoflix.distributed import ask_main_process, say
 from neoflix.errors import UserError
 from neoflix.model import find_tokenizer, get_window, keeps_texts_apart, load_model
 from neoflix.plan import check_same_everywhere
+from neoflix.runs import describe_texts, find_run
 from neoflix.trainer import TokenTrainer
 
 RESULTS = "eval_results.jsonl"  # in --output_dir, one line for each evaluation

@@ -12,7 +12,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from neoflix.checkpoint import find_run
 from neoflix.config import TrainArguments
 from neoflix.data import split_texts
 from neoflix.distributed import progress, say
@@ -31,6 +30,7 @@ from neoflix.quality import (
     sweep_line,
 )
 from neoflix.reading import find_dataset, read_texts
+from neoflix.runs import find_run
 from neoflix.template import Template, parts
 from neoflix.tokenizer import read_tokenizer
 
