@@ -12,7 +12,8 @@ from transformers import set_seed
 from neoflix import data, reading
 from neoflix.checkpoint import check_same_run, describe_run, find_resume_point, is_finished, save_results, save_run
 from neoflix.config import parse_train_args
-from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit, say
+from neoflix.console import say
+from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit
 from neoflix.evaluation import evaluate_only
 from neoflix.model import find_tokenizer, get_window, load_model
 from neoflix.preemption import catch_stop_requests
@@ -47,9 +48,8 @@ def train(args) -> None:
     model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **options)
     with args.main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
-        train_tokens, validation_tokens = data.tokenize_split(
-            texts, tokenizer, max_length, cache_dir, args.loss_on_prompt
-        )
+        sides = data.tokenize_split(texts, tokenizer, max_length, cache_dir, args.loss_on_prompt)
+        train_tokens, validation_tokens = sides
     ask_main_process(plan.remember_counts, args, max_length, data.count_tokens(train_tokens), len(validation_tokens))
 
     # Go on where this run stopped, never where another one did.
@@ -62,7 +62,6 @@ def train(args) -> None:
         args.eval_on_start = False
         say(f"Resuming from {checkpoint}")
     ask_main_process(save_run, args.output_dir, run)
-
     trainer = TokenTrainer(
         model=model,
         args=args,

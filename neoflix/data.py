@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from neoflix.attention import lay_out_texts
-from neoflix.distributed import progress, say
+from neoflix.console import progress, say
 from neoflix.errors import UserError
 from neoflix.loss import IGNORED
 from neoflix.quality import split_words

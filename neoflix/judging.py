@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neoflix.checkpoint import find_run
 from neoflix.config import TrainArguments
+from neoflix.console import progress, say
 from neoflix.data import split_texts
-from neoflix.distributed import progress, say
 from neoflix.errors import UserError
 from neoflix.loss import IGNORED
 from neoflix.manifest import write_json

@@ -32,7 +32,8 @@ from neoflix.checkpoint import (
     list_numbered,
     read_run,
 )
-from neoflix.distributed import ask_main_process, say
+from neoflix.console import say
+from neoflix.distributed import ask_main_process
 from neoflix.errors import UserError
 from neoflix.manifest import find_damage, hash_file, read_manifest, sync_folder, write_json
 
@@ -127,10 +128,10 @@ def check_output_dir(output_dir: str, model_name_or_path: str) -> None:
         in_the_way += sorted(path.name for path in run.iterdir() if re.fullmatch(r"model-\d+-of-\d+\..*", path.name))
         in_the_way += [path.name for path in list_numbered(run) if find_damage(path) or find_misplaced(path)]
     if in_the_way:
-        others = f" and {len(in_the_way) - 1} more" if len(in_the_way) > 1 else ""
+        others = f" (and {len(in_the_way) - 1} more)" if len(in_the_way) > 1 else ""
         raise UserError(
-            f"--output_dir {output_dir}: {in_the_way[0]}{others} there were not written by this run, which would "
-            "replace them; choose another --output_dir, or move them away"
+            f"--output_dir {output_dir}: {in_the_way[0]}{others} there was not written by this run, which would "
+            "replace it; choose another --output_dir, or move it away"
         )
 
 

@@ -24,9 +24,10 @@ from neoflix.checkpoint import (
     forecast_bytes,
     list_checkpoints,
 )
+from neoflix.console import say
 from neoflix.consolidation import gather_weights
 from neoflix.data import PackedCollator, PaddedCollator, TokenBatches, count_tokens
-from neoflix.distributed import StoppedEarly, ask_main_process, gather, say, shout
+from neoflix.distributed import StoppedEarly, ask_main_process, gather, shout
 from neoflix.errors import UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
@@ -105,9 +106,10 @@ class TokenTrainer(Trainer):
     reads, padding left out; the clock stands still while the run evaluates or saves.
     """
 
-    def __init__(self, model, processing_class, **kwargs):
-        collator = PackedCollator() if keeps_texts_apart(model) else PaddedCollator(processing_class.pad_token_id)
-        super().__init__(model, processing_class=processing_class, data_collator=collator, **kwargs)
+    def __init__(self, model, **kwargs):
+        is_packed = keeps_texts_apart(model)
+        collator = PackedCollator() if is_packed else PaddedCollator(kwargs["processing_class"].pad_token_id)
+        super().__init__(model, **{"data_collator": collator, **kwargs})
         self.stopwatch = Stopwatch()
         self.num_tokens = 0  # this process's, since the start; becomes a tensor with padded batches: no sync
         self._last_log = (0, 0.0)
