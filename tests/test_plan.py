@@ -13,7 +13,7 @@ from conftest import DEEPSPEED, PYTHON, ROOT, free_port, run_program, tiny_confi
 
 import train
 from neoflix import plan
-from neoflix.config import TrainArguments, _Parser
+from neoflix.config import TrainArguments, _Parser, parse_train_args
 from neoflix.data import PackedCollator
 from neoflix.ds_config import read_ds_config
 from neoflix.lora import add_adapters
@@ -463,6 +463,24 @@ def test_quick_and_full_answers_are_one(train_words, tmp_path, capsys):
     assert (from_recipe.model_name_or_path, from_recipe.max_steps) == ("EleutherAI/gpt-neo-2.7B", 7)
     assert plan.read_quickly(["--plan", "--adam_beta2", "0.99"]) is None
     assert plan.read_quickly(["--plan", "--max_steps", "many"]) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "weight_bytes"),
+    [
+        ([], 2),
+        (["--bf16", "false", "--fp16", "false"], 4),
+        (["--bf16", "false"], 4),
+        (["--fp16", "true"], 2),
+        (["--use-cpu", "false"], 2),
+    ],
+)
+def test_precision_is_planned_as_it_will_be(words, weight_bytes, train_words):
+    """By the quick path and by the full parser, which turns what was not set into false."""
+    words = [*train_words[:-2], *words, "--deepspeed", "ds_configs/cpu.json", "--plan", "--plan_device_memory", "24GiB"]
+    quick = plan.plan_run(plan.read_quickly(words))
+    full = parse_train_args([*words, "--adam_beta2", "0.99"]).forecast
+    assert quick.settings.weight_bytes == full.settings.weight_bytes == weight_bytes
 
 
 def test_counts_are_estimated_then_remembered(train_words, catalogue, tmp_path):

@@ -11,7 +11,18 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
     {"errors"},
-    {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"},
+    {
+        "attention",
+        "distributed",
+        "loss",
+        "machine",
+        "manifest",
+        "preemption",
+        "quality",
+        "template",
+        "throughput",
+        "tokenizer",
+    },
     {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
     {"consolidation", "lora", "plan", "record", "universal"},
     {"config"},
