@@ -12,7 +12,8 @@ from transformers import set_seed
 from neoflix import data, reading
 from neoflix.checkpoint import check_same_run, describe_run, find_resume_point, is_finished, save_results, save_run
 from neoflix.config import parse_train_args
-from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit, say
+from neoflix.console import say
+from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit
 from neoflix.evaluation import evaluate_only
 from neoflix.model import find_tokenizer, get_window, keeps_texts_apart, load_model
 from neoflix.preemption import catch_stop_requests
@@ -24,8 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_environment()
     args = parse_train_args(argv, must_fit=True)
     if args.eval_only:
-        evaluate_only(args)
-        return
+        return evaluate_only(args)
     say(plan.plan_table(args.forecast))
     if args.plan:
         return

@@ -22,7 +22,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from neoflix.checkpoint import RUN_FILE, find_run, read_run, read_texts_per_step
-from neoflix.distributed import say
+from neoflix.console import say
 from neoflix.ds_config import (
     ROOT,
     build_operators,

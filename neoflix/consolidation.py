@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from neoflix.checkpoint import SHARDS_FILE, WEIGHTS_FILES, has_shards_alone, has_weights, promote
-from neoflix.distributed import progress, say
+from neoflix.console import progress, say
 from neoflix.errors import UserError
 from neoflix.manifest import MANIFEST, HashedFile, find_damage, free_bytes, read_manifest, sync_folder, write_json
 

@@ -16,8 +16,9 @@ from transformers import set_seed
 from neoflix import data, reading
 from neoflix.checkpoint import describe_texts, find_model, find_run
 from neoflix.config import TrainArguments
+from neoflix.console import say
 from neoflix.consolidation import whole_weights
-from neoflix.distributed import ask_main_process, say
+from neoflix.distributed import ask_main_process
 from neoflix.errors import UserError
 from neoflix.model import find_tokenizer, get_window, keeps_texts_apart, load_model
 from neoflix.plan import check_same_everywhere

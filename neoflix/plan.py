@@ -26,6 +26,7 @@ import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from neoflix.console import say
 from neoflix.ds_config import ROOT, read_ds_config
 from neoflix.errors import UserError
 from neoflix.machine import Machine, check_machine, read_machine, torch_version
@@ -519,24 +520,19 @@ def plan_run(args, must_fit: bool = True) -> Plan | None:
     if args.deepspeed == "auto":
         chosen, passed_over = choose_ds_config(args, shape, texts, machine)
         args.deepspeed = str(ROOT / chosen)
-        _say("\n".join([*passed_over, f"--deepspeed auto: {chosen}, the fastest that fits"]))
+        say("\n".join([*passed_over, f"--deepspeed auto: {chosen}, the fastest that fits"]))
     ds_config = read_ds_config(args.deepspeed)
     if args.tokens_per_device_batch == "auto":
         args.tokens_per_device_batch = choose_batch(args, shape, texts, machine, ds_config)
-        _say(f"--tokens_per_device_batch auto: {args.tokens_per_device_batch}")
+        say(f"--tokens_per_device_batch auto: {args.tokens_per_device_batch}")
     plan = forecast(shape, texts, read_settings(args, shape, texts, machine, ds_config, args.deepspeed), machine)
     if must_fit and not plan.fits:
         if args.plan_must_fit:
             raise UserError(explain(plan) + "\n  or --plan_must_fit false, which tries it all the same")
-        _say("warning: by its plan this run does not fit; trying it all the same (--plan_must_fit false)")
+        say("warning: by its plan this run does not fit; trying it all the same (--plan_must_fit false)")
     if must_fit and not (args.plan_device_memory or args.plan_host_memory):
         check_machine(machine, ds_config, plan.pinned_bytes, args.bf16, plan.settings.local_processes)
     return plan
-
-
-def _say(message: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(message, flush=True)
 
 
 def parse_bytes(text: str | None, flag: str) -> int | None:
@@ -1164,7 +1160,7 @@ def answer_quickly() -> None:
     if args is None:
         return
     try:
-        _say(plan_table(plan_run(args)))
+        say(plan_table(plan_run(args)))
     except ValueError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

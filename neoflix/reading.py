@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from neoflix.distributed import say
+from neoflix.console import say
 from neoflix.ds_config import ROOT
 from neoflix.errors import UserError
 from neoflix.plan import USUAL_COLUMNS

@@ -19,7 +19,8 @@ import jinja2
 
 from neoflix.checkpoint import RESULTS_FILE
 from neoflix.config import parse_report_args
-from neoflix.distributed import run_and_exit, say
+from neoflix.console import say
+from neoflix.distributed import run_and_exit
 from neoflix.errors import UserError
 from neoflix.manifest import write_text
 from neoflix.quality import Judgement, Style, judgement_table, sweep_header, sweep_line

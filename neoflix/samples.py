@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from neoflix.distributed import progress
+from neoflix.console import progress
 from neoflix.errors import UserError
 from neoflix.manifest import write_json
 

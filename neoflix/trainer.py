@@ -27,9 +27,10 @@ from neoflix.checkpoint import (
     publish,
     rotate,
 )
+from neoflix.console import say
 from neoflix.consolidation import gather_weights
 from neoflix.data import TokenBatches, count_tokens
-from neoflix.distributed import StoppedEarly, ask_main_process, gather, say, shout
+from neoflix.distributed import StoppedEarly, ask_main_process, gather, shout
 from neoflix.errors import UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters

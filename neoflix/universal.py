@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from neoflix.checkpoint import STATE_FILE, UNIVERSAL, check_space
-from neoflix.distributed import progress, say
+from neoflix.console import progress, say
 from neoflix.errors import UserError
 from neoflix.manifest import read_manifest
 
