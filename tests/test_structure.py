@@ -12,8 +12,8 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 FLOORS = [
     {"console", "errors", "hub_copies", "throughput", "words"},
     {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"},
-    {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
-    {"consolidation", "lora", "plan", "record", "run_folder", "universal"},
+    {"checkpoint", "decoding", "ds_config", "locks", "watchdog"},
+    {"consolidation", "lora", "plan", "record", "run_folder", "samples", "universal"},
     {"config"},
     {"callbacks", "data", "model", "reading", "report"},
     {"export", "generation", "judging"},
