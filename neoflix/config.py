@@ -34,6 +34,7 @@ from neoflix.ds_config import (
 from neoflix.errors import UserError
 from neoflix.machine import has_gpu
 from neoflix.plan import LORA_RANK, Plan, plan_run
+from neoflix.run_folder import check_output_dir
 from neoflix.template import Template
 
 # Recomputing activations: --activation_checkpointing, which transformers before 5.23 knows by its older name alone.
@@ -226,6 +227,7 @@ class TrainArguments(TrainingArguments):
         if self.validation_fraction == 0:  # nothing to evaluate on
             self.eval_strategy, self.eval_on_start, self.metric_for_best_model = "no", False, None
         check_writable(self.output_dir)
+        check_output_dir(self.output_dir, self.model_name_or_path)
         check_compiler(read_ds_config(self.deepspeed))
 
     def check_template(self) -> None:

@@ -13,7 +13,7 @@ FLOORS = [
     {"console", "errors", "gpus", "hub_copies", "throughput", "words"},
     {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"},
     {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
-    {"consolidation", "lora", "plan", "record", "universal"},
+    {"consolidation", "lora", "plan", "record", "run_folder", "universal"},
     {"config"},
     {"callbacks", "data", "model", "reading", "report"},
     {"export", "generation", "judging"},
