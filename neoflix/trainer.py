@@ -23,21 +23,21 @@ from neoflix.checkpoint import (
     find_best,
     forecast_bytes,
     list_checkpoints,
-    promote,
-    publish,
-    rotate,
 )
+from neoflix.console import say
 from neoflix.consolidation import gather_weights
-from neoflix.data import TokenBatches, count_tokens
-from neoflix.distributed import StoppedEarly, ask_main_process, gather, say, shout
+from neoflix.data import PackedCollator, PaddedCollator, TokenBatches, count_tokens
+from neoflix.distributed import StoppedEarly, ask_main_process, gather, shout
 from neoflix.errors import UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
 from neoflix.manifest import Files, num_bytes, read_manifest, write_manifest
+from neoflix.model import keeps_texts_apart
 from neoflix.plan import compare, explain_failure
 from neoflix.report import write_report
 from neoflix.resumed_optimizer import apply_hyperparameters, read_hyperparameters, recall_steps
+from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
 from neoflix.runs import Start, check_progress
 from neoflix.universal import check_loadable, convert, needs_conversion
 from neoflix.watchdog import Watchdog
@@ -89,12 +89,15 @@ class TokenTrainer(Trainer):
     reads, padding left out; the clock stands still while the run evaluates or saves.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, **kwargs):
+        is_packed = keeps_texts_apart(model)
+        collator = PackedCollator() if is_packed else PaddedCollator(kwargs["processing_class"].pad_token_id)
+        super().__init__(model, **{"data_collator": collator, **kwargs})
         self.stopwatch = Stopwatch()
         self.num_tokens = 0  # this process's, since the start; becomes a tensor with padded batches: no sync
         self._last_log = (0, 0.0)
         self._doing = "starting"
+        self._converted: Path | None = None  # a checkpoint's form for this number of processes
         self._stop = StopOnRequest()
         self.add_callback(self._stop)
         self.remove_callback(ProgressCallback)  # ours takes its place
@@ -121,7 +124,7 @@ class TokenTrainer(Trainer):
         """
         logging.disable_progress_bar()  # transformers' own, one for each save
         self._changes, checkpoint = start.changes, start.checkpoint
-        ask_main_process(self._prepare_folder)
+        ask_main_process(self._check_space_for_all)
         self.add_callback(RecordStart(start.run, self._describe_start(start.from_step)))
         if checkpoint:
             self.args.eval_on_start = False
@@ -158,7 +161,8 @@ class TokenTrainer(Trainer):
         if not needs_conversion(checkpoint, self.args.world_size):
             return checkpoint
         config.setdefault("checkpoint", {})["load_universal"] = True
-        return ask_main_process(convert, checkpoint, Path(self.args.output_dir))
+        self._converted = temporary(Path(self.args.output_dir), checkpoint.name, UNIVERSAL)
+        return ask_main_process(convert, checkpoint, self._converted)
 
     @contextmanager
     def _explaining_full_memory(self):
@@ -206,8 +210,8 @@ class TokenTrainer(Trainer):
             if self._changes:
                 apply_hyperparameters(self.optimizer, self.lr_scheduler, self._hyperparameters)
             gather(None)  # all have read it
-            if self.is_world_process_zero() and checkpoint.endswith(UNIVERSAL):
-                shutil.rmtree(checkpoint)
+            if self.is_world_process_zero() and self._converted:
+                shutil.rmtree(self._converted)
 
     def get_train_dataloader(self):
         """Trainer's own, or batches by their tokens where `--tokens_per_device_batch` asks for them."""
@@ -328,9 +332,10 @@ class TokenTrainer(Trainer):
         checkpoints are not touched before this one is complete.
         """
         run, step = Path(self.args.output_dir), self.state.global_step
-        unfinished = run / f"checkpoint-{step}.part"
+        unfinished = temporary(run, f"checkpoint-{step}", ".part")
         with self._busy(f"saving checkpoint-{step}"):
             self.store_flos()
+            ask_main_process(check_held, run)
             try:
                 ask_main_process(self._begin_checkpoint, unfinished)
                 self._write_checkpoint(unfinished)
@@ -344,7 +349,7 @@ class TokenTrainer(Trainer):
                 return
             ask_main_process(lambda: rotate(run, self.args.save_total_limit, self._find_best_step()))
             if self.args.push_to_hub:
-                self._push_from_checkpoint(str(unfinished.with_suffix("")))
+                self._push_from_checkpoint(str(run / f"checkpoint-{step}"))
 
     def _begin_checkpoint(self, unfinished: Path) -> None:
         check_space(unfinished.parent, self._checkpoint_bytes(), "the next checkpoint takes")
@@ -389,6 +394,7 @@ class TokenTrainer(Trainer):
 
     def _complete_checkpoint(self, folder: Path, errors: list[str], entries: dict) -> None:
         facts = {
+            "run": read_list(folder.parent)["id"],
             "step": self.state.global_step,
             "best_step": self._find_best_step(self.state.global_step),
             "num_processes": self.args.world_size,
@@ -400,7 +406,8 @@ class TokenTrainer(Trainer):
             write_manifest(folder, facts, entries)
             publish(folder)
         except OSError as error:
-            raise UserError(f"{folder.with_suffix('')} could not be written ({error.strerror})") from error
+            name = f"checkpoint-{self.state.global_step}"
+            raise UserError(f"{folder.parent / name} could not be written ({error.strerror})") from error
 
     def _find_best_step(self, *more_steps: int) -> int | None:
         """The step of the best evaluated checkpoint among those that are complete, and `more_steps`."""
@@ -421,30 +428,36 @@ class TokenTrainer(Trainer):
         num_weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
         return forecast_bytes(num_weights, weights[0].element_size())
 
-    def _prepare_folder(self) -> None:
-        """Makes the run's folder. UserError where the disk cannot hold the checkpoints that lie there side by side."""
+    def _check_space_for_all(self) -> None:
+        """UserError where the disk cannot hold the checkpoints that will lie there side by side."""
         args, run = self.args, Path(self.args.output_dir)
-        if args.save_strategy != "no":
-            num_kept = (args.save_total_limit or 1) + 1  # a new one is complete before an old one is deleted
-            missing = max(num_kept - len(list_checkpoints(run)), 1)
-            check_space(run, missing * self._checkpoint_bytes(), f"{num_kept} checkpoints side by side need another")
-        run.mkdir(parents=True, exist_ok=True)
+        if args.save_strategy == "no":
+            return
+        num_kept = (args.save_total_limit or 1) + 1  # a new one is complete before an old one is deleted
+        missing = num_kept - len(list_checkpoints(run))
+        check_space(
+            run, max(missing, 1) * self._checkpoint_bytes(), f"{num_kept} checkpoints side by side need another"
+        )
 
     def save_best(self) -> None:
         """Puts the best model at the top of the run's folder, whole; where none was kept, the model as it is. Beside it
         the run's history. Collective."""
         best = ask_main_process(self._find_best_checkpoint)
         if best is None:
+            best = temporary(Path(self.args.output_dir), "model", ".part")
             self.model_wrapped._config.zero_config.gather_16bit_weights_on_model_save = True
-            self.save_model()
-        else:
-            ask_main_process(self._promote, best)
+            self.save_model(str(best))
+        ask_main_process(self._promote, best)
         if self.is_world_process_zero():
             self.state.save_to_json(str(Path(self.args.output_dir, STATE_FILE)))
 
     def _promote(self, checkpoint: Path) -> None:
+        run = Path(self.args.output_dir)
+        check_held(run)
         gather_weights(checkpoint)
-        promote(str(checkpoint), self.args.output_dir)
+        promote(checkpoint, run)
+        if checkpoint == temporary(run, "model", ".part"):
+            shutil.rmtree(checkpoint)
 
     def _find_best_checkpoint(self) -> Path | None:
         checkpoints = list_checkpoints(Path(self.args.output_dir))
