@@ -265,6 +265,8 @@ def sweep(judge: Judge, sample: Callable[..., Iterator], settings: list[dict], o
         _write(folder / "sweep.json", {"base_model": judge.base_name, "rows": rows})
     if judge.no_base:
         print(f"perplexity not measured: {judge.no_base}")
-    draw_sweep(judgements, folder / "sweep.png")
-    say(f"Novelty against fluency: {folder / 'sweep.png'}")
+    if draw_sweep(judgements, folder / "sweep.png"):
+        say(f"Novelty against fluency: {folder / 'sweep.png'}")
+    else:
+        say("No sweep.png: texts without spaces between words need --base_model, whose perplexity measures fluency")
     return judgements

@@ -403,5 +403,7 @@ def find_text_files(folder: Path) -> list[Path]:
         files += [Path(parent, name) for name in names if name.lower().endswith(".txt") and not name.startswith(".")]
     unique: dict[str, Path] = {}
     for file in sorted(files):
+        if not file.exists():
+            raise UserError(f"{file}: a link to a file that is not there; remove it")
         unique.setdefault(os.path.realpath(file), file)
     return list(unique.values())

@@ -197,7 +197,7 @@ def test_the_text_files_of_a_folder(tmp_path):
     assert [str(path.relative_to(folder)) for path in find_text_files(folder)] == ["a.TXT", "b/c.txt", "linked/d.txt"]
     assert read_texts(folder) == ["Text a.TXT.", "Text b/c.txt.", "Text d."]
     os.symlink(tmp_path / "gone.txt", folder / "broken.txt")
-    with pytest.raises(UserError, match=r"broken\.txt: cannot be read"):
+    with pytest.raises(UserError, match=r"broken\.txt: a link to a file that is not there"):
         read_texts(folder)
 
 
