@@ -32,6 +32,7 @@ from neoflix.ds_config import (
     read_ds_config,
 )
 from neoflix.errors import UserError
+from neoflix.machine import has_gpu
 from neoflix.plan import LORA_RANK, Plan, plan_run
 from neoflix.run_folder import check_output_dir
 from neoflix.template import Template
@@ -365,10 +366,10 @@ def _hardware_flags(words: list[str], use_cpu: bool) -> list[str]:
     """bf16 where the device has it, fp16 where it has not, fp32 on the CPU, and beside a GPU a process that has the
     next batch ready, unless the user has said so."""
     said = _said(words)
-    if not torch.cuda.is_available():
+    if use_cpu or not has_gpu():
         return [] if "__use_cpu" in said else ["--use_cpu", "true"]
     flags = [] if "__dataloader_num_workers" in said else ["--dataloader_num_workers", "1"]
-    if not use_cpu and not said & {"__bf16", "__fp16"}:
+    if not said & {"__bf16", "__fp16"}:
         flags += ["--bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16", "true"]
     return flags
 

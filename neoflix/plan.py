@@ -201,7 +201,10 @@ class Plan:
         device_free = machine.device_memory - machine.device_taken
         if machine.has_gpu and self.device_bytes > device_free:
             found.append(("device memory", self.device_bytes, device_free, _largest(self.device)))
-        if self.host_bytes > machine.host_memory:
+        if machine.shares_memory and self.device_bytes + self.host_bytes > machine.host_memory:
+            needed = self.device_bytes + self.host_bytes
+            found.append(("memory that GPU and host share", needed, machine.host_memory, _largest(self.device)))
+        elif self.host_bytes > machine.host_memory:
             found.append(("host memory", self.host_bytes, machine.host_memory, _largest(self.host)))
         if machine.disk is not None and self.run_bytes > machine.disk:
             found.append(("disk", self.run_bytes, machine.disk, f"{self.settings.num_checkpoints} checkpoints"))

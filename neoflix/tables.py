@@ -158,12 +158,14 @@ def _find_member(archive: zipfile.ZipFile) -> str:
 
 
 @contextmanager
-def _as_text(file: BinaryIO, newline: str | None = None) -> Iterator[TextIO]:
+def _as_text(file: BinaryIO, limit: int | None = None, newline: str | None = None) -> Iterator[TextIO]:
     """The file decoded as UTF-8, without a byte order mark. With newline="" line ends stay as they are; by default
     each becomes "\\n"."""
     if encoding := _find_wide_encoding(file.peek(64)[:64]):
         raise UserError(f"not UTF-8 but {encoding}; save it as UTF-8")
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
+    if limit is not None:  # how far the file was read says how many rows it has: read it in small steps
+        text._CHUNK_SIZE = 512
     try:
         yield text
     finally:
@@ -218,7 +220,7 @@ def _require(columns: list[str] | None, found: list[str]) -> None:
 
 def _read_separated(file: BinaryIO, columns: list[str] | None, limit: int | None, usual: str) -> Table:
     csv.field_size_limit(sys.maxsize)
-    with _as_text(file, newline="") as lines:
+    with _as_text(file, limit, newline="") as lines:
         separator = _find_separator(lines, usual)
         lines.seek(0)
         rows = _parse(lines, separator)
@@ -291,7 +293,7 @@ def _num_fields(lines: TextIO, separator: str) -> list[int]:
 def _read_json(file: BinaryIO, columns: list[str] | None, limit: int | None) -> Table:
     """One object a line or, where the file begins with a bracket, an array of objects."""
     found, rows, share = {}, [], None
-    with _as_text(file) as lines:
+    with _as_text(file, limit) as lines:
         if _first_character(lines) == "[":
             array = _parse_json(lines.read(), "the file")
             items = ((f"item {number}", item) for number, item in enumerate(array, start=1))
@@ -365,7 +367,7 @@ def _read_parquet(file: BinaryIO, columns: list[str] | None, limit: int | None) 
 def _read_lines(file: BinaryIO, columns: list[str] | None, limit: int | None) -> Table:
     """A text file with one text a line, in the column `text`."""
     _require(columns, ["text"])
-    with _as_text(file) as lines:
+    with _as_text(file, limit) as lines:
         texts = (line.rstrip("\n") for line in lines if line.strip())
         return Table(["text"], [[text] for text in islice(texts, limit)])
 

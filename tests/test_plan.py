@@ -1,7 +1,6 @@
 """The forecast: its formulas against counts, arithmetic and measured peaks; what it chooses and refuses; --plan."""
 
 import json
-import os
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -237,26 +236,6 @@ def test_memory_is_what_the_tightest_cgroup_leaves(tmp_path):
     assert read_host_memory(proc, cgroups) == 5 * GIB, "version 1"
 
 
-def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
-    program = tmp_path / "nvidia-smi"
-    program.write_text(
-        "#!/bin/sh\n"
-        'case "$1" in topo) echo "GPU0 X NV4"; exit;; esac\n'
-        'echo "0, GPU-aa, NVIDIA GeForce RTX 3090, 24576, 400, 8.6, 535.54.03"\n'
-        'echo "1, GPU-bb, Tesla V100, 16384, 0, 7.0, 535.54.03"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    both = read_machine(str(tmp_path))
-    assert (both.num_devices, both.device_name, both.device_memory) == (2, "Tesla V100", 16 * GIB)
-    assert (both.capability, both.driver, both.is_linked) == ((7, 0), (535, 54, 3), True)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    one = read_machine(str(tmp_path))
-    assert (one.num_devices, one.device_memory - one.device_taken) == (1, (24576 - 400) * 2**20)
-    assert read_machine(str(tmp_path), use_cpu=True).num_devices == 0
-
-
 PLAIN_ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
 
 
@@ -279,6 +258,7 @@ def test_what_would_fail_later_is_refused(check, message):
 
 def test_what_will_do_is_let_through(tmp_path, monkeypatch):
     check_gpu(card(24, driver=(580, 65)), PLAIN_ADAM, True, (13, 0), (13, 1))
+    check_gpu(card(24, driver=()), PLAIN_ADAM, True, (13, 0), (13, 1))  # torch used the GPU, and NVML isn't there
     check_gpu(card(24, driver=(535, 54)), read_ds_config("ds_configs/no_offload.json"), None, (12, 8), ())
     check_shared_memory(replace(card(24), shared_memory=64 * 2**20), 1)
     pinned = replace(card(24), locked_memory=8 * 2**20)
@@ -381,6 +361,14 @@ def test_every_change_it_names_makes_the_run_fit(size, gib, host, processes, mon
         assert again.fits
         assert again.host_bytes == changed.host_bytes
         assert again.device_bytes == pytest.approx(changed.device_bytes, rel=0.01)
+
+
+def test_memory_that_gpu_and_host_share_is_counted_once():
+    apart, shared = card(24, 60), replace(card(60, 60), shares_memory=True)
+    assert forecast("2.7B", apart).fits
+    ((what, needed, there, _),) = forecast("2.7B", shared).misfits()
+    assert (what, there) == ("memory that GPU and host share", 60 * GIB)
+    assert needed == forecast("2.7B", apart).device_bytes + forecast("2.7B", apart).host_bytes
 
 
 def test_bad_fit_is_refused_before_weights_are_read(tmp_path, catalogue, capsys):
