@@ -7,6 +7,7 @@ is written, replaced and deleted is in `run_folder.py`.
 import hashlib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from neoflix.errors import UserError
@@ -26,6 +27,10 @@ LEARNING_ARGUMENTS = (
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 ADAPTERS_FILE, ADAPTERS_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # peft's; a base beside them
 PICKLED_WEIGHTS_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SETTINGS_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
+)
 SHARDS_FILE = "latest"  # DeepSpeed's: which folder its shards lie in
 # Files of a checkpoint beside its model: what a run needs to go on.
 TRAINING_FILES = (MANIFEST, STATE_FILE, SHARDS_FILE, "scheduler.pt", "training_args.bin")
@@ -184,6 +189,15 @@ def list_model_files(checkpoint: Path) -> list[Path]:
     paths = [path for path in checkpoint.iterdir() if path.is_file() and path.name not in TRAINING_FILES]
     paths = [path for path in paths if not path.name.startswith("rng_state")]
     return sorted(path for path in paths if named is None or path.name in named)
+
+
+def list_loaded_files(folder: Path) -> list[Path]:
+    """The files that decide over a model that is loaded from a folder: weights, configuration and tokenizer."""
+    names = {*WEIGHTS_FILES, *PICKLED_WEIGHTS_FILES, ADAPTERS_FILE, ADAPTERS_CONFIG_FILE, SHARDS_FILE, *SETTINGS_FILES}
+    for index in (WEIGHTS_FILES[1], PICKLED_WEIGHTS_FILES[1]):
+        with suppress(FileNotFoundError):
+            names |= {*json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()}
+    return sorted(path for path in map(folder.joinpath, names) if path.is_file())
 
 
 def find_model(model_dir: str, flag: str = "--model_dir") -> Path:

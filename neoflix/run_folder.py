@@ -21,6 +21,7 @@ from neoflix.checkpoint import (
     PICKLED_WEIGHTS_FILES,
     RESULTS_FILE,
     RUN_FILE,
+    SETTINGS_FILES,
     STARTS_FILE,
     STATE_FILE,
     TRAINING_FILES,
@@ -35,15 +36,17 @@ from neoflix.checkpoint import (
 from neoflix.console import say
 from neoflix.distributed import ask_main_process
 from neoflix.errors import UserError
+from neoflix.locks import Lock, acquire
 from neoflix.manifest import find_damage, hash_file, read_manifest, sync_folder, write_json
 
 LIST_FILE = "run_files.json"
+LOCK_FILE = "_run.lock"  # Trainer leaves out names that begin so when it uploads a folder
 RECORD_FILES = (LIST_FILE, RUN_FILE, STARTS_FILE, STATE_FILE, RESULTS_FILE, LIVE_SAMPLES_FILE)
-MODEL_NAMES = (
+MODEL_NAMES = (  # what a run writes at the top at its end; other files, of rare tokenizers, are looked at then
     *(*WEIGHTS_FILES, ADAPTERS_FILE, ADAPTERS_CONFIG_FILE, "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
 )
-OLDER_NAMES = (*MODEL_NAMES, "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+OLDER_NAMES = {*MODEL_NAMES, *SETTINGS_FILES}
 
 
 # ---- the list -----------------------------------------------------------------------------------------------
@@ -61,10 +64,39 @@ def read_list(run: Path) -> dict | None:
 
 @contextmanager
 def opened(output_dir: str) -> Iterator[None]:
-    """A run's folder for as long as the run uses it. Collective; comes after `check_output_dir`, before any other
-    process of the run looks into the folder."""
-    ask_main_process(claim, output_dir)
-    yield
+    """A run's folder, which is this run's alone until the context ends. Collective; comes after `check_output_dir`.
+    UserError, in every process, where another run works there."""
+    run = Path(output_dir)
+    is_new = not run.exists()
+    ask_main_process(_lock, run)
+    try:
+        ask_main_process(claim, output_dir)
+        yield
+    finally:
+        if lock := _locks.pop(run, None):
+            lock.release()
+            if is_new and {path.name for path in run.iterdir()} == {LIST_FILE}:  # it came to nothing
+                shutil.rmtree(run)
+
+
+_locks: dict[Path, Lock] = {}  # of the folders that this process holds: in the main process alone
+
+
+def _lock(run: Path) -> None:
+    sentence = (
+        f"--output_dir {run}: another run works there ({{owner}}); wait until it ends, or choose another --output_dir"
+    )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        _locks[run] = acquire(run / LOCK_FILE, sentence)
+    except OSError as error:
+        raise UserError(f"--output_dir {run}: cannot be written ({error.strerror})") from error
+
+
+def check_held(run: Path) -> None:
+    """UserError where another run has taken the folder over, which happens to one that was suspended for minutes."""
+    if run in _locks and not _locks[run].is_held():
+        raise UserError(f"{run}: another run has taken the folder over while this one was suspended; nothing was saved")
 
 
 def claim(output_dir: str) -> None:

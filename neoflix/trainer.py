@@ -37,7 +37,7 @@ from neoflix.model import keeps_texts_apart
 from neoflix.plan import compare, explain_failure
 from neoflix.record import note_start
 from neoflix.report import write_report
-from neoflix.run_folder import promote, publish, read_list, rotate, temporary
+from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
 from neoflix.universal import check_loadable, convert, needs_conversion
 from neoflix.watchdog import Watchdog
 
@@ -328,6 +328,7 @@ class TokenTrainer(Trainer):
         unfinished = temporary(run, f"checkpoint-{step}", ".part")
         with self._busy(f"saving checkpoint-{step}"):
             self.store_flos()
+            ask_main_process(check_held, run)
             try:
                 ask_main_process(self._begin_checkpoint, unfinished)
                 self._write_checkpoint(unfinished)
@@ -445,6 +446,7 @@ class TokenTrainer(Trainer):
 
     def _promote(self, checkpoint: Path) -> None:
         run = Path(self.args.output_dir)
+        check_held(run)
         gather_weights(checkpoint)
         promote(checkpoint, run)
         if checkpoint == temporary(run, "model", ".part"):

@@ -13,8 +13,8 @@ FLOORS = [
     {"console", "errors", "gpus", "hub_copies", "throughput", "words"},
     {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
     | {"tokenizer"},
-    {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
-    {"consolidation", "lora", "reading", "record", "run_folder", "universal"},
+    {"checkpoint", "decoding", "ds_config", "locks", "watchdog"},
+    {"consolidation", "lora", "reading", "record", "run_folder", "samples", "universal"},
     {"plan"},
     {"config"},
     {"callbacks", "data", "model", "report"},
