@@ -75,7 +75,8 @@ class TrainArguments(TrainingArguments):
     )
     allow_pickle: bool = _option(False, "Take weights from a pickle (pytorch_model.bin) where there is no safetensors.")
     dataset: str = _option(
-        "netflix", "'netflix', 'sample', a CSV, TSV, JSONL or Parquet file, a folder of .txt files, or hf:NAME[:SPLIT]."
+        "netflix",
+        "'netflix', 'sample', a CSV, TSV, JSONL, JSON, Parquet or .txt file, a folder of .txt files, or hf:NAME.",
     )
     text_column: str | None = _option(
         None, "Column of the texts; default: 'description', 'text', or the only one that looks like texts."

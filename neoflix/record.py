@@ -62,7 +62,7 @@ def read_live_samples(output_dir: str | Path) -> list[dict]:
     """The rows of a run's file of samples; what a kill left of one is left out."""
     rows = []
     try:
-        lines = Path(output_dir, LIVE_SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
+        lines = Path(output_dir, LIVE_SAMPLES_FILE).read_text(encoding="utf-8").split("\n")  # a text may hold U+2028
     except FileNotFoundError:
         return []
     for line in lines:

@@ -471,11 +471,11 @@ def test_words_that_make_no_judgement(words, message):
     ("content", "message"),
     [
         (None, "cannot be read"),
-        ("", "holds no sample"),
+        ("", "the file is empty"),
         ("\n{broken\n", "line 2 is not valid JSON"),
-        ('{"text": "a"}\n["a"]\n', "line 2 is no sample"),
-        ('{"text": 3}\n', "line 1 is no sample"),
-        (b"\xff\xfe", "not UTF-8 at byte 0"),
+        ('{"text": "a"}\n["a"]\n', "line 2 is not a JSON object"),
+        ('{"text": 3}\n', "row 1 has no text"),
+        (b"\xff\xfe", "not UTF-8"),
     ],
 )
 def test_files_that_hold_no_samples(learnt, tmp_path, content, message):
