@@ -22,6 +22,8 @@ from neoflix.errors import UserError
 
 # peft takes seconds to import: only where there are adapters.
 
+SPARE_ROWS = "spare_rows"  # in an adapter file's metadata; absent in files from before they were filled
+
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: float, base: str):
     """A `peft.PeftModel` around `model`: every weight of it frozen, an adapter beside every linear layer but the head.
@@ -76,24 +78,34 @@ def _gathered(weights: list[torch.Tensor]):
 
 def save_adapters(model, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Writes adapters as `peft` does, without asking the hub about the base. One process."""
-    save_file(weights, folder / ADAPTERS_FILE, metadata={"format": "pt"})
+    save_file(weights, folder / ADAPTERS_FILE, metadata={"format": "pt", SPARE_ROWS: "filled"})
     model.peft_config["default"].save_pretrained(str(folder))
     model.generation_config.save_pretrained(folder)
 
 
-def read_adapters(folder: str | Path) -> tuple[str, torch.dtype]:
-    """(hub name or folder of the base model, dtype in which the adapters were trained). UserError for adapters of
-    another kind than LoRA's, or broken ones."""
+def read_adapters(folder: str | Path) -> tuple[str, torch.dtype, bool]:
+    """(hub name or folder of the base model, dtype in which the adapters were trained, whether new tokens in the base's
+    spare rows were filled then). UserError for adapters of another kind than LoRA's, or broken ones."""
     try:
         config = json.loads(Path(folder, ADAPTERS_CONFIG_FILE).read_text(encoding="utf-8"))
         with safe_open(Path(folder, ADAPTERS_FILE), "pt") as file:
             dtype = file.get_tensor(next(iter(file.keys()))).dtype
+            fills_spare_rows = SPARE_ROWS in (file.metadata() or {})
     except (OSError, ValueError, StopIteration, SafetensorError) as error:
         raise UserError(f"{folder}: its adapters cannot be read ({error})") from error
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     if kind != "LORA" or config.get("megatron_config") or not base:
         raise UserError(f"{folder}: holds adapters of peft that are not LoRA's of a named model ({kind}, {base})")
-    return base, dtype
+    return base, dtype, fills_spare_rows
+
+
+def check_spare_rows(model, checkpoint: Path) -> None:
+    """UserError where a checkpoint's adapters were trained on other rows of new tokens than the model has."""
+    if has_adapters(model) and getattr(model, "filled_spare_rows", False) and not read_adapters(checkpoint)[2]:
+        raise UserError(
+            f"{checkpoint}: its adapters were trained while the base model's spare rows stayed untrained, where new "
+            "tokens now start from known rows; train in another --output_dir (sampling and exports still work)"
+        )
 
 
 def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:

@@ -42,7 +42,7 @@ from neoflix.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.loss import causal_lm_loss
 from neoflix.machine import has_gpu
 from neoflix.template import Template, attach_template
-from neoflix.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
+from neoflix.tokenizer import find_added_ids, load_tokenizer, read_tokenizer, train_tokenizer
 
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
 DEMO_VOCAB_SIZE = 4096
@@ -134,13 +134,13 @@ def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) ->
             f"--model_name_or_path {folder}: holds LoRA adapters, which ZeRO-3 cannot merge; write the whole model "
             f"first (python -m neoflix.export --to merged {folder} OUT), or take a --deepspeed file of another stage"
         )
-    base, trained_dtype = read_adapters(folder)
+    base, trained_dtype, fills_spare_rows = read_adapters(folder)
     tokenizer = read_tokenizer(folder, f"--model_name_or_path {folder}")
     try:
         model = load_pretrained(base, trained_dtype, allow_pickle)
     except ValueError as error:
         raise UserError(f"{folder} holds LoRA adapters, and the model they belong to did not load: {error}") from error
-    make_room_for_tokens(model, tokenizer)
+    make_room_for_tokens(model, tokenizer, base, fills_spare_rows)
     set_token_ids(model, tokenizer, {})
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -243,7 +243,7 @@ def load_model(
         model = build_demo_model(_padded(len(tokenizer)))
     else:
         model = load_pretrained(model_name_or_path, dtype, allow_pickle)
-        make_room_for_tokens(model, tokenizer)
+        make_room_for_tokens(model, tokenizer, model_name_or_path)
     set_token_ids(model, tokenizer, sampling)
     return add_adapters(model, base=model_name_or_path, **lora) if lora else model
 
@@ -266,27 +266,40 @@ def _padded(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def make_room_for_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Grows the vocabulary to the tokenizer's, rounded up to a multiple of 64, and fills the new rows.
+def make_room_for_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, fills_spare_rows: bool = True
+) -> None:
+    """Grows the vocabulary to the tokenizer's, rounded up to a multiple of 64, and fills the rows of new tokens.
 
-    A new beginning token starts as a copy of the end token: GPT-Neo was trained on documents set apart by
+    Many models have spare rows, which their own tokenizer does not use and nothing has trained: new tokens may lie
+    there. A new beginning token starts as a copy of the end token: GPT-Neo was trained on documents set apart by
     `<|endoftext|>`, so it already knows what comes after one. Every other new row starts as the mean row: a
     logit in the middle of all others, never a likely word. (An untouched random row would do neither, and in
     fp16 could overflow.)
+
+    Args:
+        base: hub name or folder that the model came from, whose tokenizer says which tokens are new.
+        fills_spare_rows: False leaves the model's own rows, and the head's bias, as they were.
     """
     old_size = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) <= old_size and old_size % VOCAB_MULTIPLE == 0:
+    new_size = _padded(max(len(tokenizer), old_size))
+    if new_size != old_size:
+        model.resize_token_embeddings(new_size, mean_resizing=False)
+    new = set(range(old_size, new_size))
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [layer.weight for layer in layers]
+    if fills_spare_rows:
+        new |= find_added_ids(tokenizer, base)
+        model.filled_spare_rows = min(new, default=old_size) < old_size
+        weights += [layer.bias for layer in layers if getattr(layer, "bias", None) is not None]
+    if not new:
         return
-    model.resize_token_embeddings(_padded(max(len(tokenizer), old_size)), mean_resizing=False)
-    weights = {
-        id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
-    for weight in weights.values():
+    for weight in {id(weight): weight for weight in weights}.values():
         with _gathered(weight), torch.no_grad():
             if weight.numel() == 0:  # ZeRO-3: only the modifying rank holds the rows
                 continue
-            weight[old_size:] = weight[:old_size].float().mean(0).to(weight.dtype)
-            if tokenizer.bos_token_id >= old_size:
+            weight[sorted(new)] = weight[:old_size].float().mean(0).to(weight.dtype)
+            if tokenizer.bos_token_id in new:
                 weight[tokenizer.bos_token_id] = weight[tokenizer.eos_token_id]
 
 

@@ -60,6 +60,12 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens(missing)
 
 
+def find_added_ids(tokenizer: PreTrainedTokenizerBase, base: str) -> set[int]:
+    """Ids of the tokens that a tokenizer has and that of its base model, a hub name or folder, does not."""
+    known = read_tokenizer(base, base).get_vocab()
+    return {number for token, number in tokenizer.get_vocab().items() if token not in known}
+
+
 def train_tokenizer(texts: list[str], vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerBase:
     """Trains a byte-level BPE on `texts`; the same texts give the same tokenizer.
 

@@ -30,7 +30,7 @@ from neoflix.data import PackedCollator, PaddedCollator, TokenBatches, count_tok
 from neoflix.distributed import StoppedEarly, ask_main_process, gather, shout
 from neoflix.errors import UserError
 from neoflix.live_samples import ShowSamples
-from neoflix.lora import collect_adapters, has_adapters, save_adapters
+from neoflix.lora import check_spare_rows, collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
 from neoflix.manifest import Files, num_bytes, read_manifest, write_manifest
 from neoflix.model import keeps_texts_apart
@@ -157,6 +157,7 @@ class TokenTrainer(Trainer):
     def _fit_to_processes(self, checkpoint: Path) -> Path:
         """The checkpoint or, where it was saved by another number of processes, its universal form. Collective."""
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        check_spare_rows(self.model, checkpoint)
         check_loadable(checkpoint, config.get("zero_optimization", {}), self.args.world_size)
         if not needs_conversion(checkpoint, self.args.world_size):
             return checkpoint
