@@ -233,6 +233,22 @@ def test_masks_with_a_cache(pair, dtype, is_static):
     torch.testing.assert_close(torch.cat(pieces, 1), eager(ids).logits, **TOLERANCE)
 
 
+def test_decoding_with_a_static_cache_is_one_graph(pair):
+    _, ours = pair
+    ids, cache = random_ids(2, T), StaticCache(config=ours.config, max_cache_len=64)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, logits = torch.compile(ours, backend="eager", fullgraph=True), []
+    with torch.no_grad():
+        ours(ids[:, :20], past_key_values=cache)
+        for place in range(20, T):
+            options = {"past_key_values": cache, "position_ids": torch.full((2, 1), place)}
+            options["attention_mask"] = (torch.arange(64) <= place).expand(2, 1, 1, 64)
+            logits.append(compiled(ids[:, place : place + 1], **options).logits)
+        torch.testing.assert_close(torch.cat(logits, 1), ours(ids).logits[:, 20:], **TOLERANCE)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_layout_keeps_its_type():
     layout = PackedCollator()([{"input_ids": [1, 2, 3], "num_given": 1}])["attention_mask"]
     assert type(layout) is TextLayout
