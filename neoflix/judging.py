@@ -12,7 +12,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from neoflix.checkpoint import find_run
 from neoflix.config import TrainArguments
 from neoflix.console import progress, say
 from neoflix.data import MOST_CROWDED, split_texts
@@ -32,6 +31,7 @@ from neoflix.quality import (
 )
 from neoflix.reading import find_dataset, read_texts
 from neoflix.record import read_json
+from neoflix.runs import find_run
 from neoflix.tables import read_table
 from neoflix.template import Template, parts
 from neoflix.tokenizer import read_tokenizer
