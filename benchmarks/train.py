@@ -41,7 +41,7 @@ from machine import cap_device_memory, now, product_flops_per_second, run_job, w
 
 from neoflix.config import RECOMPUTING, TrainArguments  # noqa: E402
 from neoflix.data import PackedCollator  # noqa: E402
-from neoflix.distributed import prepare_environment  # noqa: E402
+from neoflix.environment import prepare_environment  # noqa: E402
 from neoflix.lora import add_adapters  # noqa: E402
 from neoflix.trainer import TokenTrainer, peak_host_bytes  # noqa: E402
 

@@ -30,8 +30,8 @@ from neoflix.checkpoint import (
 from neoflix.console import say
 from neoflix.consolidation import gather_weights
 from neoflix.data import TokenBatches, count_tokens
-from neoflix.distributed import StoppedEarly, ask_main_process, gather, shout
-from neoflix.errors import UserError
+from neoflix.distributed import ask_main_process, gather
+from neoflix.errors import StoppedEarly, UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
@@ -40,7 +40,7 @@ from neoflix.plan import compare, explain_failure
 from neoflix.record import note_start
 from neoflix.report import write_report
 from neoflix.universal import check_loadable, convert, needs_conversion
-from neoflix.watchdog import Watchdog
+from neoflix.watchdog import announce_activity
 
 
 class Stopwatch:
@@ -130,15 +130,15 @@ class TokenTrainer(Trainer):
         """Not Trainer's: `report.py` writes README.md."""
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; DeadProcessError where
-        another process died; UserError, with the plan, where memory did not suffice."""
+        """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; UserError, with the plan,
+        where memory did not suffice."""
         logging.disable_progress_bar()  # transformers' own, one for each save
         ask_main_process(self._check_space_for_all)
         ask_main_process(note_start, self.args.output_dir, self._describe_start(resume_from_checkpoint))
         if resume_from_checkpoint:
             resume_from_checkpoint = str(self._fit_to_processes(Path(resume_from_checkpoint)))
-        watchdog = Watchdog(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
-        with watchdog, self._explaining_full_memory():
+        announce_activity(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
+        with self._explaining_full_memory():
             output = super().train(resume_from_checkpoint, **kwargs)
         if self._stop.reason:
             step, reason = self.state.global_step, self._stop.reason
@@ -177,10 +177,7 @@ class TokenTrainer(Trainer):
         except RuntimeError as error:  # torch.OutOfMemoryError is one; of the host's memory there is no class
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            message = explain_failure(self.args.forecast, str(error), *self._allocated())
-            if not self.is_world_process_zero():  # the main process may not have failed
-                shout(message)
-            raise UserError(message) from error
+            raise UserError(explain_failure(self.args.forecast, str(error), *self._allocated())) from error
 
     def _allocated(self) -> tuple[int, int, int]:
         """(bytes at the peak that torch handed out on this device, that it held, that this process had of the host)"""
@@ -435,8 +432,7 @@ class TokenTrainer(Trainer):
             self.save_model()
         else:
             ask_main_process(self._promote, best)
-        if self.is_world_process_zero():
-            self.state.save_to_json(str(Path(self.args.output_dir, STATE_FILE)))
+        ask_main_process(self.state.save_to_json, str(Path(self.args.output_dir, STATE_FILE)))
 
     def _promote(self, checkpoint: Path) -> None:
         gather_weights(checkpoint)

@@ -17,7 +17,7 @@ import generate
 from neoflix import data, judging
 from neoflix.checkpoint import describe_run, is_finished, save_results, save_run
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args, parse_train_args
-from neoflix.distributed import prepare_environment
+from neoflix.environment import prepare_environment
 from neoflix.generation import Sampler
 from neoflix.model import load_model
 from neoflix.quality import (

@@ -11,8 +11,19 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
     {"console", "errors"},
-    {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"},
-    {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
+    {
+        "attention",
+        "environment",
+        "loss",
+        "machine",
+        "manifest",
+        "preemption",
+        "quality",
+        "template",
+        "tokenizer",
+        "watchdog",
+    },
+    {"checkpoint", "decoding", "distributed", "ds_config", "samples"},
     {"consolidation", "lora", "plan", "record", "universal"},
     {"config"},
     {"callbacks", "data", "model", "reading", "report"},
