@@ -60,7 +60,7 @@ class EarlyStopping(EarlyStoppingCallback):
     """Hugging Face's, without its demand that Trainer reload the best model at the end.
 
     Under DeepSpeed that reloads the whole engine, optimizer states and all; the best checkpoint's weight
-    files are on disk already and `checkpoint.promote` puts them at the top of the run's folder.
+    files are on disk already and `run_folder.promote` puts them at the top of the run's folder.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):

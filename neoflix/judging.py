@@ -31,6 +31,7 @@ from neoflix.quality import (
     sweep_line,
 )
 from neoflix.reading import find_dataset, read_texts
+from neoflix.record import read_json
 from neoflix.template import Template, parts
 from neoflix.tokenizer import read_tokenizer
 
@@ -168,10 +169,12 @@ class Judge:
 
     def report(self, rows: list[dict], path: str | None) -> Judgement:
         """Judges samples, prints the table and, where they have a file, keeps the figures beside it."""
+        judged = Path(path).with_suffix(".judged.json") if path else None
+        if judged and judged.exists() and "base_model" not in read_json(judged, {}):
+            raise UserError(f"{judged}: is not a file that neoflix wrote, and is left alone; move it away")
         judgement = self.judge(rows)
         print(f"\n{judgement_table(judgement, self.base_name or '')}")
-        if path:
-            judged = Path(path).with_suffix(".judged.json")
+        if judged:
             _write(judged, {"base_model": self.base_name, **asdict(judgement)})
             say(f"Figures in {judged}")
         return judgement
@@ -275,6 +278,8 @@ def sweep(judge: Judge, sample: Callable[..., Iterator], settings: list[dict], o
         _write(folder / "sweep.json", {"base_model": judge.base_name, "rows": rows})
     if judge.no_base:
         print(f"perplexity not measured: {judge.no_base}")
-    draw_sweep(judgements, folder / "sweep.png")
-    say(f"Novelty against fluency: {folder / 'sweep.png'}")
+    if draw_sweep(judgements, folder / "sweep.png"):
+        say(f"Novelty against fluency: {folder / 'sweep.png'}")
+    else:
+        say("No sweep.png: texts without spaces between words need --base_model, whose perplexity measures fluency")
     return judgements

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from neoflix.console import say
 from neoflix.ds_config import ROOT
 from neoflix.errors import UserError
+from neoflix.hub_copies import hub_copy_file
 from neoflix.plan import USUAL_COLUMNS
 from neoflix.template import Template
 
@@ -104,7 +105,7 @@ def download_from_hub(name: str, cache_dir: Path) -> Path:
             f"--dataset {name}: could not be loaded ({reason}); the name is as on huggingface.co/datasets, behind it "
             "@CONFIG where the data set has several and :SPLIT for another one than train"
         ) from error
-    file = cache_dir / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{dataset._fingerprint}.parquet"
+    file = hub_copy_file(name, dataset._fingerprint, cache_dir)
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")

@@ -13,12 +13,10 @@ from statistics import mean
 
 import torch
 
-from neoflix.checkpoint import RESULTS_FILE, STATE_FILE, list_checkpoints, read_run
+from neoflix.checkpoint import LIVE_SAMPLES_FILE, RESULTS_FILE, STARTS_FILE, STATE_FILE, list_checkpoints, read_run
 from neoflix.errors import UserError
 from neoflix.manifest import write_json, write_text
 
-STARTS_FILE = "starts.json"  # how the run was started, each time
-LIVE_SAMPLES_FILE = "progress_samples.jsonl"  # texts of each evaluation, a line each
 FEW_TEXTS = 1000
 FEW_HELD_OUT = 100
 

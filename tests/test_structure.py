@@ -10,21 +10,13 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
-    {"console", "errors"},
+    {"console", "errors", "gpus", "hub_copies", "throughput", "words"},
     {
-        "attention",
-        "environment",
-        "loss",
-        "machine",
-        "manifest",
-        "preemption",
-        "quality",
-        "template",
-        "tokenizer",
+        *("attention", "environment", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"),
         "watchdog",
     },
-    {"checkpoint", "decoding", "distributed", "ds_config", "samples"},
-    {"consolidation", "lora", "plan", "record", "universal"},
+    {"checkpoint", "decoding", "distributed", "ds_config", "locks"},
+    {"consolidation", "lora", "plan", "record", "run_folder", "samples", "universal"},
     {"config"},
     {"callbacks", "data", "model", "reading", "report"},
     {"export", "generation", "judging"},
