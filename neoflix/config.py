@@ -21,7 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from neoflix.checkpoint import RUN_FILE, find_run, read_run, read_texts_per_step
+from neoflix.checkpoint import RUN_FILE
 from neoflix.console import say
 from neoflix.ds_config import (
     ROOT,
@@ -35,6 +35,7 @@ from neoflix.errors import UserError
 from neoflix.machine import has_gpu
 from neoflix.plan import LORA_RANK, Plan, plan_run
 from neoflix.run_folder import check_output_dir
+from neoflix.runs import check_overrides, find_run, read_run, read_texts_per_step
 from neoflix.template import Template
 
 # Recomputing activations: --activation_checkpointing, which transformers before 5.23 knows by its older name alone.
@@ -74,7 +75,8 @@ class TrainArguments(TrainingArguments):
     )
     allow_pickle: bool = _option(False, "Take weights from a pickle (pytorch_model.bin) where there is no safetensors.")
     dataset: str = _option(
-        "netflix", "'netflix', 'sample', a CSV, TSV, JSONL or Parquet file, a folder of .txt files, or hf:NAME[:SPLIT]."
+        "netflix",
+        "'netflix', 'sample', a CSV, TSV, JSONL, JSON, Parquet or .txt file, a folder of .txt files, or hf:NAME.",
     )
     text_column: str | None = _option(
         None, "Column of the texts; default: 'description', 'text', or the only one that looks like texts."
@@ -86,6 +88,9 @@ class TrainArguments(TrainingArguments):
     validation_fraction: float = _option(0.1, "Share of the texts held out, chosen by a hash of each text.")
     max_length: int | None = _option(None, "Longest text in tokens, both special ones counted; default: the window.")
     early_stopping_patience: int = _option(2, "Stop after this many evaluations without a better loss; 0: never.")
+    override_resumed: list[str] | None = _option(
+        None, "Settings that may differ from those of the run that is resumed: learning_rate weight_decay ..."
+    )
     on_full_disk: str = _option("stop", "When a checkpoint cannot be written: 'stop', or 'go_on' without it.")
     cache_dir: str | None = _option(None, "Where token caches lie; default: beside Hugging Face's data set cache.")
     lora: bool = _option(False, "Freeze the model and train small adapters beside it (LoRA): little host memory.")
@@ -219,6 +224,7 @@ class TrainArguments(TrainingArguments):
         if self.num_progress_samples < 0:
             raise UserError(f"--num_progress_samples {self.num_progress_samples}: must be 0 (none) or more")
         check_report_to(self.report_to)
+        check_overrides(self.override_resumed)
         if self.learning_rate <= 0:
             raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
         if self.eval_only:

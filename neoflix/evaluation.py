@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from neoflix import data, reading
-from neoflix.checkpoint import describe_texts, find_model, find_run
+from neoflix.checkpoint import find_model
 from neoflix.config import TrainArguments
 from neoflix.console import say
 from neoflix.consolidation import whole_weights
@@ -22,6 +22,7 @@ from neoflix.distributed import ask_main_process, main_process_first
 from neoflix.errors import UserError
 from neoflix.model import find_tokenizer, get_window, load_model
 from neoflix.plan import check_same_everywhere
+from neoflix.runs import describe_texts, find_run
 from neoflix.trainer import TokenTrainer
 
 RESULTS = "eval_results.jsonl"  # in --output_dir, one line for each evaluation

@@ -296,6 +296,10 @@ def _what_was_run(record: Record) -> dict[str, str]:
         "resumed": f"{len(record.starts) - 1} time(s), last from step {start['from_step']:,}"
         if len(record.starts) > 1
         else None,
+        "changed on the way": "; ".join(
+            f"{each['setting']} {each['was']} -> {each['now']} from step {each['from_step']:,}"
+            for each in run.get("changes", [])
+        ),
     }
     return {name: str(value) for name, value in lines.items() if value}
 

@@ -31,13 +31,13 @@ from neoflix.checkpoint import (
     list_checkpoints,
     list_model_files,
     list_numbered,
-    read_run,
 )
 from neoflix.console import say
 from neoflix.distributed import ask_main_process
 from neoflix.errors import UserError
 from neoflix.locks import Lock, acquire
 from neoflix.manifest import find_damage, hash_file, read_manifest, sync_folder, write_json
+from neoflix.runs import read_run
 
 LIST_FILE = "run_files.json"
 LOCK_FILE = "_run.lock"  # Trainer leaves out names that begin so when it uploads a folder

@@ -11,14 +11,14 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
     {"console", "errors", "gpus", "hub_copies", "throughput", "words"},
-    {
-        *("attention", "environment", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"),
-        "watchdog",
-    },
+    {"attention", "environment", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
+    | {"tokenizer", "watchdog"},
     {"checkpoint", "decoding", "distributed", "ds_config", "locks"},
-    {"consolidation", "lora", "plan", "record", "run_folder", "samples", "universal"},
+    {"resumed_optimizer", "runs"},
+    {"consolidation", "lora", "reading", "record", "run_folder", "samples", "universal"},
+    {"plan"},
     {"config"},
-    {"callbacks", "data", "model", "reading", "report"},
+    {"callbacks", "data", "model", "report"},
     {"export", "generation", "judging"},
     {"live_samples"},
     {"trainer"},
