@@ -46,9 +46,9 @@ def evaluate_only(args: TrainArguments) -> None:
         model = load_model(source, tokenizer, args.weight_dtype, {}, args.allow_pickle)
         max_length = min(args.max_length or get_window(model), get_window(model))
         with main_process_first():
-            tokens, num_tokens, num_cut = data.tokenize_texts(
-                texts.validation, tokenizer, max_length, cache_dir, args.loss_on_prompt
-            )
+            options = (tokenizer, max_length, cache_dir, args.loss_on_prompt)
+            tokens, num_tokens, num_cut, *_ = side = data.tokenize_texts(texts.validation, *options)
+        data.check_room([texts.validation], [side], max_length)
         trainer = TokenTrainer(
             model=model,
             args=args,

@@ -35,6 +35,7 @@ from neoflix.loss import IGNORED
 from neoflix.manifest import Files, num_bytes, read_manifest, write_manifest
 from neoflix.model import keeps_texts_apart
 from neoflix.plan import compare, explain_failure
+from neoflix.redaction import redact
 from neoflix.report import write_report
 from neoflix.resumed_optimizer import apply_hyperparameters, read_hyperparameters, recall_steps
 from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
@@ -78,6 +79,11 @@ def keep_gradient_norm(engine) -> None:
         engine._global_grad_norm = clip_grad_norm_(parameters=weights, max_norm=most, mpu=engine.mpu)
 
     engine.clip_fp32_gradients = clip
+
+
+def _without_secrets(state: dict) -> dict:
+    """What DeepSpeed is about to save, which holds its configuration: a monitor's key may stand there."""
+    return state | {"ds_config": redact(state["ds_config"])} if "ds_config" in state else state
 
 
 class TokenTrainer(Trainer):
@@ -356,7 +362,7 @@ class TokenTrainer(Trainer):
         files, engine = Files(folder), self.model_wrapped
         with files.remembering_errors():
             self._save_weights(folder)
-        engine.checkpoint_engine.save = files.save
+        engine.checkpoint_engine.save = lambda state_dict, path: files.save(_without_secrets(state_dict), path)
         engine._copy_recovery_script = lambda *_: None  # rank 0 alone would write it, and could fail alone
         is_adapted = has_adapters(self.model)  # the base's frozen weights lie where they came from
         engine.save_checkpoint(str(folder), save_latest=False, exclude_frozen_parameters=is_adapted)  # "latest": below
