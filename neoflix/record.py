@@ -6,7 +6,6 @@ import platform
 import re
 import shlex
 import time
-import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -71,11 +70,6 @@ def read_live_samples(output_dir: str | Path) -> list[dict]:
         except (ValueError, KeyError, TypeError):
             continue
     return rows
-
-
-def printable(text: str) -> str:
-    """A text without control characters, which a terminal would obey and a page may not hold; line ends stay."""
-    return "".join(" " if char != "\n" and unicodedata.category(char) == "Cc" else char for char in text)
 
 
 def write_live_samples(output_dir: str | Path, rows: list[dict]) -> None:

@@ -27,8 +27,8 @@ from neoflix.checkpoint import (
 from neoflix.console import say
 from neoflix.consolidation import gather_weights
 from neoflix.data import PackedCollator, PaddedCollator, TokenBatches, count_tokens
-from neoflix.distributed import StoppedEarly, ask_main_process, gather, shout
-from neoflix.errors import UserError
+from neoflix.distributed import ask_main_process, gather
+from neoflix.errors import StoppedEarly, UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
@@ -42,7 +42,7 @@ from neoflix.resumed_optimizer import apply_hyperparameters, read_hyperparameter
 from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
 from neoflix.runs import Start, check_progress
 from neoflix.universal import check_loadable, convert, needs_conversion
-from neoflix.watchdog import Watchdog
+from neoflix.watchdog import announce_activity
 
 
 class Stopwatch:
@@ -122,9 +122,8 @@ class TokenTrainer(Trainer):
         """Not Trainer's: `report.py` writes README.md."""
 
     def train(self, start: Start):
-        """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; DeadProcessError where
-        another process died; UserError, with the plan, where memory did not suffice, or where a start that changes a
-        run took no step.
+        """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; UserError, with the plan,
+        where memory did not suffice, or where a start that changes a run took no step.
 
         Args:
             start: what is resumed and what changes, by `runs.find_start`. Recorded once the first step is taken.
@@ -137,8 +136,8 @@ class TokenTrainer(Trainer):
             self.args.eval_on_start = False
             say(f"Resuming from {checkpoint}")
             checkpoint = self._fit_to_processes(Path(checkpoint))
-        watchdog = Watchdog(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
-        with watchdog, self._explaining_full_memory(), without_wildcards(checkpoint) as readable:
+        announce_activity(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
+        with self._explaining_full_memory(), without_wildcards(checkpoint) as readable:
             output = super().train(readable and str(readable))
         if self._stop.reason:
             step, reason = self.state.global_step, self._stop.reason
@@ -179,10 +178,7 @@ class TokenTrainer(Trainer):
         except RuntimeError as error:  # torch.OutOfMemoryError is one; of the host's memory there is no class
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            message = explain_failure(self.args.forecast, str(error), *self._allocated())
-            if not self.is_world_process_zero():  # the main process may not have failed
-                shout(message)
-            raise UserError(message) from error
+            raise UserError(explain_failure(self.args.forecast, str(error), *self._allocated())) from error
 
     def _allocated(self) -> tuple[int, int, int]:
         """(bytes at the peak that torch handed out on this device, that it held, that this process had of the host)"""
@@ -455,8 +451,7 @@ class TokenTrainer(Trainer):
             self.model_wrapped._config.zero_config.gather_16bit_weights_on_model_save = True
             self.save_model(str(best))
         ask_main_process(self._promote, best)
-        if self.is_world_process_zero():
-            self.state.save_to_json(str(Path(self.args.output_dir, STATE_FILE)))
+        ask_main_process(self.state.save_to_json, str(Path(self.args.output_dir, STATE_FILE)))
 
     def _promote(self, checkpoint: Path) -> None:
         run = Path(self.args.output_dir)
