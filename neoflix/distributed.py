@@ -170,7 +170,7 @@ def exit_code_of(main) -> int:
             raise
         if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     except StoppedEarly as stopped:
         say(str(stopped))
         return RUN_ME_AGAIN

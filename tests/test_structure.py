@@ -14,7 +14,7 @@ FLOORS = [
     {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
     | {"tokenizer"},
     {"checkpoint", "decoding", "ds_config", "locks", "watchdog"},
-    {"resumed_optimizer", "runs"},
+    {"divergence", "resumed_optimizer", "runs"},
     {"consolidation", "lora", "reading", "record", "run_folder", "samples", "universal"},
     {"plan"},
     {"config"},
