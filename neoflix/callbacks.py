@@ -5,8 +5,9 @@ import math
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from neoflix.console import is_main_process, progress, write_beside_progress
-from neoflix.distributed import StoppedEarly, any_rank, ask_main_process, gather
+from neoflix.distributed import any_rank, ask_main_process, gather
 from neoflix.divergence import diverged
+from neoflix.errors import StoppedEarly
 from neoflix.preemption import find_stop_request, forget_stop_file
 from neoflix.record import note_start
 from neoflix.runs import save_run

@@ -9,7 +9,6 @@ import difflib
 import itertools
 import json
 import os
-import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field, fields
@@ -34,6 +33,7 @@ from neoflix.ds_config import (
 from neoflix.errors import UserError
 from neoflix.machine import has_gpu
 from neoflix.plan import LORA_RANK, Plan, plan_run
+from neoflix.redaction import is_secret, redact, redact_command
 from neoflix.run_folder import check_output_dir
 from neoflix.runs import check_overrides, find_run, read_run, read_texts_per_step
 from neoflix.template import Template
@@ -152,6 +152,16 @@ class TrainArguments(TrainingArguments):
         leave_out_shared_memory()
         build_operators(read_ds_config(self.deepspeed))
         super().__post_init__()
+
+    def to_dict(self) -> dict:
+        """As curves' programs and a run's record keep the arguments: without secrets."""
+        return redact(super().to_dict())
+
+    def __getstate__(self) -> dict:
+        """What is pickled, as `training_args.bin` in each checkpoint is: without secrets."""
+        parsed = ("hf_deepspeed_config", "deepspeed_plugin", "forecast")  # they hold the DeepSpeed file once more
+        plain = {name: value for name, value in vars(self).items() if not (is_secret(name) or name in parsed)}
+        return {name: redact(value) if isinstance(value, str | dict) else value for name, value in plain.items()}
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -398,7 +408,8 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     words = [word.replace(f"--{NAMES_OF_RECOMPUTING[0]}", f"--{RECOMPUTING}") for word in words]
     _, unknown = parser.parse_known_args(words)
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0], parser._option_string_actions)}")
+        name = unknown[0].partition("=")[0]  # the value may be a secret
+        raise UserError(f"unknown argument {name!r}{_nearest(name, parser._option_string_actions)}")
     chose_precision = bool(_said(words) & {"__bf16", "__fp16"})
     words += _hardware_flags(words, asked.use_cpu)
     asked = parser.parse_known_args(words)[0]
@@ -408,7 +419,7 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     except ValueError as error:  # TrainingArguments checks flags by themselves and beside each other
         raise UserError(str(error)) from error
     args.generation, args.forecast = SAMPLING_DEFAULTS | generation, forecast
-    args.command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = redact_command(["train.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 

@@ -27,21 +27,22 @@ from neoflix.checkpoint import (
 from neoflix.console import say
 from neoflix.consolidation import gather_weights
 from neoflix.data import PackedCollator, PaddedCollator, TokenBatches, count_tokens
-from neoflix.distributed import StoppedEarly, any_rank, ask_main_process, gather, shout
+from neoflix.distributed import any_rank, ask_main_process, gather
 from neoflix.divergence import diverged, has_finite_weights
-from neoflix.errors import DivergedError, UserError
+from neoflix.errors import DivergedError, StoppedEarly, UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
 from neoflix.manifest import Files, find_damage, num_bytes, read_manifest, write_json, write_manifest
 from neoflix.model import keeps_texts_apart
 from neoflix.plan import compare, explain_failure
+from neoflix.redaction import redact
 from neoflix.report import write_report
 from neoflix.resumed_optimizer import apply_hyperparameters, read_hyperparameters, recall_steps
 from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
 from neoflix.runs import Start, check_progress
 from neoflix.universal import check_loadable, convert, needs_conversion
-from neoflix.watchdog import Watchdog
+from neoflix.watchdog import announce_activity
 
 
 class Stopwatch:
@@ -79,6 +80,11 @@ def keep_gradient_norm(engine) -> None:
         engine._global_grad_norm = clip_grad_norm_(parameters=weights, max_norm=most, mpu=engine.mpu)
 
     engine.clip_fp32_gradients = clip
+
+
+def _without_secrets(state: dict) -> dict:
+    """What DeepSpeed is about to save, which holds its configuration: a monitor's key may stand there."""
+    return state | {"ds_config": redact(state["ds_config"])} if "ds_config" in state else state
 
 
 class TokenTrainer(Trainer):
@@ -120,9 +126,8 @@ class TokenTrainer(Trainer):
         """Not Trainer's: `report.py` writes README.md."""
 
     def train(self, start: Start):
-        """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; DeadProcessError where
-        another process died; UserError, with the plan, where memory did not suffice, or where a start that changes a
-        run took no step.
+        """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; UserError, with the plan,
+        where memory did not suffice, or where a start that changes a run took no step.
 
         Args:
             start: what is resumed and what changes, by `runs.find_start`. Recorded once the first step is taken.
@@ -135,8 +140,8 @@ class TokenTrainer(Trainer):
             self.args.eval_on_start = False
             say(f"Resuming from {checkpoint}")
             checkpoint = str(self._fit_to_processes(Path(checkpoint)))
-        watchdog = Watchdog(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
-        with watchdog, self._explaining_full_memory():
+        announce_activity(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
+        with self._explaining_full_memory():
             output = super().train(checkpoint)
         if self._stop.reason:
             step, reason = self.state.global_step, self._stop.reason
@@ -177,10 +182,7 @@ class TokenTrainer(Trainer):
         except RuntimeError as error:  # torch.OutOfMemoryError is one; of the host's memory there is no class
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            message = explain_failure(self.args.forecast, str(error), *self._allocated())
-            if not self.is_world_process_zero():  # the main process may not have failed
-                shout(message)
-            raise UserError(message) from error
+            raise UserError(explain_failure(self.args.forecast, str(error), *self._allocated())) from error
 
     def _allocated(self) -> tuple[int, int, int]:
         """(bytes at the peak that torch handed out on this device, that it held, that this process had of the host)"""
@@ -380,7 +382,7 @@ class TokenTrainer(Trainer):
         files, engine = Files(folder), self.model_wrapped
         with files.remembering_errors():
             self._save_weights(folder)
-        engine.checkpoint_engine.save = files.save
+        engine.checkpoint_engine.save = lambda state_dict, path: files.save(_without_secrets(state_dict), path)
         engine._copy_recovery_script = lambda *_: None  # rank 0 alone would write it, and could fail alone
         is_adapted = has_adapters(self.model)  # the base's frozen weights lie where they came from
         engine.save_checkpoint(str(folder), save_latest=False, exclude_frozen_parameters=is_adapted)  # "latest": below
@@ -475,8 +477,7 @@ class TokenTrainer(Trainer):
             self.model_wrapped._config.zero_config.gather_16bit_weights_on_model_save = True
             self.save_model(str(best))
         ask_main_process(self._promote, best)
-        if self.is_world_process_zero():
-            write_json(Path(self.args.output_dir, STATE_FILE), dataclasses.asdict(self.state))
+        ask_main_process(write_json, Path(self.args.output_dir, STATE_FILE), dataclasses.asdict(self.state))
 
     def _choose_best(self) -> tuple[int, Path | None]:
         """(step, checkpoint) of the best model that is still there, every file of it read; no checkpoint: the model in
