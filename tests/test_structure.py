@@ -14,7 +14,7 @@ FLOORS = [
     {"attention", "cache", "environment", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
     | {"watchdog"},
     {"checkpoint", "decoding", "distributed", "ds_config", "locks", "tokenizer"},
-    {"resumed_optimizer", "runs"},
+    {"divergence", "resumed_optimizer", "runs"},
     {"consolidation", "lora", "reading", "record", "run_folder", "samples", "universal"},
     {"plan"},
     {"config"},
