@@ -12,9 +12,9 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 FLOORS = [
     {"console", "errors"},
     {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"},
-    {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
-    {"consolidation", "lora", "plan", "record", "universal"},
-    {"config"},
+    {"checkpoint", "ds_config", "samples", "slot_cache", "watchdog"},
+    {"consolidation", "decoding", "lora", "plan", "record", "universal"},
+    {"architectures", "config"},
     {"callbacks", "data", "model", "reading", "report"},
     {"export", "generation", "judging"},
     {"live_samples"},
