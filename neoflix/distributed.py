@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from neoflix.console import is_main_process, say
 from neoflix.errors import UserError
+from neoflix.gpus import PINNED_MEMORY
 
 RUN_ME_AGAIN = 75  # exit code: stopped on request, the same command goes on from there (EX_TEMPFAIL of sysexits.h)
 
@@ -87,12 +88,11 @@ def _share_cores() -> None:
 
 
 def _pin_what_is_asked() -> None:
-    """Has torch pin as much host memory as it is asked for, where it would round up to a power of two: 25 GiB of
-    GPT-Neo-2.7B's offloaded optimizer become 40. Small buffers it still rounds, to use them again. (torch 2.13 knows
-    the word.)"""
+    """Has torch pin as much host memory as it is asked for (`PINNED_MEMORY`), unless the user configured its allocator.
+    Torch before 2.13 refuses the setting."""
     said = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     if not said and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
-        os.environ["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:64"
+        os.environ["PYTORCH_ALLOC_CONF"] = PINNED_MEMORY
 
 
 def keep_freed_memory() -> None:

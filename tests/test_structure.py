@@ -10,7 +10,7 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
-    {"console", "errors", "gpus", "hub_copies", "throughput", "words"},
+    {"console", "errors", "gpus", "hub_copies", "shapes", "throughput", "words"},
     {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"},
     {"checkpoint", "decoding", "ds_config", "locks", "watchdog"},
     {"consolidation", "lora", "plan", "record", "run_folder", "samples", "universal"},
