@@ -10,22 +10,22 @@ if __name__ == "__main__":
 from transformers import set_seed
 
 from neoflix import data, reading
-from neoflix.checkpoint import check_same_run, describe_run, find_resume_point, is_finished, save_results, save_run
 from neoflix.config import parse_train_args
 from neoflix.console import say
-from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit
+from neoflix.distributed import ask_main_process, main_process_first, run_and_exit
+from neoflix.environment import prepare_environment
 from neoflix.evaluation import evaluate_only
 from neoflix.model import find_tokenizer, get_window, load_model
 from neoflix.preemption import catch_stop_requests
 from neoflix.report import close_run
 from neoflix.run_folder import opened
+from neoflix.runs import describe_run, find_start, save_results
 from neoflix.trainer import TokenTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
     prepare_environment()
-    args = parse_train_args(argv, must_fit=True)
-    if args.eval_only:
+    if (args := parse_train_args(argv, must_fit=True)).eval_only:
         return evaluate_only(args)
     say(plan.plan_table(args.forecast))
     if not args.plan:
@@ -38,7 +38,7 @@ def train(args) -> None:
     cache_dir = Path(args.cache_dir or reading.default_cache_dir())
 
     # Texts and tokenizer. The main process comes first and fills the caches that the others read.
-    with args.main_process_first():
+    with main_process_first():
         texts = data.split_texts(reading.read_dataset(args), args.validation_fraction)
         tokenizer = find_tokenizer(args.model_name_or_path, texts.train, cache_dir, args.text_template)
     plan.check_same_everywhere(args, texts)
@@ -46,22 +46,17 @@ def train(args) -> None:
     # Model and tokens.
     options = {"allow_pickle": args.allow_pickle, "lora": args.lora_settings}
     model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **options)
-    with args.main_process_first():
+    with main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
         sides = data.tokenize_split(texts, tokenizer, max_length, cache_dir, args.loss_on_prompt)
         train_tokens, validation_tokens = sides
     ask_main_process(plan.remember_counts, args, max_length, data.count_tokens(train_tokens), len(validation_tokens))
 
-    # Go on where this run stopped, never where another one did.
-    run = describe_run(args, model, tokenizer, train_tokens)
-    if ask_main_process(is_finished, args.output_dir, run):
-        say(f"{args.output_dir} holds this run, finished; raise --num_train_epochs to go on from there")
+    # Continue the run in this folder, but never another one.
+    run = describe_run(args, model, tokenizer, train_tokens, validation_tokens)
+    start = ask_main_process(find_start, args.output_dir, args.resume_from_checkpoint, run, args.override_resumed)
+    if start.is_finished:
         return
-    if checkpoint := ask_main_process(find_resume_point, args.output_dir, args.resume_from_checkpoint):
-        check_same_run(checkpoint, run)
-        args.eval_on_start = False
-        say(f"Resuming from {checkpoint}")
-    ask_main_process(save_run, args.output_dir, run)
     trainer = TokenTrainer(
         model=model,
         args=args,
@@ -69,7 +64,7 @@ def train(args) -> None:
         eval_dataset=data.fill_up(validation_tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(start=start)
     trainer.save_best()
     ask_main_process(save_results, args.output_dir, trainer.results())
     ask_main_process(close_run, args.output_dir)

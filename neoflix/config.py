@@ -9,7 +9,6 @@ import difflib
 import itertools
 import json
 import os
-import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field, fields
@@ -21,7 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from neoflix.checkpoint import RUN_FILE, find_run, read_run, read_texts_per_step
+from neoflix.checkpoint import RUN_FILE
 from neoflix.console import say
 from neoflix.ds_config import (
     ROOT,
@@ -34,7 +33,9 @@ from neoflix.ds_config import (
 from neoflix.errors import UserError
 from neoflix.machine import has_gpu
 from neoflix.plan import LORA_RANK, Plan, plan_run
+from neoflix.redaction import is_secret, redact, redact_command
 from neoflix.run_folder import check_output_dir
+from neoflix.runs import check_overrides, find_run, read_run, read_texts_per_step
 from neoflix.template import Template
 
 # Recomputing activations: --activation_checkpointing, which transformers before 5.23 knows by its older name alone.
@@ -74,7 +75,8 @@ class TrainArguments(TrainingArguments):
     )
     allow_pickle: bool = _option(False, "Take weights from a pickle (pytorch_model.bin) where there is no safetensors.")
     dataset: str = _option(
-        "netflix", "'netflix', 'sample', a CSV, TSV, JSONL or Parquet file, a folder of .txt files, or hf:NAME[:SPLIT]."
+        "netflix",
+        "'netflix', 'sample', a CSV, TSV, JSONL, JSON, Parquet or .txt file, a folder of .txt files, or hf:NAME.",
     )
     text_column: str | None = _option(
         None, "Column of the texts; default: 'description', 'text', or the only one that looks like texts."
@@ -86,6 +88,9 @@ class TrainArguments(TrainingArguments):
     validation_fraction: float = _option(0.1, "Share of the texts held out, chosen by a hash of each text.")
     max_length: int | None = _option(None, "Longest text in tokens, both special ones counted; default: the window.")
     early_stopping_patience: int = _option(2, "Stop after this many evaluations without a better loss; 0: never.")
+    override_resumed: list[str] | None = _option(
+        None, "Settings that may differ from those of the run that is resumed: learning_rate weight_decay ..."
+    )
     on_full_disk: str = _option("stop", "When a checkpoint cannot be written: 'stop', or 'go_on' without it.")
     cache_dir: str | None = _option(None, "Where token caches lie; default: beside Hugging Face's data set cache.")
     lora: bool = _option(False, "Freeze the model and train small adapters beside it (LoRA): little host memory.")
@@ -147,6 +152,16 @@ class TrainArguments(TrainingArguments):
         leave_out_shared_memory()
         build_operators(read_ds_config(self.deepspeed))
         super().__post_init__()
+
+    def to_dict(self) -> dict:
+        """As curves' programs and a run's record keep the arguments: without secrets."""
+        return redact(super().to_dict())
+
+    def __getstate__(self) -> dict:
+        """What is pickled, as `training_args.bin` in each checkpoint is: without secrets."""
+        parsed = ("hf_deepspeed_config", "deepspeed_plugin", "forecast")  # they hold the DeepSpeed file once more
+        plain = {name: value for name, value in vars(self).items() if not (is_secret(name) or name in parsed)}
+        return {name: redact(value) if isinstance(value, str | dict) else value for name, value in plain.items()}
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -219,6 +234,7 @@ class TrainArguments(TrainingArguments):
         if self.num_progress_samples < 0:
             raise UserError(f"--num_progress_samples {self.num_progress_samples}: must be 0 (none) or more")
         check_report_to(self.report_to)
+        check_overrides(self.override_resumed)
         if self.learning_rate <= 0:
             raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
         if self.eval_only:
@@ -392,7 +408,8 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     words = [word.replace(f"--{NAMES_OF_RECOMPUTING[0]}", f"--{RECOMPUTING}") for word in words]
     _, unknown = parser.parse_known_args(words)
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0], parser._option_string_actions)}")
+        name = unknown[0].partition("=")[0]  # the value may be a secret
+        raise UserError(f"unknown argument {name!r}{_nearest(name, parser._option_string_actions)}")
     chose_precision = bool(_said(words) & {"__bf16", "__fp16"})
     words += _hardware_flags(words, asked.use_cpu)
     asked = parser.parse_known_args(words)[0]
@@ -402,7 +419,7 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     except ValueError as error:  # TrainingArguments checks flags by themselves and beside each other
         raise UserError(str(error)) from error
     args.generation, args.forecast = SAMPLING_DEFAULTS | generation, forecast
-    args.command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = redact_command(["train.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 

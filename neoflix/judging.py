@@ -12,10 +12,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from neoflix.checkpoint import find_run
 from neoflix.config import TrainArguments
 from neoflix.console import progress, say
-from neoflix.data import split_texts
+from neoflix.data import MOST_CROWDED, split_texts
 from neoflix.errors import UserError
 from neoflix.loss import IGNORED
 from neoflix.manifest import write_json
@@ -32,6 +31,8 @@ from neoflix.quality import (
 )
 from neoflix.reading import find_dataset, read_texts
 from neoflix.record import read_json
+from neoflix.runs import find_run
+from neoflix.tables import read_table
 from neoflix.template import Template, parts
 from neoflix.tokenizer import read_tokenizer
 
@@ -61,7 +62,9 @@ def read_training_texts(args) -> list[str]:
     texts = read_texts(find_dataset(dataset), column, Template(template) if template else None)
     texts = [parts(text)[1].strip() for text in split_texts(texts, fraction).train]
     is_as_recorded = (args.dataset, args.text_column, args.validation_fraction) == (None, None, None)
-    if is_as_recorded and len(texts) != run["num_training_texts"]:
+    # Of a run with a template texts may have been left out, whose prompts left no room for them.
+    most_crowded = int(MOST_CROWDED * len(texts) / (1 - fraction)) if template else 0
+    if is_as_recorded and not 0 <= len(texts) - run["num_training_texts"] <= most_crowded:
         raise UserError(
             f"{dataset}: has changed since the run learnt from it ({run['num_training_texts']:,} training texts "
             f"then, {len(texts):,} now); name the file as it was with --dataset"
@@ -187,26 +190,15 @@ def judge_file(args) -> None:
 
 
 def read_samples(path: str) -> list[dict]:
-    """Samples of a JSON lines file, each an object with a `text`. UserError, in one sentence, for anything else."""
-    rows = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--judge {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--judge {path}: not UTF-8 at byte {error.start}; name a JSONL file of samples") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise UserError(f"--judge {path}: line {number} is not valid JSON ({error})") from error
-        if row is None:
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UserError(f'--judge {path}: line {number} is no sample, {{"text": "...", ...}}')
-        rows.append(row)
-    if not rows:
-        raise UserError(f"--judge {path}: holds no sample")
+    """Samples of a file, each with a `text`: JSON lines as `generate.py` writes them, or any other table. UserError for
+    anything else."""
+    table = read_table(Path(path).expanduser(), flag="--judge")
+    if "text" not in table.names:
+        raise UserError(f"--judge {path}: has no column text, but {', '.join(table.names)}")
+    rows = [{name: cell for name, cell in zip(table.names, row, strict=True) if cell is not None} for row in table.rows]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get("text"), str):
+            raise UserError(f"--judge {path}: row {number} has no text")
     return rows
 
 

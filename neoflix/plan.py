@@ -14,7 +14,6 @@ the vocabulary, T tokens of a batch.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import math
@@ -22,18 +21,20 @@ import os
 import random
 import re
 import sys
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
+from neoflix.cache import in_cache, new_path
 from neoflix.console import say
 from neoflix.ds_config import ROOT, read_ds_config
 from neoflix.errors import UserError
 from neoflix.gpus import PINNED_MEMORY
 from neoflix.hub_copies import find_hub_copy
 from neoflix.machine import Machine, check_machine, read_machine, torch_version
+from neoflix.reading import NETFLIX_PATH, default_cache_dir, find_dataset, sample_texts
 from neoflix.shapes import HUB_SHAPES, Shape, gpt_neo_shape, read_shape
+from neoflix.tables import find_text_files
 from neoflix.template import Template
 from neoflix.throughput import cpu_flops, flops_per_token, peak_flops, recomputed_flops_per_token
 
@@ -49,9 +50,8 @@ CUDA_CONTEXT = int(0.6 * GIB)
 FRAGMENTATION = 0.06
 LOSS_CHUNK = {"cuda": 2**26 * 4, "cpu": 2**20 * 4}  # fp32 logits that `loss.py` reads at a time
 
-USUAL_COLUMNS = ("description", "text")  # that hold the texts, where nobody says which column does
 CHARS_PER_TOKEN = 4.8  # the 7,787 Netflix descriptions, GPT-2's tokenizer; special tokens left out
-SAMPLE_BYTES, SAMPLE_TEXTS = 2**21, 500
+SAMPLE_TEXTS = 500
 
 
 # ---- what the plan is made of ------------------------------------------------------------------------------
@@ -624,10 +624,11 @@ def rounds_pinned() -> bool:
 
 
 def count_texts(args, shape: Shape) -> Texts:
-    """Tokens of the data: those that an earlier run counted, else estimated from a sample of the file."""
+    """Tokens of the data: those that an earlier run counted, else estimated from the file's first rows."""
     path = _counts_file(args, shape.window)
-    if path and path.is_file():
-        return Texts(**json.loads(path.read_text()), source="counted by an earlier run")
+    with in_cache(_cache_dir(args)):
+        if path and path.is_file():
+            return Texts(**json.loads(path.read_text()), source="counted by an earlier run")
     return estimate_texts(_find_data(args), args, shape.window)
 
 
@@ -641,22 +642,20 @@ def remember_counts(args, window: int, lengths_N, num_validation: int) -> None:
             "deviation": float(lengths_N.std()),
             "longest": int(lengths_N.max()),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # another run may be reading it
-        unfinished.write_text(json.dumps(counts))
-        unfinished.replace(path)
+        with in_cache(path.parent), new_path(path) as unfinished:  # another run may be reading it
+            unfinished.write_text(json.dumps(counts))
 
 
 def _find_data(args) -> Path | None:
-    """The file of `--dataset`, where it is here already (`reading.py` downloads and complains)."""
+    """The file of `--dataset`, where it is here already: nothing is downloaded for a plan."""
     if args.dataset.startswith("hf:"):
         return find_hub_copy(args.dataset, _cache_dir(args))
-    shipped = {"sample": ROOT / "data" / "sample_titles.csv", "netflix": ROOT / "data" / "netflix_titles.csv"}
-    path = shipped.get(args.dataset, Path(args.dataset).expanduser())
-    return path if path.exists() else None
+    if args.dataset == "netflix" and not NETFLIX_PATH.is_file():
+        return None
+    return find_dataset(args.dataset)
 
 
-COUNTS_FORMAT = 2  # raised when the same file may be read as other texts than before
+COUNTS_FORMAT = 3  # raised when the same file may be read as other texts than before
 
 
 def _counts_file(args, window: int) -> Path | None:
@@ -665,7 +664,7 @@ def _counts_file(args, window: int) -> Path | None:
     data = _find_data(args)
     if data is None:
         return None
-    files = sorted(path for path in data.rglob("*") if path.is_file()) if data.is_dir() else [data]
+    files = find_text_files(data) if data.is_dir() else [data]
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = [COUNTS_FORMAT, states, args.validation_fraction, window]
     key += [args.text_column, args.template, str(args.model_name_or_path)]
@@ -674,12 +673,7 @@ def _counts_file(args, window: int) -> Path | None:
 
 
 def _cache_dir(args) -> Path:
-    """`--cache_dir`, or a folder beside the cache of `datasets`, which is not imported for its name alone."""
-    if args.cache_dir:
-        return Path(args.cache_dir)
-    caches = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
-    home = Path(os.environ.get("HF_HOME", caches / "huggingface"))
-    return Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser() / "neoflix"
+    return Path(args.cache_dir) if args.cache_dir else default_cache_dir()
 
 
 def estimate_texts(path: Path | None, args, window: int) -> Texts:
@@ -690,17 +684,8 @@ def estimate_texts(path: Path | None, args, window: int) -> Texts:
         netflix = "figures of the Netflix descriptions, as published"
         source = netflix if is_netflix else f"a guess: {args.dataset} is not on this machine yet; {netflix}"
         return Texts(7008, 779, 31.8, 4.4, 64, source)
-    try:
-        texts, num_texts = _sample_texts(path, args.text_column, args.template)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        ZeroDivisionError,
-        StopIteration,
-        csv.Error,
-    ):  # `reading.py` says what is wrong with it
-        return Texts(7008, 779, 31.8, 4.4, 64, "a guess: the file could not be read")
+    template = Template(args.template) if args.template else None
+    texts, num_texts = sample_texts(path, args.text_column, template, 4 * SAMPLE_TEXTS)
     chosen = random.Random(0).sample(texts, min(SAMPLE_TEXTS, len(texts)))
     tokenizer = _load_tokenizer(args.model_name_or_path)
     if tokenizer:
@@ -727,52 +712,6 @@ def _load_tokenizer(model_name_or_path: str):
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     return None
-
-
-def _sample_texts(path: Path, column: str | None, template: str | None) -> tuple[list[str], int]:
-    """(texts of the file's first 2 MB, number of texts in all of it)"""
-    rows, scale = _sample_rows(path)
-    if template:
-        texts = [Template(template).fill({name: str(value or "") for name, value in row.items()}) for row in rows]
-    else:
-        column = column or _likeliest_column(rows)
-        texts = [row.get(column) for row in rows]
-    texts = [text for text in texts if isinstance(text, str) and text.strip()]
-    if not texts:
-        raise UserError("no texts")
-    return texts, round(len(texts) * scale)
-
-
-def _likeliest_column(rows: list[dict]) -> str:
-    """Which one `reading.py` will take, where nobody says."""
-    length = {name: sum(len(str(row.get(name) or "").split()) for row in rows) for name in rows[0]}
-    usual = [name for name in USUAL_COLUMNS if name in length]
-    return usual[0] if usual else max(length, key=length.get)
-
-
-def _sample_rows(path: Path) -> tuple[list[dict], float]:
-    """(rows of the file's first 2 MB, how many times as many the file has)"""
-    if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
-        some = files[: 4 * SAMPLE_TEXTS]
-        return [{"name": file.stem, "text": file.read_text(encoding="utf-8")} for file in some], len(files) / len(some)
-    if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet as pq
-
-        file = pq.ParquetFile(path)
-        rows = next(file.iter_batches(batch_size=4 * SAMPLE_TEXTS)).to_pylist()
-        return rows, file.metadata.num_rows / len(rows)
-    with path.open(encoding="utf-8", newline="") as lines:
-        head = lines.read(SAMPLE_BYTES)
-    whole = len(head.encode()) >= path.stat().st_size
-    if not whole:
-        head = head[: head.rfind("\n") + 1]
-    if path.suffix.lower() == ".jsonl":
-        rows = [json.loads(line) for line in head.splitlines() if line.strip()]
-    else:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        rows = list(csv.DictReader(head.splitlines(keepends=True), delimiter=delimiter))
-    return rows, 1 if whole else path.stat().st_size / len(head.encode())
 
 
 # ---- what fits ---------------------------------------------------------------------------------------------

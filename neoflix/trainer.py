@@ -14,7 +14,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from neoflix.callbacks import StopOnRequest, run_callbacks
+from neoflix.callbacks import RecordStart, StopOnRequest, run_callbacks
 from neoflix.checkpoint import (
     STATE_FILE,
     UNIVERSAL,
@@ -27,19 +27,21 @@ from neoflix.checkpoint import (
 from neoflix.console import say
 from neoflix.consolidation import gather_weights
 from neoflix.data import PackedCollator, PaddedCollator, TokenBatches, count_tokens
-from neoflix.distributed import StoppedEarly, ask_main_process, gather, shout
-from neoflix.errors import UserError
+from neoflix.distributed import ask_main_process, gather
+from neoflix.errors import StoppedEarly, UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
 from neoflix.manifest import Files, num_bytes, read_manifest, write_manifest
 from neoflix.model import keeps_texts_apart
 from neoflix.plan import compare, explain_failure
-from neoflix.record import note_start
+from neoflix.redaction import redact
 from neoflix.report import write_report
+from neoflix.resumed_optimizer import apply_hyperparameters, read_hyperparameters, recall_steps
 from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
+from neoflix.runs import Start, check_progress
 from neoflix.universal import check_loadable, convert, needs_conversion
-from neoflix.watchdog import Watchdog
+from neoflix.watchdog import announce_activity
 
 
 class Stopwatch:
@@ -68,24 +70,6 @@ def peak_host_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def recall_steps(optimizer) -> None:
-    """Has DeepSpeed's CPU Adam count the steps that a loaded state has behind it.
-
-    The powers of its betas live outside the state. It takes them anew after loading, as powers, where the run that
-    was never interrupted multiplied step by step: the same but for rounding, and that is not the same run. One
-    step of a single zero for each one taken (5 microseconds) brings them where they were.
-    """
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, ZeRO's
-        optimizer = optimizer.optimizer
-    if not hasattr(optimizer, "ds_opt_adam"):
-        return
-    num_steps = max((state["step"] for state in optimizer.state.values() if "step" in state), default=0)
-    beta1, beta2 = optimizer.param_groups[0]["betas"]
-    zeros = [torch.zeros(1) for _ in range(4)]
-    for step in range(1, int(num_steps) + 1):
-        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, *zeros)
-
-
 def keep_gradient_norm(engine) -> None:
     """Has a DeepSpeed engine keep the norm that it clips gradients by without ZeRO (stage 0), where it forgets it."""
     from deepspeed.runtime.utils import clip_grad_norm_  # at import it asks what the accelerator is: too early
@@ -95,6 +79,11 @@ def keep_gradient_norm(engine) -> None:
         engine._global_grad_norm = clip_grad_norm_(parameters=weights, max_norm=most, mpu=engine.mpu)
 
     engine.clip_fp32_gradients = clip
+
+
+def _without_secrets(state: dict) -> dict:
+    """What DeepSpeed is about to save, which holds its configuration: a monitor's key may stand there."""
+    return state | {"ds_config": redact(state["ds_config"])} if "ds_config" in state else state
 
 
 class TokenTrainer(Trainer):
@@ -131,29 +120,37 @@ class TokenTrainer(Trainer):
     def create_model_card(self, *args, **kwargs):
         """Not Trainer's: `report.py` writes README.md."""
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; DeadProcessError where
-        another process died; UserError, with the plan, where memory did not suffice."""
+    def train(self, start: Start):
+        """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; UserError, with the plan,
+        where memory did not suffice, or where a start that changes a run took no step.
+
+        Args:
+            start: what is resumed and what changes, by `runs.find_start`. Recorded once the first step is taken.
+        """
         logging.disable_progress_bar()  # transformers' own, one for each save
+        self._changes, checkpoint = start.changes, start.checkpoint
         ask_main_process(self._check_space_for_all)
-        ask_main_process(note_start, self.args.output_dir, self._describe_start(resume_from_checkpoint))
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(self._fit_to_processes(Path(resume_from_checkpoint)))
-        watchdog = Watchdog(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
-        with watchdog, self._explaining_full_memory():
-            output = super().train(resume_from_checkpoint, **kwargs)
+        self.add_callback(RecordStart(start.run, self._describe_start(start.from_step)))
+        if checkpoint:
+            self.args.eval_on_start = False
+            say(f"Resuming from {checkpoint}")
+            checkpoint = str(self._fit_to_processes(Path(checkpoint)))
+        announce_activity(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
+        with self._explaining_full_memory():
+            output = super().train(checkpoint)
         if self._stop.reason:
             step, reason = self.state.global_step, self._stop.reason
             ask_main_process(write_report, self.args.output_dir)
             raise StoppedEarly(f"Stopped after step {step} ({reason}); the same command goes on from there")
+        check_progress(start, self.state.global_step, self.state.max_steps)
         return output
 
-    def _describe_start(self, checkpoint: str | None) -> dict:
+    def _describe_start(self, from_step: int) -> dict:
         args, plan = self.args, self.args.forecast
         num_chars = self.eval_dataset["num_chars"] if self.eval_dataset else []
         return {
             "command": args.command,
-            "from_step": read_manifest(Path(checkpoint))["step"] if checkpoint else 0,
+            "from_step": from_step,
             "num_processes": args.world_size,
             "deepspeed": Path(args.deepspeed).name if isinstance(args.deepspeed, str) else "given in the command",
             "precision": str(args.weight_dtype).removeprefix("torch."),
@@ -180,10 +177,7 @@ class TokenTrainer(Trainer):
         except RuntimeError as error:  # torch.OutOfMemoryError is one; of the host's memory there is no class
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            message = explain_failure(self.args.forecast, str(error), *self._allocated())
-            if not self.is_world_process_zero():  # the main process may not have failed
-                shout(message)
-            raise UserError(message) from error
+            raise UserError(explain_failure(self.args.forecast, str(error), *self._allocated())) from error
 
     def _allocated(self) -> tuple[int, int, int]:
         """(bytes at the peak that torch handed out on this device, that it held, that this process had of the host)"""
@@ -198,10 +192,25 @@ class TokenTrainer(Trainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        """Logs, evaluates and saves as often as this start says; Trainer goes on as the checkpoint did."""
+        trained = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return trained
+
+    def create_scheduler(self, *args, **kwargs):
+        """Trainer's own, called once the optimizer is made and before a checkpoint is loaded."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if hasattr(self.optimizer, "param_groups"):  # not a stand-in for the one that DeepSpeed makes
+            self._hyperparameters = read_hyperparameters(self.optimizer)
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             recall_steps(self.optimizer)
+            if self._changes:
+                apply_hyperparameters(self.optimizer, self.lr_scheduler, self._hyperparameters)
             gather(None)  # all have read it
             if self.is_world_process_zero() and self._converted:
                 shutil.rmtree(self._converted)
@@ -353,7 +362,7 @@ class TokenTrainer(Trainer):
         files, engine = Files(folder), self.model_wrapped
         with files.remembering_errors():
             self._save_weights(folder)
-        engine.checkpoint_engine.save = files.save
+        engine.checkpoint_engine.save = lambda state_dict, path: files.save(_without_secrets(state_dict), path)
         engine._copy_recovery_script = lambda *_: None  # rank 0 alone would write it, and could fail alone
         is_adapted = has_adapters(self.model)  # the base's frozen weights lie where they came from
         engine.save_checkpoint(str(folder), save_latest=False, exclude_frozen_parameters=is_adapted)  # "latest": below
@@ -441,8 +450,7 @@ class TokenTrainer(Trainer):
             self.model_wrapped._config.zero_config.gather_16bit_weights_on_model_save = True
             self.save_model(str(best))
         ask_main_process(self._promote, best)
-        if self.is_world_process_zero():
-            self.state.save_to_json(str(Path(self.args.output_dir, STATE_FILE)))
+        ask_main_process(self.state.save_to_json, str(Path(self.args.output_dir, STATE_FILE)))
 
     def _promote(self, checkpoint: Path) -> None:
         run = Path(self.args.output_dir)

@@ -1,7 +1,6 @@
 """The forecast: its formulas against counts, arithmetic and measured peaks; what it chooses and refuses; --plan."""
 
 import json
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from neoflix.machine import (
     check_gpu,
     check_locked_memory,
     check_nvme,
-    check_port,
     check_shared_memory,
     read_host_memory,
     read_machine,
@@ -311,20 +309,6 @@ def test_what_will_do_is_let_through(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_PIN_MEMORY_BACKEND", "native")
     with pytest.raises(ValueError, match="ulimit -l"):
         check_locked_memory(pinned, GIB)
-
-
-def test_a_port_that_is_taken_is_seen(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    with socket.socket() as server:
-        server.bind(("", 0))
-        server.listen()
-        port = str(server.getsockname()[1])
-        with pytest.raises(ValueError, match=f"port {port} is taken"):
-            check_port("127.0.0.1", port)
-        monkeypatch.setenv("RANK", "1")
-        check_port("127.0.0.1", port)  # the main process's business
-    monkeypatch.setenv("RANK", "0")
-    check_port("127.0.0.1", port)
 
 
 # ---- what it chooses ---------------------------------------------------------------------------------------------
