@@ -928,7 +928,7 @@ def plan_table(plan: Plan | None) -> str:
         f"plan: {_count(shape.num_parameters)} parameters, {learning}{precision}, {settings.ds_name} (ZeRO "
         f"{settings.stage}), {settings.num_processes} process(es)",
         f"texts: {texts.num_train:,} to learn from, {texts.mean:.1f} tokens each ({texts.source}); at most "
-        f"{settings.batch_tokens:,} tokens at once",
+        f"{settings.batch_tokens:,} tokens at once{'' if shape.is_gpt_neo else ', padding included'}",
     ]
     if machine.has_gpu:
         free = machine.device_memory - machine.device_taken

@@ -152,6 +152,7 @@ def test_plan_of_a_padded_model_counts_padding(tmp_path):
     by_budget = forecast("--tokens_per_device_batch", "640")
     assert by_budget.settings.batch_tokens == 20 * 51
     assert by_budget.settings.train_tokens < by_budget.settings.num_steps * 641, "real tokens, as a run reports them"
+    assert "at most 1,020 tokens at once, padding included" in plan.plan_table(by_budget)
     for words in (("--tokens_per_device_batch", "640"), ("--per_device_train_batch_size", "16")):
         padded, packed = forecast(*words), forecast(*words, of=gpt_neo_shape({"num_layers": 3, "hidden_size": 64}))
         assert 1.2 < padded.settings.padding < 1.5
