@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from neoflix.config import SAMPLING_DEFAULTS, parse_export_args, parse_generate_args, parse_train_args, read_recipe
-from neoflix.distributed import prepare_environment
+from neoflix.environment import prepare_environment
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 

@@ -10,11 +10,11 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
-    {"console", "errors", "gpus", "hub_copies", "redaction", "throughput", "words"},
-    {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
-    | {"tokenizer"},
-    {"checkpoint", "ds_config", "locks", "slot_cache", "watchdog"},
-    {"resumed_optimizer", "runs"},
+    {"console", "errors", "gpus", "hub_copies", "paths", "redaction", "shapes", "throughput", "words"},
+    {"attention", "cache", "environment", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
+    | {"watchdog"},
+    {"checkpoint", "distributed", "ds_config", "locks", "slot_cache", "tokenizer"},
+    {"divergence", "resumed_optimizer", "runs"},
     {"consolidation", "decoding", "lora", "reading", "record", "run_folder", "samples", "universal"},
     {"architectures", "plan"},
     {"config"},
