@@ -34,6 +34,7 @@ from neoflix.ds_config import (
 )
 from neoflix.errors import UserError
 from neoflix.machine import has_gpu
+from neoflix.paths import expand_paths
 from neoflix.plan import LORA_RANK, Plan, plan_run
 from neoflix.redaction import is_secret, redact, redact_command
 from neoflix.run_folder import check_output_dir
@@ -321,6 +322,10 @@ class _OneSentence:
     def error(self, message):
         raise UserError(message)
 
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, rest = super().parse_known_args(args, namespace)
+        return argparse.Namespace(**expand_paths(vars(parsed))), rest
+
 
 class _Parser(_OneSentence, HfArgumentParser):
     pass
@@ -346,7 +351,7 @@ def read_recipe(path: str) -> tuple[dict, dict]:
         for key in keys:
             if key not in known:
                 raise UserError(f"--config {path}: unknown key {key!r}{_nearest(key, known)}")
-    return recipe, generation
+    return expand_paths(recipe), generation
 
 
 def _nearest(word: str, words) -> str:

@@ -110,7 +110,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
         if os.environ.get("NEOFLIX_TRACEBACK"):
             traceback.print_exc()
         _say_once(str(error))
-        return 2
+        return error.exit_code
     except StoppedEarly as stopped:
         say(str(stopped))
         return RUN_ME_AGAIN

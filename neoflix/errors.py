@@ -10,6 +10,14 @@ class UserError(ValueError):
     bug, of ours or of a library, and keeps its traceback.
     """
 
+    exit_code = 2
+
+
+class DivergedError(UserError):
+    """Training whose losses or weights are no longer finite numbers. The input was valid: exit code 1."""
+
+    exit_code = 1
+
 
 class StoppedEarly(Exception):  # noqa: N818 - not an error
     """The run stopped on request, with its checkpoint saved; says where. Exit code `RUN_ME_AGAIN`."""

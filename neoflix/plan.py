@@ -30,6 +30,7 @@ from neoflix.ds_config import ROOT, read_ds_config
 from neoflix.errors import UserError
 from neoflix.hub_copies import find_hub_copy
 from neoflix.machine import Machine, check_machine, read_machine, torch_version
+from neoflix.paths import expand_paths
 from neoflix.reading import NETFLIX_PATH, default_cache_dir, find_dataset, sample_texts
 from neoflix.tables import find_text_files
 from neoflix.template import Template
@@ -1136,6 +1137,7 @@ def read_quickly(words: list[str]) -> argparse.Namespace | None:
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         said[name] = word.partition("=")[2] if equals else value
+    said = expand_paths(said)
     if recipe := said.pop("config", None):
         import yaml
 
@@ -1145,7 +1147,7 @@ def read_quickly(words: list[str]) -> argparse.Namespace | None:
             return None
         if not isinstance(flags, dict) or not flags.keys() <= PLAN_FLAGS.keys() | OTHER_FLAGS:
             return None
-        said = {name: value for name, value in flags.items() if value is not None} | said
+        said = expand_paths({name: value for name, value in flags.items() if value is not None}) | said
     try:
         return argparse.Namespace(
             **{name: _convert(name, said.get(name), default) for name, default in PLAN_FLAGS.items()}

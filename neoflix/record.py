@@ -155,7 +155,9 @@ class Record:
     def best(self) -> dict | None:
         """The evaluation of the model that the run saved as its best or, until then, the best there is."""
         saved = [line for line in self.trained if line["step"] == self.results.get("saved_step")]
-        return saved[-1] if saved else min(self.trained, key=lambda line: line["eval_loss"], default=None)
+        if self.results:
+            return saved[-1] if saved else None
+        return min(self.trained, key=lambda line: line["eval_loss"], default=None)
 
     @property
     def improved(self) -> bool:

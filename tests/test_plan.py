@@ -584,7 +584,7 @@ def test_out_of_memory_shows_the_plan(train_words, tmp_path, monkeypatch):
 
 def test_loss_that_is_no_number_ends_the_run(train_words):
     words = ["--learning_rate", "1e30", "--max_steps", "20", "--eval_strategy", "no", "--save_strategy", "no"]
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf); take a lower --learning_rate than 1e\+30"):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf); use a lower --learning_rate than 1e\+30"):
         train.main([*train_words, *words, "--max_grad_norm", "0"])
 
 
@@ -599,7 +599,7 @@ def test_steps_that_are_skipped_one_after_the_other_end_the_run(train_words, mon
 
     monkeypatch.setattr(train, "load_model", load_overflowing_model)
     words = ["--max_steps", "20", "--eval_strategy", "no", "--save_strategy", "no"]
-    with pytest.raises(ValueError, match="step 10: 10 steps in a row were skipped: gradients overflow; take a"):
+    with pytest.raises(ValueError, match="step 10: 10 steps in a row were skipped: gradients overflow; use a"):
         train.main([*train_words, *words])
 
 

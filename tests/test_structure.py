@@ -10,11 +10,11 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
-    {"console", "errors", "gpus", "hub_copies", "redaction", "throughput", "words"},
+    {"console", "errors", "gpus", "hub_copies", "paths", "redaction", "throughput", "words"},
     {"attention", "cache", "environment", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
     | {"watchdog"},
     {"checkpoint", "decoding", "distributed", "ds_config", "locks", "tokenizer"},
-    {"resumed_optimizer", "runs"},
+    {"divergence", "resumed_optimizer", "runs"},
     {"consolidation", "lora", "reading", "record", "run_folder", "samples", "universal"},
     {"plan"},
     {"config"},
