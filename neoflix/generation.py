@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from neoflix.architectures import GenerateDecoder, find_decoder, makes_slots
 from neoflix.config import SAMPLING_DEFAULTS, check_sampling
-from neoflix.console import say
+from neoflix.console import printable, say
 from neoflix.consolidation import whole_weights
 from neoflix.decoding import Decoder, Draw, Text, quicken
 from neoflix.errors import UserError
@@ -53,6 +53,13 @@ class Sample:
     def to_dict(self) -> dict:
         """Without `fields` where the model has no template."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class PrintableStreamer(TextStreamer):
+    """transformers' own, without the control characters that a terminal would obey."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
 
 
 class Sampler:

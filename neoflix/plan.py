@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 from neoflix.cache import in_cache, new_path
-from neoflix.console import say
+from neoflix.console import accept_any_text, is_main_process, say
 from neoflix.ds_config import ROOT, read_ds_config
 from neoflix.errors import UserError
 from neoflix.gpus import PINNED_MEMORY
@@ -1052,13 +1052,14 @@ OTHER_FLAGS = frozenset(
 def answer_quickly() -> None:
     """Answers `train.py --plan ...` in a second and ends the program. Returns where something else is asked, or a flag
     is there that only the full parser understands."""
+    accept_any_text()
     args = read_quickly(sys.argv[1:]) if "--plan" in sys.argv else None
     if args is None:
         return
     try:
         say(plan_table(plan_run(args)))
-    except ValueError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+    except UserError as error:
+        if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(0)
