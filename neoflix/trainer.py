@@ -35,6 +35,7 @@ from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
 from neoflix.manifest import Files, find_damage, num_bytes, read_manifest, write_json, write_manifest
 from neoflix.model import keeps_texts_apart
+from neoflix.paths import without_wildcards
 from neoflix.plan import compare, explain_failure
 from neoflix.redaction import redact
 from neoflix.report import write_report
@@ -146,10 +147,10 @@ class TokenTrainer(Trainer):
         if checkpoint:
             self.args.eval_on_start = False
             say(f"Resuming from {checkpoint}")
-            checkpoint = str(self._fit_to_processes(Path(checkpoint)))
+            checkpoint = self._fit_to_processes(Path(checkpoint))
         announce_activity(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
-        with self._explaining_full_memory():
-            output = super().train(checkpoint)
+        with self._explaining_full_memory(), without_wildcards(checkpoint) as readable:
+            output = super().train(readable and str(readable))
         if self._stop.reason:
             step, reason = self.state.global_step, self._stop.reason
             ask_main_process(write_report, self.args.output_dir)
