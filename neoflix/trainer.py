@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DummyOptim
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
 from transformers.integrations import TensorBoardCallback
@@ -35,6 +36,7 @@ from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
 from neoflix.manifest import Files, num_bytes, read_manifest, write_manifest
+from neoflix.optimizer import check_groups, group_parameters, keep_gradient_norm, recall_steps
 from neoflix.plan import compare, explain_failure
 from neoflix.record import note_start
 from neoflix.report import write_report
@@ -66,35 +68,6 @@ def peak_host_bytes() -> int:
     """Most memory this process has held (VmHWM of Linux: unlike ru_maxrss, nothing of the process that began it)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def recall_steps(optimizer) -> None:
-    """Has DeepSpeed's CPU Adam count the steps that a loaded state has behind it.
-
-    The powers of its betas live outside the state. It takes them anew after loading, as powers, where the run that
-    was never interrupted multiplied step by step: the same but for rounding, and that is not the same run. One
-    step of a single zero for each one taken (5 microseconds) brings them where they were.
-    """
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, ZeRO's
-        optimizer = optimizer.optimizer
-    if not hasattr(optimizer, "ds_opt_adam"):
-        return
-    num_steps = max((state["step"] for state in optimizer.state.values() if "step" in state), default=0)
-    beta1, beta2 = optimizer.param_groups[0]["betas"]
-    zeros = [torch.zeros(1) for _ in range(4)]
-    for step in range(1, int(num_steps) + 1):
-        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, *zeros)
-
-
-def keep_gradient_norm(engine) -> None:
-    """Has a DeepSpeed engine keep the norm that it clips gradients by without ZeRO (stage 0), where it forgets it."""
-    from deepspeed.runtime.utils import clip_grad_norm_  # at import it asks what the accelerator is: too early
-
-    def clip() -> None:
-        weights, most = engine.module.parameters(), engine.gradient_clipping()
-        engine._global_grad_norm = clip_grad_norm_(parameters=weights, max_norm=most, mpu=engine.mpu)
-
-    engine.clip_fp32_gradients = clip
 
 
 class TokenTrainer(Trainer):
@@ -163,6 +136,8 @@ class TokenTrainer(Trainer):
         """The checkpoint or, where it was saved by another number of processes, its universal form. Collective."""
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config
         check_loadable(checkpoint, config.get("zero_optimization", {}), self.args.world_size)
+        if "optimizer" in config:
+            check_groups(checkpoint, len(self._group_parameters()))
         if not needs_conversion(checkpoint, self.args.world_size):
             return checkpoint
         config.setdefault("checkpoint", {})["load_universal"] = True
@@ -193,6 +168,15 @@ class TokenTrainer(Trainer):
         keep_gradient_norm(self.model_wrapped)
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        """Trainer's own or, where DeepSpeed is to make the optimizer, Trainer's parameter groups for it."""
+        if isinstance(self.optimizer, DummyOptim):
+            self.optimizer.params = self._group_parameters()
+        return super().create_optimizer(model)
+
+    def _group_parameters(self) -> list[dict]:
+        return group_parameters(self.model, self.get_decay_parameter_names(self.model), self.args.weight_decay)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -386,6 +370,7 @@ class TokenTrainer(Trainer):
             "best_step": self._find_best_step(self.state.global_step),
             "num_processes": self.args.world_size,
             "zero_stage": self.model_wrapped.zero_optimization_stage(),
+            "optimizer_groups": len(self.optimizer.param_groups),
         }
         try:
             if errors:
