@@ -33,6 +33,8 @@ TOP_LEVEL_KEYS = frozenset(
     """.split()
 )
 
+_BATCH_KEYS = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
+
 # Blocks whose further keys DeepSpeed ignores; those of the others it refuses itself.
 OPEN_BLOCKS = {
     "aio": ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
@@ -74,6 +76,11 @@ def read_ds_config(source: str | Path) -> dict:
                 raise UserError(
                     f"--deepspeed {path}: DeepSpeed knows no key {key!r}{where} and would ignore it; {hint}"
                 )
+    if "scheduler" in config:
+        raise UserError(
+            f"--deepspeed {path}: --lr_scheduler_type and --warmup_steps set the schedule, and a 'scheduler' in the "
+            "file would leave them without an effect; remove it"
+        )
     check_zero(config.get("zero_optimization", {}), path)
     return config
 
@@ -101,6 +108,45 @@ def check_zero(zero: dict, path: str | Path) -> None:
             f"--deepspeed {path}: ZenFlow of DeepSpeed 0.19.8 transposes the weights it takes over, and the model is "
             "spoilt before its first step; remove zenflow"
         )
+
+
+def follow_arguments(config: dict) -> dict:
+    """The DeepSpeed file with "auto" (the value of the flag) where it doesn't set what a flag sets.
+
+    DeepSpeed's own default would win otherwise, without a word: no clipping, one batch a step, its own betas.
+    """
+    config = {"gradient_clipping": "auto", **dict.fromkeys(_BATCH_KEYS, "auto"), **config}
+    optimizer = config.get("optimizer")
+    if optimizer and optimizer.get("type", "").lower() in ("adam", "adamw"):
+        params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | optimizer.get("params", {})
+        config["optimizer"] = {**optimizer, "params": params}
+    return config
+
+
+def check_agreement(config: dict, args) -> None:
+    """UserError where the DeepSpeed file sets another value than a flag does."""
+    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    flags = {
+        "optimizer.params.lr": ("--learning_rate", args.learning_rate),
+        "optimizer.params.betas": ("--adam_beta1 and --adam_beta2 are", [args.adam_beta1, args.adam_beta2]),
+        "optimizer.params.eps": ("--adam_epsilon", args.adam_epsilon),
+        "optimizer.params.weight_decay": ("--weight_decay", args.weight_decay),
+        "gradient_clipping": ("--max_grad_norm", args.max_grad_norm),
+        "gradient_accumulation_steps": ("--gradient_accumulation_steps", steps),
+        "train_micro_batch_size_per_gpu": ("--per_device_train_batch_size", batch),
+        "train_batch_size": ("the texts of a step are", batch * steps * int(os.environ.get("WORLD_SIZE", "1"))),
+        "bf16.enabled": ("--bf16", args.bf16),
+        "fp16.enabled": ("--fp16", args.fp16),
+    }
+    for key, (flag, value) in flags.items():
+        found = config
+        for name in key.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        if found not in (None, "auto", value):
+            raise UserError(
+                f'--deepspeed {args.deepspeed}: {key} is {found}, but {flag} {value}; write "auto" in the file to let '
+                "the flag decide"
+            )
 
 
 def check_compiler(config: dict) -> None:

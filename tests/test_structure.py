@@ -12,8 +12,8 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 FLOORS = [
     {"errors"},
     {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "template", "tokenizer"},
-    {"checkpoint", "decoding", "ds_config", "samples", "watchdog"},
-    {"consolidation", "lora", "plan", "record", "universal"},
+    {"checkpoint", "decoding", "ds_config", "recipes", "samples", "watchdog"},
+    {"consolidation", "flags", "lora", "optimizer", "plan", "record", "universal"},
     {"config"},
     {"callbacks", "data", "model", "reading", "report"},
     {"export", "generation", "judging"},
