@@ -15,6 +15,7 @@ from neoflix.errors import UserError
 from neoflix.generation import Sampler
 from neoflix.reading import read_fields
 from neoflix.samples import describe_job, find_done, save_samples
+from neoflix.tables import read_lines
 from neoflix.template import find_template
 from neoflix.tokenizer import read_tokenizer
 
@@ -61,9 +62,9 @@ def read_prompts(args, model_dir: Path) -> list[str] | list[dict]:
     if not os.path.isfile(prompt):
         return [prompt]
     try:
-        prompts = [line for line in Path(prompt).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt {prompt}: cannot be read as UTF-8 text ({error})") from error
+        prompts = read_lines(Path(prompt))
+    except (OSError, UserError) as error:
+        raise UserError(f"--prompt {prompt}: cannot be read ({error})") from error
     if not prompts:
         raise UserError(f"--prompt {prompt}: the file has no line with text")
     return prompts

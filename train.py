@@ -12,11 +12,13 @@ from transformers import set_seed
 from neoflix import data, reading
 from neoflix.checkpoint import check_same_run, describe_run, find_resume_point, is_finished, save_results, save_run
 from neoflix.config import parse_train_args
-from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit, say
+from neoflix.console import say
+from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit
 from neoflix.evaluation import evaluate_only
-from neoflix.model import find_tokenizer, get_window, keeps_texts_apart, load_model
+from neoflix.model import find_tokenizer, get_window, load_model
 from neoflix.preemption import catch_stop_requests
 from neoflix.report import close_run
+from neoflix.run_folder import opened
 from neoflix.trainer import TokenTrainer
 
 
@@ -24,11 +26,14 @@ def main(argv: list[str] | None = None) -> None:
     prepare_environment()
     args = parse_train_args(argv, must_fit=True)
     if args.eval_only:
-        evaluate_only(args)
-        return
+        return evaluate_only(args)
     say(plan.plan_table(args.forecast))
-    if args.plan:
-        return
+    if not args.plan:
+        with opened(args.output_dir):
+            train(args)
+
+
+def train(args) -> None:
     set_seed(args.seed)
     cache_dir = Path(args.cache_dir or reading.default_cache_dir())
 
@@ -43,9 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **options)
     with args.main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
-        train_tokens, validation_tokens = data.tokenize_split(
-            texts, tokenizer, max_length, cache_dir, args.loss_on_prompt
-        )
+        sides = data.tokenize_split(texts, tokenizer, max_length, cache_dir, args.loss_on_prompt)
+        train_tokens, validation_tokens = sides
     ask_main_process(plan.remember_counts, args, max_length, data.count_tokens(train_tokens), len(validation_tokens))
 
     # Go on where this run stopped, never where another one did.
@@ -53,20 +57,16 @@ def main(argv: list[str] | None = None) -> None:
     if ask_main_process(is_finished, args.output_dir, run):
         say(f"{args.output_dir} holds this run, finished; raise --num_train_epochs to go on from there")
         return
-    checkpoint = ask_main_process(find_resume_point, args.output_dir, args.resume_from_checkpoint)
-    if checkpoint:
+    if checkpoint := ask_main_process(find_resume_point, args.output_dir, args.resume_from_checkpoint):
         check_same_run(checkpoint, run)
         args.eval_on_start = False
         say(f"Resuming from {checkpoint}")
     ask_main_process(save_run, args.output_dir, run)
-
-    packs = keeps_texts_apart(model)
     trainer = TokenTrainer(
         model=model,
         args=args,
         train_dataset=data.fill_up(train_tokens, args.texts_per_step, tokenizer.bos_token_id),
         eval_dataset=data.fill_up(validation_tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
-        data_collator=data.PackedCollator() if packs else data.PaddedCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=checkpoint)

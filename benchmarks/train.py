@@ -40,7 +40,6 @@ from architectures import ARCHITECTURES, PADDED_LENGTH, build_model, draw_texts 
 from machine import cap_device_memory, now, product_flops_per_second, run_job, write_line  # noqa: E402
 
 from neoflix.config import RECOMPUTING, TrainArguments  # noqa: E402
-from neoflix.data import PackedCollator  # noqa: E402
 from neoflix.distributed import prepare_environment  # noqa: E402
 from neoflix.lora import add_adapters  # noqa: E402
 from neoflix.trainer import TokenTrainer, peak_host_bytes  # noqa: E402
@@ -192,7 +191,6 @@ def build_our_trainer(args, texts_per_step: int, texts: list[list[int]], common:
         model=add_adapters(model, rank=16, alpha=32, base=args.architecture) if args.side == "lora" else model,
         args=training,
         train_dataset=Dataset.from_dict({"input_ids": texts, "num_given": [1] * len(texts)}),
-        data_collator=PackedCollator(),
     )
 
 

@@ -4,7 +4,8 @@ import math
 
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
-from neoflix.distributed import StoppedEarly, any_rank, gather, is_main_process, progress, write_beside_progress
+from neoflix.console import is_main_process, progress, write_beside_progress
+from neoflix.distributed import StoppedEarly, any_rank, gather
 from neoflix.errors import UserError
 from neoflix.preemption import find_stop_request, forget_stop_file
 
@@ -59,7 +60,7 @@ class EarlyStopping(EarlyStoppingCallback):
     """Hugging Face's, without its demand that Trainer reload the best model at the end.
 
     Under DeepSpeed that reloads the whole engine, optimizer states and all; the best checkpoint's weight
-    files are on disk already and `checkpoint.promote` puts them at the top of the run's folder.
+    files are on disk already and `run_folder.promote` puts them at the top of the run's folder.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):

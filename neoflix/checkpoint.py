@@ -1,23 +1,24 @@
 """Checkpoints of a run's folder: which may be resumed, which holds the best model, whose run it is.
 
-`checkpoint-N` is a checkpoint whose save came to its end; while it is being written it is `checkpoint-N.part`, and
-while it is being deleted `checkpoint-N.old`. What such a folder still lacks or has lost since, its manifest shows.
+`checkpoint-N` is a checkpoint whose save came to its end. What such a folder has lost since, its manifest shows. What
+is written, replaced and deleted is in `run_folder.py`.
 """
 
 import hashlib
 import json
-import os
 import re
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from neoflix.errors import UserError
-from neoflix.manifest import find_damage, free_bytes, read_manifest, sync_folder, write_json
+from neoflix.manifest import MANIFEST, find_damage, free_bytes, read_manifest, write_json
 
 STATE_FILE = "trainer_state.json"
 UNIVERSAL = ".universal"  # a checkpoint's copy for another number of processes (universal.py)
 RUN_FILE = "run.json"  # what the run in this folder learns, and from what
 RESULTS_FILE = "all_results.json"  # written last of all: the run is finished
+STARTS_FILE = "starts.json"  # how the run was started, each time
+LIVE_SAMPLES_FILE = "progress_samples.jsonl"  # texts of each evaluation, a line each
 LEARNING_ARGUMENTS = (
     "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 "
     "adam_epsilon max_grad_norm optim seed data_seed bf16 fp16 tokens_per_device_batch early_stopping_patience "
@@ -26,12 +27,13 @@ LEARNING_ARGUMENTS = (
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 ADAPTERS_FILE, ADAPTERS_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # peft's; a base beside them
 PICKLED_WEIGHTS_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-SHARDS_FILE = "latest"  # DeepSpeed's: which folder its shards lie in
-MODEL_FILES = (
-    *("*.safetensors", "*.safetensors.index.json"),
-    *("config.json", "generation_config.json", ADAPTERS_CONFIG_FILE),
+SETTINGS_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
 )
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+SHARDS_FILE = "latest"  # DeepSpeed's: which folder its shards lie in
+# Files of a checkpoint beside its model: what a run needs to go on.
+TRAINING_FILES = (MANIFEST, STATE_FILE, SHARDS_FILE, "scheduler.pt", "training_args.bin")
 
 
 def list_numbered(run: Path) -> list[Path]:
@@ -42,46 +44,13 @@ def list_numbered(run: Path) -> list[Path]:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first, as far as names and sizes of files tell."""
-    return [path for path in list_numbered(run) if find_damage(path) is None]
+    return [path for path in list_numbered(run) if not (find_damage(path) or find_misplaced(path))]
 
 
-def settle(run: Path) -> None:
-    """Clears away what an interrupted save or deletion left. One process, before any other looks."""
-    for leftover in [*run.glob("checkpoint-*.old"), *run.glob(f"checkpoint-*{UNIVERSAL}")]:
-        shutil.rmtree(leftover)
-    for unfinished in run.glob("checkpoint-*.part"):
-        if find_damage(unfinished) is None:
-            publish(unfinished)
-        else:
-            shutil.rmtree(unfinished)
-
-
-def publish(unfinished: Path) -> None:
-    """`checkpoint-N.part`, complete, becomes `checkpoint-N`, in the place of one that is there already."""
-    checkpoint = unfinished.with_suffix("")
-    if checkpoint.exists():
-        delete(checkpoint)
-    unfinished.rename(checkpoint)
-    sync_folder(checkpoint.parent)
-
-
-def delete(checkpoint: Path) -> None:
-    """Deletes a checkpoint; if that is interrupted, nothing is left under its name."""
-    doomed = checkpoint.with_name(checkpoint.name + ".old")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def rotate(run: Path, limit: int | None, best_step: int | None) -> None:
-    """Deletes the oldest complete checkpoints beyond `limit`, never the newest complete nor the best one.
-
-    Damaged ones count for nothing and stay: only complete ones make room for complete ones.
-    """
-    checkpoints = list_checkpoints(run)
-    kept = {path for path in checkpoints if path.name == f"checkpoint-{best_step}"} | set(checkpoints[-1:])
-    surplus = len(checkpoints) - max(limit or len(checkpoints), len(kept))
-    for checkpoint in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
-        delete(checkpoint)
+def find_misplaced(checkpoint: Path) -> str | None:
+    """Why a complete folder is no checkpoint of the step that its name says, as a copy is; None where it is."""
+    step = read_manifest(checkpoint).get("step")
+    return None if checkpoint.name == f"checkpoint-{step}" else f"its {MANIFEST} is of step {step}: it is a copy"
 
 
 def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, report=print) -> str | None:
@@ -99,9 +68,8 @@ def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, repor
                 "flag out to take the newest complete one of the run"
             )
         return resume_from_checkpoint
-    settle(Path(output_dir))
     for checkpoint in reversed(list_numbered(Path(output_dir))):
-        damage = find_damage(checkpoint, checksums=True)
+        damage = find_damage(checkpoint, checksums=True) or find_misplaced(checkpoint)
         if damage is None:
             return str(checkpoint)
         report(f"Passing over {checkpoint}, which is not complete: {damage}. Nothing needs it; it can be deleted.")
@@ -214,23 +182,22 @@ def save_results(output_dir: str, results: dict) -> None:
     write_json(Path(output_dir, RESULTS_FILE), results)
 
 
-def promote(checkpoint: str, output_dir: str) -> None:
-    """Puts a checkpoint's model, tokenizer and generation settings at the top of the run's folder.
-
-    Files are hard links where the file system has them: no second copy of the weights.
-    """
-    for stale in _model_files(Path(output_dir)):
-        stale.unlink()
-    for source in _model_files(Path(checkpoint)):
-        target = Path(output_dir, source.name)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
+def list_model_files(checkpoint: Path) -> list[Path]:
+    """A checkpoint's model, tokenizer and generation settings: the files at its top that training does not need to go
+    on, of those that its manifest names."""
+    named = (read_manifest(checkpoint) or {"files": None})["files"]
+    paths = [path for path in checkpoint.iterdir() if path.is_file() and path.name not in TRAINING_FILES]
+    paths = [path for path in paths if not path.name.startswith("rng_state")]
+    return sorted(path for path in paths if named is None or path.name in named)
 
 
-def _model_files(folder: Path) -> list[Path]:
-    return [path for pattern in MODEL_FILES + TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()]
+def list_loaded_files(folder: Path) -> list[Path]:
+    """The files that decide over a model that is loaded from a folder: weights, configuration and tokenizer."""
+    names = {*WEIGHTS_FILES, *PICKLED_WEIGHTS_FILES, ADAPTERS_FILE, ADAPTERS_CONFIG_FILE, SHARDS_FILE, *SETTINGS_FILES}
+    for index in (WEIGHTS_FILES[1], PICKLED_WEIGHTS_FILES[1]):
+        with suppress(FileNotFoundError):
+            names |= {*json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()}
+    return sorted(path for path in map(folder.joinpath, names) if path.is_file())
 
 
 def find_model(model_dir: str, flag: str = "--model_dir") -> Path:

@@ -23,7 +23,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from neoflix.checkpoint import RUN_FILE, find_run, list_checkpoints, read_run, read_texts_per_step
-from neoflix.distributed import say
+from neoflix.console import say
 from neoflix.ds_config import (
     ROOT,
     build_operators,
@@ -36,10 +36,12 @@ from neoflix.ds_config import (
 )
 from neoflix.errors import UserError
 from neoflix.flags import check_flags, check_numbers, check_words
+from neoflix.machine import has_gpu
 from neoflix.manifest import find_damage
 from neoflix.optimizer import check_optimizer, check_schedule
 from neoflix.plan import LORA_RANK, Plan, plan_run
 from neoflix.recipes import SAMPLING_DEFAULTS, SAMPLING_RULES, check_sampling, nearest, read_recipe
+from neoflix.run_folder import check_output_dir
 from neoflix.template import Template
 
 # Recomputing activations: --activation_checkpointing, which transformers before 5.23 knows by its older name alone.
@@ -62,7 +64,8 @@ class TrainArguments(TrainingArguments):
     )
     allow_pickle: bool = _option(False, "Take weights from a pickle (pytorch_model.bin) where there is no safetensors.")
     dataset: str = _option(
-        "netflix", "'netflix', 'sample', a CSV, TSV, JSONL or Parquet file, a folder of .txt files, or hf:NAME[:SPLIT]."
+        "netflix",
+        "'netflix', 'sample', a CSV, TSV, JSONL, JSON, Parquet or .txt file, a folder of .txt files, or hf:NAME.",
     )
     text_column: str | None = _option(
         None, "Column of the texts; default: 'description', 'text', or the only one that looks like texts."
@@ -206,6 +209,7 @@ class TrainArguments(TrainingArguments):
         if not (self.output_dir or "").strip():
             raise UserError("--output_dir is empty; name the run's folder")
         check_writable(self.output_dir)
+        check_output_dir(self.output_dir, self.model_name_or_path)
         self.check_resume()
         config = read_ds_config(self.deepspeed)
         check_schedule(self)
@@ -370,14 +374,14 @@ def _evaluation_flags(model_name_or_path: str, words: list[str]) -> tuple[list[s
     return _as_words(texts), after if "__output_dir" in _said(words) else [*after, "--output_dir", ""]
 
 
-def _hardware_flags(words: list[str]) -> list[str]:
+def _hardware_flags(words: list[str], use_cpu: bool) -> list[str]:
     """bf16 where the device has it, fp16 where it has not, fp32 on the CPU, and beside a GPU a process that has the
     next batch ready, unless the user has said so."""
     said = _said(words)
-    if not torch.cuda.is_available():
+    if use_cpu or not has_gpu():
         return [] if "__use_cpu" in said else ["--use_cpu", "true"]
     flags = [] if "__dataloader_num_workers" in said else ["--dataloader_num_workers", "1"]
-    if not said & {"__bf16", "__fp16", "__use_cpu"}:
+    if not said & {"__bf16", "__fp16"}:
         flags += ["--bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16", "true"]
     return flags
 
@@ -406,10 +410,11 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     _, unknown = parser.parse_known_args(words)
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}{nearest(unknown[0], parser._option_string_actions)}")
-    words += _hardware_flags(words)
+    chose_precision = bool(_said(words) & {"__bf16", "__fp16"})
+    words += _hardware_flags(words, asked.use_cpu)
     asked = parser.parse_known_args(words)[0]
     check_numbers(asked)  # the plan divides by some of them
-    forecast, choices = (None, []) if asked.eval_only else _plan(asked, must_fit)
+    forecast, choices = (None, []) if asked.eval_only else _plan(asked, must_fit, chose_precision)
     try:
         (args,) = parser.parse_args_into_dataclasses(words + choices, look_for_args_file=False)
     except ValueError as error:  # TrainingArguments checks flags by themselves and beside each other
@@ -419,9 +424,9 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     return args
 
 
-def _plan(args: argparse.Namespace, must_fit: bool) -> tuple[Plan | None, list[str]]:
+def _plan(args: argparse.Namespace, must_fit: bool, chose_precision: bool) -> tuple[Plan | None, list[str]]:
     """The run's plan, and flags for what was 'auto'."""
-    if not (args.bf16 or args.fp16):  # unsaid here is false; the plan's own machine may have what this one has not
+    if not chose_precision:  # --plan_device_memory may stand for a GPU that this machine does not have
         args.bf16 = args.fp16 = None
     args.tokens_per_device_batch = _count_or_auto(args.tokens_per_device_batch, "tokens_per_device_batch")
     flags = ("deepspeed", "tokens_per_device_batch")

@@ -9,6 +9,7 @@ shards are pickles, so that only those of a complete checkpoint, by its manifest
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
@@ -17,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from neoflix.checkpoint import SHARDS_FILE, WEIGHTS_FILES, has_shards_alone, has_weights, promote
-from neoflix.distributed import progress, say
+from neoflix.checkpoint import SHARDS_FILE, WEIGHTS_FILES, has_shards_alone, has_weights, list_model_files
+from neoflix.console import progress, say
 from neoflix.errors import UserError
 from neoflix.manifest import MANIFEST, HashedFile, find_damage, free_bytes, read_manifest, sync_folder, write_json
 
@@ -50,7 +51,8 @@ def whole_weights(folder: Path, in_place: bool = True) -> Iterator[Path]:
     _check_shards(folder)
     with tempfile.TemporaryDirectory(prefix="neoflix-") as temporary:
         say(f"{folder} is left as it is: gathering into {temporary}, for this time only")
-        promote(str(folder), temporary)
+        for path in list_model_files(folder):
+            shutil.copyfile(path, Path(temporary, path.name))
         _gather(folder, Path(temporary))
         yield Path(temporary)
 

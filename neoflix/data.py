@@ -21,11 +21,11 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from neoflix.attention import lay_out_texts
-from neoflix.distributed import progress, say
+from neoflix.console import progress, say
 from neoflix.errors import UserError
 from neoflix.loss import IGNORED
-from neoflix.quality import split_words
 from neoflix.template import parts
+from neoflix.words import split_words
 
 # `num_given`: how many tokens at a text's beginning are given, not learnt. `num_chars`: characters of what is learnt.
 TOKENS = Features({"input_ids": List(Value("int32")), "num_given": Value("int32"), "num_chars": Value("int32")})

@@ -13,6 +13,7 @@ import sysconfig
 from contextlib import suppress
 from pathlib import Path
 
+from neoflix.console import say
 from neoflix.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,8 +177,6 @@ def build_operators(config: dict) -> None:
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
     from torch.utils.cpp_extension import _get_build_directory
-
-    from neoflix.distributed import say  # torch: seconds to import, and `--plan` reads files without it
 
     zero = config.get("zero_optimization", {})
     devices = {zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")}

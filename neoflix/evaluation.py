@@ -16,10 +16,11 @@ from transformers import set_seed
 from neoflix import data, reading
 from neoflix.checkpoint import describe_texts, find_model, find_run
 from neoflix.config import TrainArguments
+from neoflix.console import say
 from neoflix.consolidation import whole_weights
-from neoflix.distributed import ask_main_process, say
+from neoflix.distributed import ask_main_process
 from neoflix.errors import UserError
-from neoflix.model import find_tokenizer, get_window, keeps_texts_apart, load_model
+from neoflix.model import find_tokenizer, get_window, load_model
 from neoflix.plan import check_same_everywhere
 from neoflix.trainer import TokenTrainer
 
@@ -51,9 +52,6 @@ def evaluate_only(args: TrainArguments) -> None:
             model=model,
             args=args,
             eval_dataset=data.fill_up(tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
-            data_collator=data.PackedCollator()
-            if keeps_texts_apart(model)
-            else data.PaddedCollator(tokenizer.pad_token_id),
             processing_class=tokenizer,
         )
         figures = trainer.evaluate()

@@ -22,8 +22,9 @@ from transformers import GPT2Config, GPTNeoConfig, PreTrainedModel, PreTrainedTo
 
 from neoflix.checkpoint import find_model, holds_adapters
 from neoflix.config import parse_export_args
+from neoflix.console import progress, say
 from neoflix.consolidation import WEIGHTS, safetensors_header, whole_weights
-from neoflix.distributed import progress, run_and_exit, say
+from neoflix.distributed import run_and_exit
 from neoflix.errors import UserError
 from neoflix.manifest import HashedFile, free_bytes, sync_folder
 from neoflix.model import load_pretrained

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neoflix.checkpoint import find_run
 from neoflix.config import TrainArguments
+from neoflix.console import progress, say
 from neoflix.data import split_texts
-from neoflix.distributed import progress, say
 from neoflix.errors import UserError
 from neoflix.loss import IGNORED
 from neoflix.manifest import write_json
@@ -31,6 +31,8 @@ from neoflix.quality import (
     sweep_line,
 )
 from neoflix.reading import find_dataset, read_texts
+from neoflix.record import read_json
+from neoflix.tables import read_table
 from neoflix.template import Template, parts
 from neoflix.tokenizer import read_tokenizer
 
@@ -168,10 +170,12 @@ class Judge:
 
     def report(self, rows: list[dict], path: str | None) -> Judgement:
         """Judges samples, prints the table and, where they have a file, keeps the figures beside it."""
+        judged = Path(path).with_suffix(".judged.json") if path else None
+        if judged and judged.exists() and "base_model" not in read_json(judged, {}):
+            raise UserError(f"{judged}: is not a file that neoflix wrote, and is left alone; move it away")
         judgement = self.judge(rows)
         print(f"\n{judgement_table(judgement, self.base_name or '')}")
-        if path:
-            judged = Path(path).with_suffix(".judged.json")
+        if judged:
             _write(judged, {"base_model": self.base_name, **asdict(judgement)})
             say(f"Figures in {judged}")
         return judgement
@@ -184,26 +188,15 @@ def judge_file(args) -> None:
 
 
 def read_samples(path: str) -> list[dict]:
-    """Samples of a JSON lines file, each an object with a `text`. UserError, in one sentence, for anything else."""
-    rows = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"--judge {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--judge {path}: not UTF-8 at byte {error.start}; name a JSONL file of samples") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise UserError(f"--judge {path}: line {number} is not valid JSON ({error})") from error
-        if row is None:
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UserError(f'--judge {path}: line {number} is no sample, {{"text": "...", ...}}')
-        rows.append(row)
-    if not rows:
-        raise UserError(f"--judge {path}: holds no sample")
+    """Samples of a file, each with a `text`: JSON lines as `generate.py` writes them, or any other table. UserError for
+    anything else."""
+    table = read_table(Path(path).expanduser(), flag="--judge")
+    if "text" not in table.names:
+        raise UserError(f"--judge {path}: has no column text, but {', '.join(table.names)}")
+    rows = [{name: cell for name, cell in zip(table.names, row, strict=True) if cell is not None} for row in table.rows]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get("text"), str):
+            raise UserError(f"--judge {path}: row {number} has no text")
     return rows
 
 
@@ -275,6 +268,8 @@ def sweep(judge: Judge, sample: Callable[..., Iterator], settings: list[dict], o
         _write(folder / "sweep.json", {"base_model": judge.base_name, "rows": rows})
     if judge.no_base:
         print(f"perplexity not measured: {judge.no_base}")
-    draw_sweep(judgements, folder / "sweep.png")
-    say(f"Novelty against fluency: {folder / 'sweep.png'}")
+    if draw_sweep(judgements, folder / "sweep.png"):
+        say(f"Novelty against fluency: {folder / 'sweep.png'}")
+    else:
+        say("No sweep.png: texts without spaces between words need --base_model, whose perplexity measures fluency")
     return judgements

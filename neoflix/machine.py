@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neoflix.errors import UserError
+from neoflix.gpus import read_gpus, read_gpus_by_nvml
 
 # Oldest driver for each CUDA a torch may be built with (NVIDIA, "CUDA Toolkit Release Notes", table "CUDA Toolkit
 # and Minimum Required Driver Version for CUDA Minor Version Compatibility", Linux).
 OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
+USE_THE_CPU = "to use the CPU, empty CUDA_VISIBLE_DEVICES (train.py: --use_cpu true)"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Machine:
     capability: tuple[int, int] = (0, 0)  # CUDA compute capability of the oldest GPU
     driver: tuple[int, ...] = ()
     is_linked: bool = False  # NVLink between the GPUs
+    shares_memory: bool = False  # the GPU's memory is the host's
     locked_memory: int | None = None  # `ulimit -l`; None: no limit
     shared_memory: int | None = None  # free in /dev/shm
 
@@ -48,7 +51,7 @@ class Machine:
 
 def read_machine(output_dir: str, use_cpu: bool = False) -> Machine:
     """What this machine has free now, as this process sees it."""
-    gpus = [] if use_cpu else _read_gpus()
+    gpus = [] if use_cpu else read_gpus()
     disk = shutil.disk_usage(nearest_folder(output_dir))
     machine = Machine(
         host_memory=read_host_memory(),
@@ -60,17 +63,44 @@ def read_machine(output_dir: str, use_cpu: bool = False) -> Machine:
     )
     if not gpus:
         return machine
-    smallest = min(gpus, key=lambda gpu: gpu["total"] - gpu["taken"])
+    smallest = min(gpus, key=lambda gpu: gpu.free)
     return replace(
         machine,
         num_devices=len(gpus),
-        device_name=smallest["name"],
-        device_memory=smallest["total"],
-        device_taken=smallest["taken"],
-        capability=min(gpu["capability"] for gpu in gpus),
-        driver=smallest["driver"],
-        is_linked=len(gpus) > 1 and "NV" in _run("nvidia-smi", "topo", "-m"),
+        device_name=smallest.name,
+        device_memory=smallest.memory,
+        device_taken=smallest.memory - smallest.free,
+        capability=min(gpu.capability for gpu in gpus),
+        driver=smallest.driver,
+        is_linked=len(gpus) > 1 and all(gpu.has_nvlink for gpu in gpus),
+        shares_memory=smallest.shares_host_memory,
     )
+
+
+def has_gpu() -> bool:
+    """Whether torch has a GPU to compute on.
+
+    Raises:
+        UserError: where NVIDIA's driver shows one that torch cannot use. Training on the CPU instead would take days.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    for gpu in read_gpus_by_nvml() or []:
+        check_driver(gpu.name, gpu.driver, torch_cuda())
+        raise UserError(f"{gpu.name}: torch cannot use it ({_why_not()}); {USE_THE_CPU}")
+    return False
+
+
+def _why_not() -> str:
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split())[:200]
+    return "torch.cuda.is_available() is false"
 
 
 def nearest_folder(path: str) -> Path:
@@ -123,28 +153,6 @@ def _cgroup_rest(folder: Path, limit_name: str, usage_name: str, cached_name: st
         if match := re.search(rf"^{cached_name} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE):
             usage -= int(match[1])
     return [int(limit) - usage]
-
-
-def _read_gpus() -> list[dict]:
-    """The GPUs that this process sees, by nvidia-smi; [] where there is none."""
-    fields = "index,uuid,name,memory.total,memory.used,compute_cap,driver_version"
-    rows = [
-        [field.strip() for field in line.split(",")]
-        for line in _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits").splitlines()
-    ]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    chosen = None if visible is None else [word.strip() for word in visible.split(",") if word.strip()]
-    return [
-        {
-            "name": name,
-            "total": int(total) * 2**20,
-            "taken": int(used) * 2**20,
-            "capability": tuple(int(part) for part in capability.split(".")),
-            "driver": tuple(int(part) for part in driver.split(".")),
-        }
-        for index, uuid, name, total, used, capability, driver in (row for row in rows if len(row) == 7)
-        if chosen is None or index in chosen or any(word and uuid.startswith(word) for word in chosen)
-    ]
 
 
 def _run(*words: str) -> str:
@@ -214,17 +222,7 @@ def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple
     Args:
         built, toolkit: CUDA of torch and of the toolkit, (major, minor); () where there is none.
     """
-    oldest = OLDEST_DRIVER.get(built[0] if built else 0, ())
-    if not built:
-        raise UserError(
-            f"{machine.device_name}: this torch was built without CUDA; install one that was (pytorch.org says which), "
-            "or train on the CPU with --use_cpu true"
-        )
-    if machine.driver < oldest:
-        raise UserError(
-            f"driver {_dotted(machine.driver)} is older than {_dotted(oldest)}, the oldest for torch's CUDA "
-            f"{_dotted(built)}; update the driver or install a torch built for an older CUDA"
-        )
+    check_driver(machine.device_name, machine.driver, built)
     if bf16 and machine.capability < (8, 0):
         raise UserError(
             f"--bf16 true: {machine.device_name} (compute capability {_dotted(machine.capability)}) has no bf16, it "
@@ -245,6 +243,18 @@ def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple
                 f'{_dotted(built)}: install that toolkit (CUDA_HOME names its folder), or say "torch_adam": true in '
                 "the optimizer's params of the DeepSpeed file"
             )
+
+
+def check_driver(name: str, driver: tuple[int, ...], built: tuple[int, ...]) -> None:
+    """UserError for a torch without CUDA, or with a newer one than the driver knows. A `driver` of () is not known."""
+    if not built:
+        raise UserError(f"{name}: this torch was built without CUDA; install one that was (pytorch.org); {USE_THE_CPU}")
+    oldest = OLDEST_DRIVER.get(built[0], ())
+    if driver and driver < oldest:
+        raise UserError(
+            f"driver {_dotted(driver)} is older than {_dotted(oldest)}, the oldest for torch's CUDA {_dotted(built)}; "
+            f"update the driver or install a torch built for an older CUDA; {USE_THE_CPU}"
+        )
 
 
 def _dotted(version: tuple[int, ...]) -> str:

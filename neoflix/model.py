@@ -40,6 +40,7 @@ from neoflix.checkpoint import has_shards_alone, holds_adapters
 from neoflix.errors import UserError
 from neoflix.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.loss import causal_lm_loss
+from neoflix.machine import has_gpu
 from neoflix.template import Template, attach_template
 from neoflix.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
 
@@ -151,7 +152,7 @@ def load_for_reading(model_name_or_path: str, device: str | None = None, allow_p
 
     UserError as `load_pretrained`, and where the GPU has no room for the weights.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if has_gpu() else "cpu")
     dtype = torch.float32
     if device.startswith("cuda"):
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

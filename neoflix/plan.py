@@ -14,7 +14,6 @@ the vocabulary, T tokens of a batch.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import math
@@ -26,10 +25,15 @@ import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from neoflix.console import say
 from neoflix.ds_config import ROOT, read_ds_config
 from neoflix.errors import UserError
+from neoflix.hub_copies import find_hub_copy
 from neoflix.machine import Machine, check_machine, read_machine, torch_version
+from neoflix.reading import NETFLIX_PATH, default_cache_dir, find_dataset, sample_texts
+from neoflix.tables import find_text_files
 from neoflix.template import Template
+from neoflix.throughput import cpu_flops, flops_per_token, peak_flops, recomputed_flops_per_token
 
 GIB = 2**30
 ADAPTERS_CONFIG_FILE = "adapter_config.json"  # as in checkpoint.py
@@ -50,15 +54,8 @@ CUDA_CONTEXT = int(0.6 * GIB)
 FRAGMENTATION = 0.06
 LOSS_CHUNK = {"cuda": 2**26 * 4, "cpu": 2**20 * 4}  # fp32 logits that `loss.py` reads at a time
 
-USUAL_COLUMNS = ("description", "text")  # that hold the texts, where nobody says which column does
 CHARS_PER_TOKEN = 4.8  # the 7,787 Netflix descriptions, GPT-2's tokenizer; special tokens left out
-SAMPLE_BYTES, SAMPLE_TEXTS = 2**21, 500
-
-# Dense bf16 (fp16 on Turing and Volta) products with fp32 sums, TFLOP/s, by the makers' data sheets: no run is faster.
-PEAK_TFLOPS = {
-    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A40": 150, "A6000": 155, "L4": 121,
-    "A10": 125, "V100": 125, "T4": 65, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
-}  # fmt: skip
+SAMPLE_TEXTS = 500
 
 
 # ---- what the plan is made of ------------------------------------------------------------------------------
@@ -78,9 +75,17 @@ class Shape:
     adapted: int = 0  # widths of what goes into and comes out of each linear layer but the head, summed
     num_linear: int = 0  # such layers
 
+    is_tied: bool = True  # the output layer's weight is the embedding's
+
     @property
     def embedding(self) -> int:
         return self.vocab_size * self.width
+
+    def products(self, mean_length: float) -> tuple[int, int, int, float]:
+        """What `flops_per_token` counts by. An embedding that is not the output layer's is looked up, not multiplied
+        with."""
+        num_weights = self.num_parameters - (0 if self.is_tied else self.embedding)
+        return num_weights, self.num_layers, self.width, mean_length
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ class Settings:
     rounds_pinned: bool = True  # torch rounds pinned buffers up to a power of two
     batch_texts: int | None = None  # where a batch is counted in texts
     lora_rank: int = 0  # 0: the whole model learns
+    padding: float = 1.0  # tokens that are computed for each real one
 
     def num_learning(self, shape: Shape) -> int:
         """Parameters that have gradients and an optimizer: all or, with LoRA, two narrow matrices for each layer."""
@@ -195,7 +201,10 @@ class Plan:
         device_free = machine.device_memory - machine.device_taken
         if machine.has_gpu and self.device_bytes > device_free:
             found.append(("device memory", self.device_bytes, device_free, _largest(self.device)))
-        if self.host_bytes > machine.host_memory:
+        if machine.shares_memory and self.device_bytes + self.host_bytes > machine.host_memory:
+            needed = self.device_bytes + self.host_bytes
+            found.append(("memory that GPU and host share", needed, machine.host_memory, _largest(self.device)))
+        elif self.host_bytes > machine.host_memory:
             found.append(("host memory", self.host_bytes, machine.host_memory, _largest(self.host)))
         if machine.disk is not None and self.run_bytes > machine.disk:
             found.append(("disk", self.run_bytes, machine.disk, f"{self.settings.num_checkpoints} checkpoints"))
@@ -205,32 +214,26 @@ class Plan:
     def fits(self) -> bool:
         return not self.misfits()
 
-    @property
-    def peak_flops(self) -> float | None:
-        """FLOP/s of one GPU at its peak, None where nothing is known of it."""
-        names = PEAK_TFLOPS if self.machine.has_gpu else {}
-        return next((rate * 1e12 for name, rate in names.items() if name in self.machine.device_name), None)
-
     def utilization(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilization: the share of all devices' peak that goes into the model's own products, those of
-        recomputed activations left out; None where the peak is not known. Source: Chowdhery et al., "PaLM", 2022,
-        appendix B."""
-        if self.peak_flops is None or not self.settings.train_tokens:
+        """Model FLOPs utilization: the share of all devices' peak that the model's own products take. What is computed
+        again (activation checkpointing) and padding do not count. None where the peak is not known."""
+        if (peak := self._peak_flops()) is None:
             return None
-        per_token = self.flops / self.settings.train_tokens / (8 / 6 if self.settings.recomputes else 1)
-        return tokens_per_second * per_token / (self.peak_flops * self.settings.num_processes)
+        settings = self.settings
+        per_token = flops_per_token(*self.shape.products(self.texts.mean), is_lora=settings.lora_rank > 0)
+        return tokens_per_second * per_token / (peak * settings.num_processes)
 
     def seconds(self) -> tuple[float, str] | None:
-        """(seconds of training, what the figure is), None where nothing is known of the device."""
+        """(seconds of training, where the figure comes from); None where nothing is known of the device."""
         if not self.machine.has_gpu:
-            # 0.165 TFLOP/s a core in products, of which a step's work was 0.49 (train-cpu.jsonl, two Xeon cores).
-            rate = 0.165e12 * 0.49 * min(self.machine.num_cores, 64)
-            return self.flops / rate, "by the rate of two Xeon cores"
-        if self.peak_flops is None:
+            return self.flops / cpu_flops(self.machine.num_cores), "by the rate of two Xeon cores"
+        if (peak := self._peak_flops()) is None:
             return None
-        return self.flops / (
-            self.peak_flops * self.settings.num_processes
-        ), "at least: the device's peak, never reached"
+        return self.flops / (peak * self.settings.num_processes), "at least: the device's peak, never reached"
+
+    def _peak_flops(self) -> float | None:
+        machine = self.machine
+        return peak_flops(machine.device_name, self.settings.weight_bytes) if machine.has_gpu else None
 
 
 def _fullest(phases: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -263,11 +266,10 @@ def forecast(shape: Shape, texts: Texts, settings: Settings, machine: Machine) -
     checkpoint = learning * (2 * settings.weight_bytes + optimizer_bytes(settings, on_disk=True))
     swapped = learning * 16 // settings.num_processes * settings.local_processes
     swapped *= settings.offload("offload_optimizer") == "nvme"
-    # Of six products with each weight, two are forward, two for the gradients of its input and two for its own, which
-    # a frozen one has not; two more where activations are worked out again.
-    passes = (4 if settings.lora_rank else 6) + (2 if settings.recomputes else 0)
-    again = 8 / 6 if settings.recomputes else 1
-    flops_per_token = passes * shape.num_parameters + again * 6 * shape.num_layers * shape.width * texts.mean
+    products = shape.products(texts.mean)
+    per_token = flops_per_token(*products, is_lora=settings.lora_rank > 0)
+    if settings.recomputes:
+        per_token += recomputed_flops_per_token(*products)
     return Plan(
         shape,
         texts,
@@ -277,7 +279,7 @@ def forecast(shape: Shape, texts: Texts, settings: Settings, machine: Machine) -
         host_phases,
         checkpoint,
         max(checkpoint * settings.num_checkpoints, settings.weight_bytes * learning) + swapped,
-        settings.train_tokens * flops_per_token,
+        settings.train_tokens * settings.padding * per_token,
     )
 
 
@@ -522,24 +524,19 @@ def plan_run(args, must_fit: bool = True) -> Plan | None:
     if args.deepspeed == "auto":
         chosen, passed_over = choose_ds_config(args, shape, texts, machine)
         args.deepspeed = str(ROOT / chosen)
-        _say("\n".join([*passed_over, f"--deepspeed auto: {chosen}, the fastest that fits"]))
+        say("\n".join([*passed_over, f"--deepspeed auto: {chosen}, the fastest that fits"]))
     ds_config = read_ds_config(args.deepspeed)
     if args.tokens_per_device_batch == "auto":
         args.tokens_per_device_batch = choose_batch(args, shape, texts, machine, ds_config)
-        _say(f"--tokens_per_device_batch auto: {args.tokens_per_device_batch}")
+        say(f"--tokens_per_device_batch auto: {args.tokens_per_device_batch}")
     plan = forecast(shape, texts, read_settings(args, shape, texts, machine, ds_config, args.deepspeed), machine)
     if must_fit and not plan.fits:
         if args.plan_must_fit:
             raise UserError(explain(plan) + "\n  or --plan_must_fit false, which tries it all the same")
-        _say("warning: by its plan this run does not fit; trying it all the same (--plan_must_fit false)")
+        say("warning: by its plan this run does not fit; trying it all the same (--plan_must_fit false)")
     if must_fit and not (args.plan_device_memory or args.plan_host_memory):
         check_machine(machine, ds_config, plan.pinned_bytes, args.bf16, plan.settings.local_processes)
     return plan
-
-
-def _say(message: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(message, flush=True)
 
 
 def parse_bytes(text: str | None, flag: str) -> int | None:
@@ -691,10 +688,10 @@ def _other_shape(folder: Path) -> Shape | None:
 
 
 def count_texts(args, shape: Shape) -> Texts:
-    """Tokens of the data: those that an earlier run counted, else estimated from a sample of the file."""
+    """Tokens of the data: those that an earlier run counted, else estimated from the file's first rows."""
     path = _counts_file(args, shape.window)
     if path and path.is_file():
-        return Texts(**json.loads(path.read_text()), source="counted")
+        return Texts(**json.loads(path.read_text()), source="counted by an earlier run")
     return estimate_texts(_find_data(args), args, shape.window)
 
 
@@ -715,26 +712,33 @@ def remember_counts(args, window: int, lengths_N, num_validation: int) -> None:
 
 
 def _find_data(args) -> Path | None:
-    """The file of `--dataset`, where it is here already (`reading.py` downloads and complains)."""
-    shipped = {"sample": ROOT / "data" / "sample_titles.csv", "netflix": ROOT / "data" / "netflix_titles.csv"}
-    path = shipped.get(args.dataset, Path(args.dataset).expanduser())
-    return path if path.exists() else None
+    """The file of `--dataset`, where it is here already: nothing is downloaded for a plan."""
+    if args.dataset.startswith("hf:"):
+        return find_hub_copy(args.dataset, _cache_dir(args))
+    if args.dataset == "netflix" and not NETFLIX_PATH.is_file():
+        return None
+    return find_dataset(args.dataset)
+
+
+COUNTS_FORMAT = 3  # raised when the same file may be read as other texts than before
 
 
 def _counts_file(args, window: int) -> Path | None:
-    """Where the counts of this file, columns, share and tokenizer (by the model's name) are kept."""
+    """Where the counts of these texts are kept: by file (of a folder, every file in it), column, template, held-out
+    share, window and tokenizer (the model's name). None where the data is not on this machine."""
     data = _find_data(args)
     if data is None:
         return None
-    state = data.stat()
-    key = [str(data.resolve()), state.st_size, state.st_mtime_ns, args.validation_fraction, window]
+    files = find_text_files(data) if data.is_dir() else [data]
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = [COUNTS_FORMAT, states, args.validation_fraction, window]
     key += [args.text_column, args.template, str(args.model_name_or_path)]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    home = Path(
-        os.environ.get("HF_HOME", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "huggingface"))
-    )
-    beside = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")) / "neoflix"
-    return Path(args.cache_dir or beside) / f"counts-{digest}.json"
+    return _cache_dir(args) / f"counts-{digest}.json"
+
+
+def _cache_dir(args) -> Path:
+    return Path(args.cache_dir) if args.cache_dir else default_cache_dir()
 
 
 def estimate_texts(path: Path | None, args, window: int) -> Texts:
@@ -742,19 +746,11 @@ def estimate_texts(path: Path | None, args, window: int) -> Texts:
     not here, by characters. Without a file: what the Netflix descriptions have."""
     if path is None:
         is_netflix = args.dataset == "netflix"
-        source = "of the Netflix descriptions, as published" if is_netflix else "a guess, until the data set is here"
+        netflix = "figures of the Netflix descriptions, as published"
+        source = netflix if is_netflix else f"a guess: {args.dataset} is not on this machine yet; {netflix}"
         return Texts(7008, 779, 31.8, 4.4, 64, source)
-    try:
-        texts, num_texts = _sample_texts(path, args.text_column, args.template)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        ZeroDivisionError,
-        StopIteration,
-        csv.Error,
-    ):  # `reading.py` says what is wrong with it
-        return Texts(7008, 779, 31.8, 4.4, 64, "a guess: the file could not be read")
+    template = Template(args.template) if args.template else None
+    texts, num_texts = sample_texts(path, args.text_column, template, 4 * SAMPLE_TEXTS)
     chosen = random.Random(0).sample(texts, min(SAMPLE_TEXTS, len(texts)))
     tokenizer = _load_tokenizer(args.model_name_or_path)
     if tokenizer:
@@ -781,52 +777,6 @@ def _load_tokenizer(model_name_or_path: str):
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     return None
-
-
-def _sample_texts(path: Path, column: str | None, template: str | None) -> tuple[list[str], int]:
-    """(texts of the file's first 2 MB, number of texts in all of it)"""
-    rows, scale = _sample_rows(path)
-    if template:
-        texts = [Template(template).fill({name: str(value or "") for name, value in row.items()}) for row in rows]
-    else:
-        column = column or _likeliest_column(rows)
-        texts = [row.get(column) for row in rows]
-    texts = [text for text in texts if isinstance(text, str) and text.strip()]
-    if not texts:
-        raise UserError("no texts")
-    return texts, round(len(texts) * scale)
-
-
-def _likeliest_column(rows: list[dict]) -> str:
-    """Which one `reading.py` will take, where nobody says."""
-    length = {name: sum(len(str(row.get(name) or "").split()) for row in rows) for name in rows[0]}
-    usual = [name for name in USUAL_COLUMNS if name in length]
-    return usual[0] if usual else max(length, key=length.get)
-
-
-def _sample_rows(path: Path) -> tuple[list[dict], float]:
-    """(rows of the file's first 2 MB, how many times as many the file has)"""
-    if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
-        some = files[: 4 * SAMPLE_TEXTS]
-        return [{"name": file.stem, "text": file.read_text(encoding="utf-8")} for file in some], len(files) / len(some)
-    if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet as pq
-
-        file = pq.ParquetFile(path)
-        rows = next(file.iter_batches(batch_size=4 * SAMPLE_TEXTS)).to_pylist()
-        return rows, file.metadata.num_rows / len(rows)
-    with path.open(encoding="utf-8", newline="") as lines:
-        head = lines.read(SAMPLE_BYTES)
-    whole = len(head.encode()) >= path.stat().st_size
-    if not whole:
-        head = head[: head.rfind("\n") + 1]
-    if path.suffix.lower() == ".jsonl":
-        rows = [json.loads(line) for line in head.splitlines() if line.strip()]
-    else:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        rows = list(csv.DictReader(head.splitlines(keepends=True), delimiter=delimiter))
-    return rows, 1 if whole else path.stat().st_size / len(head.encode())
 
 
 # ---- what fits ---------------------------------------------------------------------------------------------
@@ -1167,7 +1117,7 @@ def answer_quickly() -> None:
     if args is None:
         return
     try:
-        _say(plan_table(plan_run(args)))
+        say(plan_table(plan_run(args)))
     except ValueError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,15 +1,13 @@
-"""How good samples are: copies, near twins, long runs, variety, length, words that do not exist. A leaf: imports
-nothing of ours, and knows lists of strings alone.
+"""How good samples are: copies, near twins, long runs, variety, length, words that do not exist. It knows lists of
+strings alone.
 
-A text's words are its letters and digits without case, spacing and punctuation: what differs in those alone is the
-same text here, as it is when a data set is split.
+Case, spacing and punctuation make no text another one, as when a data set is split (words.py). Texts in scripts without
+spaces between words are measured in characters.
 
 Shapes: W words of all texts, laid end to end.
 """
 
 import random
-import re
-import unicodedata
 from array import array
 from bisect import bisect_left
 from collections import Counter
@@ -22,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from neoflix.errors import UserError
+from neoflix.words import is_character, split_words
 
 NEAR_TWIN = 0.7  # Jaccard index of two texts' sets of word trigrams, from which on they count as near twins
 # 20 bands of 4: two texts at 0.7 share a band, and are compared, with probability 1 - (1 - 0.7^4)^20 = 99.6%. A band
@@ -29,12 +28,6 @@ NEAR_TWIN = 0.7  # Jaccard index of two texts' sets of word trigrams, from which
 HASHES, BANDS = 80, 20
 SELF_BLEU_TEXTS = 1000  # self-BLEU rises with the number of texts: only equal numbers compare
 SEED = 0  # draws the texts where not all are looked at
-
-
-def split_words(text: str) -> list[str]:
-    """Words in their order; a text without any letter or digit falls into what white space parts."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return re.findall(r"[^\W_]+", text) or text.split()
 
 
 def word_trigrams(words: Sequence[str]) -> set[str]:
@@ -90,6 +83,10 @@ class TrainingTexts:
             raise UserError("there is no training text to judge samples against")
         self._whole = set(self.texts)
         self._arrays = _WordArrays(ids, lengths)
+        is_counted_alone = np.array([is_character(word) for word in self.vocabulary], dtype=bool)
+        num_characters = int(is_counted_alone[self._arrays.ids_W].sum())
+        # What most of the texts' words are: words, or characters of a script without spaces between words.
+        self.unit = "characters" if 2 * num_characters > len(ids) else "words"
 
     def is_copy(self, text: str) -> bool:
         """Whether a training text has the same words in the same order."""
@@ -170,7 +167,10 @@ def _extend(arrays: _WordArrays, at: np.ndarray, names: np.ndarray, length: int,
 
 @dataclass(frozen=True)
 class Style:
-    """Figures of a set of texts, the samples or as many training texts; `perplexity` is the base model's."""
+    """Figures of a set of texts, the samples or as many training texts; `perplexity` is the base model's.
+
+    Words are characters where the training texts are measured in them (`Judgement.unit`).
+    """
 
     num_texts: int
     mean_words: float
@@ -261,12 +261,13 @@ class Judgement:
     copies: float
     near_twins: float  # copies of three words or more among them
     novel: float  # neither copy nor near twin
-    longest_run: int  # words
-    mean_longest_run: float  # words
-    novel_trigrams: float  # of the samples' word trigrams
-    unknown_words: float  # of the samples' words
+    longest_run: int  # units
+    mean_longest_run: float  # units
+    novel_trigrams: float  # of the samples' trigrams
+    unknown_words: float | None  # of the samples' words; None where the unit is characters
     ended: float | None  # None where samples do not say
     no_perplexity: str = ""  # why there is none
+    unit: str = "words"  # or "characters": what lengths, runs and trigrams are counted in
 
 
 def judge(samples: Sequence[str], training: TrainingTexts, ended: float | None = None, **base) -> Judgement:
@@ -286,6 +287,7 @@ def judge(samples: Sequence[str], training: TrainingTexts, ended: float | None =
     has_twin = np.array([training.near_twin(text) is not None for text in samples])
     longest, novel_trigrams = training.common_runs(words)
     num_unknown = sum(word not in training.vocabulary for each in words for word in each)
+    has_words = training.unit == "words"
     return Judgement(
         samples=style_of(words, base.get("of_samples")),
         texts=style_of([text.split() for text in some(training.texts, len(samples))], base.get("of_texts")),
@@ -296,9 +298,10 @@ def judge(samples: Sequence[str], training: TrainingTexts, ended: float | None =
         longest_run=int(longest.max()),
         mean_longest_run=float(longest.mean()),
         novel_trigrams=novel_trigrams,
-        unknown_words=num_unknown / max(sum(map(len, words)), 1),
+        unknown_words=num_unknown / max(sum(map(len, words)), 1) if has_words else None,
         ended=ended,
         no_perplexity=base.get("no_perplexity", ""),
+        unit=training.unit,
     )
 
 
@@ -306,24 +309,25 @@ def judgement_table(judgement: Judgement, base_name: str = "the base model") -> 
     """The figures, a line each: of the samples, and where they have one, of the training texts."""
     samples, texts = judgement.samples, judgement.texts
     longer = f" ({samples.mean_words / texts.mean_words - 1:+.0%})" if texts.mean_words else ""
-    run = f"{judgement.longest_run} words, mean {judgement.mean_longest_run:.1f}"
-    ended = "not recorded" if judgement.ended is None else f"{judgement.ended:.1%}"
+    unit = judgement.unit
+    run = f"{judgement.longest_run} {unit}, mean {judgement.mean_longest_run:.1f}"
+    unknown = "not measured: the texts have no spaces between words"
     rows = [
         (
             "",
             f"{samples.num_texts:,} samples",
             f"{texts.num_texts:,} of {judgement.num_training_texts:,} training texts",
         ),
-        ("a training text, word for word", f"{judgement.copies:.1%}", ""),
+        (f"a training text, {unit[:-1]} for {unit[:-1]}", f"{judgement.copies:.1%}", ""),
         (f"near twins (trigram Jaccard >= {NEAR_TWIN})", f"{judgement.near_twins:.1%}", ""),
         ("novel: neither", f"{judgement.novel:.1%}", ""),
         ("longest run shared with a text", run, ""),
         ("trigrams that no text has", f"{judgement.novel_trigrams:.1%}", ""),
-        ("words outside the vocabulary", f"{judgement.unknown_words:.1%}", ""),
+        ("words outside the vocabulary", _share(judgement.unknown_words, unknown), ""),
         ("distinct-1, 2, 3", *(f"{s.distinct_1:.3f} {s.distinct_2:.3f} {s.distinct_3:.3f}" for s in (samples, texts))),
         (f"self-BLEU (at most {SELF_BLEU_TEXTS:,} texts)", _number(samples.self_bleu, 3), _number(texts.self_bleu, 3)),
-        ("mean length, words", f"{samples.mean_words:.1f}{longer}", f"{texts.mean_words:.1f}"),
-        ("ended by themselves", ended, ""),
+        (f"mean length, {unit}", f"{samples.mean_words:.1f}{longer}", f"{texts.mean_words:.1f}"),
+        ("ended by themselves", _share(judgement.ended, "not recorded"), ""),
         (f"perplexity under {base_name}", _number(samples.perplexity, 1), _number(texts.perplexity, 1)),
     ]
     if judgement.no_perplexity:
@@ -336,6 +340,10 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
+def _share(value: float | None, missing: str = "-") -> str:
+    return missing if value is None else f"{value:.1%}"
+
+
 # ---- sweeps ---------------------------------------------------------------------------------------------
 
 SWEEP_COLUMNS = (
@@ -343,11 +351,11 @@ SWEEP_COLUMNS = (
     ("twins", lambda j: f"{j.near_twins:.1%}"),
     ("longest", lambda j: str(j.longest_run)),
     ("new trigrams", lambda j: f"{j.novel_trigrams:.1%}"),
-    ("unknown words", lambda j: f"{j.unknown_words:.1%}"),
+    ("unknown words", lambda j: _share(j.unknown_words)),
     ("distinct-2", lambda j: f"{j.samples.distinct_2:.3f}"),
     ("self-BLEU", lambda j: _number(j.samples.self_bleu, 3)),
-    ("words", lambda j: f"{j.samples.mean_words:.1f}"),
-    ("ended", lambda j: "-" if j.ended is None else f"{j.ended:.1%}"),
+    ("length", lambda j: f"{j.samples.mean_words:.1f}"),
+    ("ended", lambda j: _share(j.ended)),
     ("perplexity", lambda j: _number(j.samples.perplexity, 1)),
 )
 
@@ -363,14 +371,17 @@ def sweep_line(name: str, judgement: Judgement, width: int) -> str:
     return f"{name:<{width}}" + "".join(cells)
 
 
-def draw_sweep(judgements: dict[str, Judgement], path: Path) -> None:
-    """Draws novelty (word trigrams that no training text has) against fluency, a point for each setting, as PNG.
+def draw_sweep(judgements: dict[str, Judgement], path: Path) -> bool:
+    """Draws novelty (trigrams that no training text has) against fluency, a point for each setting, as PNG.
 
-    Fluency is the base model's perplexity, low is up; where there is none, words of the training vocabulary.
+    Fluency is the base model's perplexity, low is up; where there is none, words of the training vocabulary. Returns
+    False, and draws nothing, where neither was measured.
     """
     from matplotlib.figure import Figure  # half a second that only a sweep has to wait
 
     has_perplexity = all(judgement.samples.perplexity for judgement in judgements.values())
+    if not has_perplexity and any(judgement.unknown_words is None for judgement in judgements.values()):
+        return False
     figure = Figure(figsize=(8, 6), layout="constrained")
     axis = figure.subplots()
     axis.margins(x=0.25)  # room for names
@@ -380,7 +391,7 @@ def draw_sweep(judgements: dict[str, Judgement], path: Path) -> None:
         # An empty mark: some of the samples are copies or near twins.
         axis.plot(*point, "o", color="tab:blue", markerfacecolor="tab:blue" if judgement.novel == 1 else "white")
         axis.annotate(name, point, xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axis.set_xlabel("novelty: share of word trigrams that no training text has")
+    axis.set_xlabel("novelty: share of trigrams that no training text has")
     if has_perplexity:
         if text_perplexity := next(iter(judgements.values())).texts.perplexity:
             axis.axhline(text_perplexity, color="tab:gray", linestyle="--", label="training texts")
@@ -392,3 +403,4 @@ def draw_sweep(judgements: dict[str, Judgement], path: Path) -> None:
         axis.set_ylabel("fluency: share of words in the training vocabulary")
     axis.set_title("filled: every sample is novel; empty: copies or near twins among them", fontsize=9)
     figure.savefig(path, dpi=120)
+    return True

@@ -1,23 +1,21 @@
-"""Files of texts: find -> read -> clean. One row is one text, and what else is known of it.
+"""Texts of a file: find it, choose its column, read it, leave out rows without text. No torch: `--plan` uses this too.
 
-A table is a CSV, TSV, JSONL or Parquet file, or a folder of .txt files, whose columns are `name` and `text`.
+How each format becomes rows is in `tables.py`.
 """
 
-import json
+import os
 import re
+import textwrap
 import urllib.request
 import uuid
 from http.client import HTTPException
 from pathlib import Path
 
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from neoflix.distributed import say
+from neoflix.console import say
 from neoflix.ds_config import ROOT
 from neoflix.errors import UserError
-from neoflix.plan import USUAL_COLUMNS
+from neoflix.hub_copies import hub_copy_file
+from neoflix.tables import Table, find_text_files, read_table
 from neoflix.template import Template
 
 NETFLIX_PATH = ROOT / "data" / "netflix_titles.csv"
@@ -25,16 +23,18 @@ NETFLIX_URL = (
     "https://raw.githubusercontent.com/rfordatascience/tidytuesday/main/data/2021/2021-04-20/netflix_titles.csv"
 )
 SAMPLE_PATH = ROOT / "data" / "sample_titles.csv"
+USUAL_COLUMNS = ("description", "text")  # that hold the texts, where nobody says which column does
 PROSE = 5  # words that the texts of a column have on average, at least; names, dates and lists of genres have fewer
-HEAD = 1000  # rows that are looked at where the columns are not known
+WITHOUT_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # Thai to Chinese
+HEAD = 1000  # rows that the column is chosen by
 HUB_NAME = re.compile(r"hf:(?P<path>[^@:]+)(@(?P<config>[^:]+))?(:(?P<split>.+))?")
 
 
 def default_cache_dir() -> Path:
-    """Caches lie beside Hugging Face's data set cache (HF_DATASETS_CACHE moves both)."""
-    from datasets import config
-
-    return Path(config.HF_DATASETS_CACHE) / "neoflix"
+    """Caches lie beside Hugging Face's data set cache, where its own variables say; `datasets` takes long to import."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    home = Path(os.environ.get("HF_HOME", cache / "huggingface"))
+    return Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser() / "neoflix"
 
 
 # ---- find -----------------------------------------------------------------------------------------------
@@ -43,6 +43,8 @@ def default_cache_dir() -> Path:
 def find_dataset(name: str, cache_dir: Path | None = None) -> Path:
     """A file or folder for `--dataset`: 'netflix' (downloaded if need be), 'sample', a path, or 'hf:NAME', a data set
     of the Hugging Face hub, which becomes a Parquet file in `cache_dir`."""
+    if not name.strip():
+        raise UserError("--dataset is empty; use 'netflix', 'sample', a file, a folder of .txt files, or hf:NAME")
     if name == "sample":
         return SAMPLE_PATH
     if name == "netflix":
@@ -53,13 +55,13 @@ def find_dataset(name: str, cache_dir: Path | None = None) -> Path:
         return download_from_hub(name, cache_dir or default_cache_dir())
     path = Path(name).expanduser()
     if path.is_dir():
-        if not any(path.rglob("*.txt")):
+        if not find_text_files(path):
             raise UserError(
-                f"--dataset {name}: a folder without a .txt file; name one that has some, or a CSV, TSV, JSONL or "
-                "Parquet file"
+                f"--dataset {name}: a folder without a .txt file; name one that has some, or a CSV, TSV, JSONL, JSON "
+                "or Parquet file"
             )
     elif not path.is_file():
-        raise UserError(f"--dataset {name}: no such file (or say 'netflix', 'sample', or hf:NAME for one of the hub)")
+        raise UserError(f"--dataset {name}: no such file or folder (other names are 'netflix', 'sample' and hf:NAME)")
     return path
 
 
@@ -104,7 +106,7 @@ def download_from_hub(name: str, cache_dir: Path) -> Path:
             f"--dataset {name}: could not be loaded ({reason}); the name is as on huggingface.co/datasets, behind it "
             "@CONFIG where the data set has several and :SPLIT for another one than train"
         ) from error
-    file = cache_dir / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{dataset._fingerprint}.parquet"
+    file = hub_copy_file(name, dataset._fingerprint, cache_dir)
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
@@ -119,34 +121,59 @@ def download_from_hub(name: str, cache_dir: Path) -> Path:
 def read_texts(
     path: Path, column: str | None = None, template: Template | None = None, suffix: str | None = None
 ) -> list[str]:
-    """Texts of one column, trimmed, rows without text left out; otherwise as they stand, in the file's order.
+    """Texts of one column, trimmed, in the file's order. Says which column it is, and how many rows have no text: they
+    are left out.
 
     Args:
-        column: None: the template's, else the one that `guess_column` finds.
+        column: None: the template's, else the one that `choose_column` finds.
         template: gives each text a prompt of other columns (`PromptedText`).
-        suffix: what kind of file it is, where its name does not say.
+        suffix: the format, where the file's name does not end in it.
 
     Raises:
-        UserError, in one sentence, for every file that is not a table with such columns.
+        UserError: for a file that is no table with such columns.
     """
-    if template:
-        column = template.text_field
-    elif column is None:
-        column = guess_column(path)
-    columns = [column, *(template.fields if template else [])]
-    table = read_table(path, columns, suffix, ("--dataset", "--template" if template else "--text_column"))
-    texts = _clean(table[column], path, column)
-    if not template:
-        return texts.tolist()
-    fields = [table[name][texts.index].map(_as_field) for name in template.fields]
-    rows = zip(texts, *fields, strict=True)
-    return [template.fill(dict(zip([column, *template.fields], row, strict=True))) for row in rows]
+    column = template.text_field if template else column or choose_column(path, suffix)
+    table = _read_columns(path, column, template, suffix=suffix)
+    texts = _fill_in(table, path, column, template)
+    num_empty = len(table.rows) - len(texts)
+    from_lines = ", one a line" if path.suffix.lower() == ".txt" else ""
+    empty = f"; {num_empty:,} of {len(table.rows):,} rows have no text there and are left out" if num_empty else ""
+    warning = "warning: " if num_empty > len(texts) else ""
+    say(f"{warning}{path}: {len(texts):,} texts of column {column}{from_lines}{empty}")
+    return texts
 
 
 def read_dataset(args) -> list[str]:
     """The texts that `train.py`'s arguments name: `--dataset`, `--text_column`, `--template`."""
     path = find_dataset(args.dataset, args.cache_dir and Path(args.cache_dir))
     return read_texts(path, args.text_column, args.text_template)
+
+
+def sample_texts(path: Path, column: str | None, template: Template | None, num_rows: int) -> tuple[list[str], int]:
+    """(texts of the first rows, by the same rules as all of them; how many texts the file has, about)"""
+    column = template.text_field if template else column or choose_column(path)
+    table = _read_columns(path, column, template, limit=num_rows)
+    if not any(map(_is_text, table.column(column))):  # the first text stands further down, or nowhere
+        table = _read_columns(path, column, template)
+    texts = _fill_in(table, path, column, template)
+    return texts, round(len(texts) / table.share)
+
+
+def _read_columns(path: Path, column: str, template: Template | None, **options) -> Table:
+    columns = [column, *(template.fields if template else [])]
+    return read_table(path, columns, column_flag="--template" if template else "--text_column", **options)
+
+
+def _fill_in(table: Table, path: Path, column: str, template: Template | None) -> list[str]:
+    texts = _clean(table.column(column), path, column)
+    if template is None:
+        return [text for text in texts if text]
+    rows = zip(texts, table.rows, strict=True)
+    return [
+        template.fill({name: _as_field(cell) for name, cell in zip(table.names, row, strict=True)} | {column: text})
+        for text, row in rows
+        if text
+    ]
 
 
 def read_fields(given: dict[str, str], file: str | None, template: Template | None) -> list[dict[str, str]]:
@@ -156,179 +183,95 @@ def read_fields(given: dict[str, str], file: str | None, template: Template | No
     UserError where there is no template, or the file has none of its columns, or a field is none of its.
     """
     if template is None:
-        raise UserError("--fields: the model was trained without --template; say how texts begin with --prompt")
+        raise UserError("--fields: the model was trained without --template; use --prompt to begin its texts")
     template.check(given, f"--fields {' '.join(given)}")
     if file is None:
         return [given]
-    path = Path(file)
-    if not path.is_file():
+    path = Path(file).expanduser()
+    if not path.exists():
         raise UserError(f"--fields_file {file}: no such file")
-    said = ("--fields_file", "--fields_file")
-    columns = list(read_table(path, None, said=said).columns)
-    known = [name for name in template.fields if name in columns]
+    flags = {"flag": "--fields_file", "column_flag": "--fields_file"}
+    names = read_table(path, **flags, limit=HEAD).names
+    known = [name for name in template.fields if name in names]
     if not known:
         raise UserError(
-            f"--fields_file {file}: has none of the columns {', '.join(template.fields)}, but {', '.join(columns)}"
+            f"--fields_file {file}: has none of the columns {', '.join(template.fields)}, but {', '.join(names)}"
         )
-    table = read_table(path, known, said=said).map(_as_field)
-    return [given | {name: value for name, value in row.items() if value} for row in table.to_dict("records")]
+    rows = [map(_as_field, row) for row in read_table(path, known, **flags).rows]
+    return [given | {name: value for name, value in zip(known, row, strict=True) if value} for row in rows]
 
 
-def _as_field(value) -> str:
+def _as_field(cell) -> str:
     """A cell as a prompt has it: nothing where it is empty, whole numbers without a point, lists with commas."""
-    if isinstance(value, str):
-        return value.strip()
-    if isinstance(value, list | tuple) or type(value).__name__ == "ndarray":
-        return ", ".join(map(_as_field, value))
-    if pd.isna(value):
+    if _is_missing(cell):
         return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(cell, str):
+        return cell.strip()
+    if isinstance(cell, list):
+        return ", ".join(map(_as_field, cell))
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
-def guess_column(path: Path) -> str:
-    """The column of a table that holds the texts, where nobody says: 'description', 'text', or the only one that looks
-    like texts. UserError, with the columns to choose from, where there is none or more than one."""
-    head = read_table(path, None)
-    if usual := [name for name in USUAL_COLUMNS if name in head.columns]:
-        return usual[0]
-    texts = head.select_dtypes(["object", "string"])
-    lengths = {
-        name: values[values.map(type).eq(str) & values.ne("")].str.split().str.len().mean()
-        for name, values in texts.items()
-    }
-    prose = [name for name, length in lengths.items() if length >= PROSE]
-    if len(prose) == 1:
-        say(f"--text_column is not given: taking {prose[0]}, the one column of {path} that holds texts")
-        return prose[0]
-    few = "none of them holds" if not prose else f"{' and '.join(prose)} hold"
-    raise UserError(
-        f"--text_column is not given, and {path} has no column {' or '.join(USUAL_COLUMNS)}; it has "
-        f"{', '.join(map(str, head.columns))}, and {few} texts of {PROSE} words or more: name one"
-    )
+def _is_missing(cell) -> bool:
+    return cell is None or cell != cell  # NaN, as pandas writes it
 
 
-def read_table(
-    path: Path,
-    columns: list[str] | None,
-    suffix: str | None = None,
-    said: tuple[str, str] = ("--dataset", "--text_column"),
-) -> pd.DataFrame:
-    """These columns of a table, as they stand; None: all of them, of the first 1,000 rows.
+# ---- which column ----------------------------------------------------------------------------------------
 
-    Args:
-        said: the flags by which the user named the file, and the columns.
+
+def choose_column(path: Path, suffix: str | None = None) -> str:
+    """The column that holds the texts, where nobody says: the only one named 'description' or 'text' (in any letter
+    case) unless most of its rows are empty, else the only one that looks like texts.
+
+    Raises:
+        UserError: with the columns to choose from, where there is none, or more than one.
     """
-    suffix = (suffix or path.suffix).lower()
-    readers = {".csv": _read_separated, ".tsv": _read_separated, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    reader = _read_folder if path.is_dir() else readers.get(suffix)
-    if reader is None:
-        raise UserError(
-            f"{said[0]} {path}: ends in {suffix or 'nothing'!r}; must be .csv, .tsv, .jsonl or .parquet, or a folder "
-            "of .txt files"
-        )
-    if path.is_file() and path.stat().st_size == 0:
-        raise UserError(f"{said[0]} {path}: the file is empty")
-    try:
-        table = reader(path, columns)
-    except MissingColumnError as error:
-        raise UserError(f"{said[1]} {error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{said[0]} {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{said[0]} {path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise UserError(f"{said[0]} {path}: {error}") from error
-    if len(table) == 0:
-        raise UserError(f"{said[0]} {path}: has a header but no rows")
-    return table
+    head = read_table(path, limit=HEAD, suffix=suffix)
+    texts = {name: list(filter(_is_text, head.column(name))) for name in head.names}
+    usual = [name for name in texts if name.strip().lower() in USUAL_COLUMNS and texts[name]]
+    prose = [name for name, cells in texts.items() if name not in usual and _num_words(cells) >= PROSE]
+    choices = usual if len(usual) == 1 and 2 * len(texts[usual[0]]) >= len(head.rows) else usual + prose
+    if len(choices) == 1:
+        return choices[0]
+    flag = f"--text_column is not given, and {path} has the columns {', '.join(head.names)}"
+    if not choices:
+        raise UserError(f"{flag}, none of which holds texts of {PROSE} words or more; name one")
+    counts = [f"{name} ({len(texts[name]):,} of {len(head.rows):,} rows)" for name in choices]
+    raise UserError(f"{flag}; texts are in {' and '.join(counts)}: name one")
 
 
-class MissingColumnError(UserError):
-    pass
+def _is_text(cell) -> bool:
+    return isinstance(cell, str) and bool(cell.strip())
 
 
-def _require(path: Path, columns: list[str] | None, found) -> None:
-    for name in columns or []:
-        if name not in found:
-            raise MissingColumnError(f"{name}: not a column of {path}; it has {', '.join(map(str, found))}")
-
-
-def _read_separated(path: Path, columns: list[str] | None) -> pd.DataFrame:
-    # pandas' own parser fills short rows up in silence; pyarrow's refuses rows of the wrong width.
-    options = {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "dtype": str, "keep_default_na": False}
-    try:
-        if columns is None:
-            return pd.read_csv(path, nrows=HEAD, encoding="utf-8", **options)
-        _require(path, columns, list(pd.read_csv(path, nrows=0, encoding="utf-8", **options).columns))
-        return pd.read_csv(path, usecols=columns, engine="pyarrow", **options)
-    except pd.errors.EmptyDataError as error:
-        raise UserError("the file is empty") from error
-    except (pd.errors.ParserError, pa.ArrowInvalid) as error:
-        if "UTF8" in str(error):
-            raise UserError(f"not UTF-8 ({error}); save it as UTF-8") from error
-        message = " ".join(str(error).split())
-        raise UserError(f"a row has too many or too few fields, or a quote is not closed ({message[:160]})") from error
-
-
-def _read_jsonl(path: Path, columns: list[str] | None) -> pd.DataFrame:
-    rows, found = [], {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"line {number} is not valid JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"line {number} is not a JSON object, {{...}}")
-            found |= dict.fromkeys(row)
-            rows.append([row.get(name) for name in columns] if columns else row)
-            if columns is None and len(rows) == HEAD:
-                break
-    if rows:
-        _require(path, columns, found)
-    if columns is None:
-        columns, rows = list(found), [[row.get(name) for name in found] for row in rows]
-    return pd.DataFrame(rows, columns=columns, dtype=object)
-
-
-def _read_parquet(path: Path, columns: list[str] | None) -> pd.DataFrame:
-    try:
-        if columns is None:
-            return next(pq.ParquetFile(path).iter_batches(HEAD)).to_pandas()
-        _require(path, columns, pq.read_schema(path).names)
-        return pd.read_parquet(path, columns=columns)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"not a Parquet file ({error})") from error
-
-
-def _read_folder(path: Path, columns: list[str] | None) -> pd.DataFrame:
-    _require(path, columns, ["name", "text"])
-    files = sorted(path.rglob("*.txt"))[: HEAD if columns is None else None]
-    rows = []
-    for file in files:
-        try:
-            rows.append((str(file.relative_to(path).with_suffix("")), file.read_text(encoding="utf-8")))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    return pd.DataFrame(rows, columns=["name", "text"], dtype=object)
+def _num_words(cells: list[str]) -> float:
+    """Words a text has on average; where a script has no spaces, two letters count as a word."""
+    num_words = sum(len(cell.split()) + len(WITHOUT_SPACES.findall(cell)) / 2 for cell in cells)
+    return num_words / max(len(cells), 1)
 
 
 # ---- clean ----------------------------------------------------------------------------------------------
 
 
-def _clean(values: pd.Series, path: Path, column: str) -> pd.Series:
-    """The rows that hold a text, trimmed, with their place in the file as index."""
-    values = values.dropna()
-    if pd.api.types.is_numeric_dtype(values) and len(values):
-        raise UserError(f"--text_column {column}: holds numbers in {path}; name a column of texts")
-    if not values.map(type).eq(str).all():
-        raise UserError(f"--text_column {column}: holds values that are not text in {path}; name a column of texts")
-    texts = values.str.strip()
-    texts = texts[texts.ne("")]
-    if not len(texts):
+def _clean(cells: list, path: Path, column: str) -> list[str]:
+    """Each row's text, trimmed, or "" where it has none. UserError for a column that holds something else."""
+    values = ["" if _is_missing(cell) else cell for cell in cells]
+    texts = [value.strip() if isinstance(value, str) else value for value in values]
+    filled = [text for text in texts if text != ""]
+    if not filled:
         raise UserError(f"--text_column {column}: every row of {path} is empty there")
-    if pd.to_numeric(texts, errors="coerce").notna().all():
+    if all(map(_is_number, filled)):
         raise UserError(f"--text_column {column}: holds numbers in {path}; name a column of texts")
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            shown = textwrap.shorten(repr(text), 40)
+            raise UserError(f"--text_column {column}: row {number} of {path} holds {shown}, which is not text; mend it")
     return texts
+
+
+def _is_number(value) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True

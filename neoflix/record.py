@@ -14,12 +14,10 @@ from statistics import mean
 
 import torch
 
-from neoflix.checkpoint import RESULTS_FILE, STATE_FILE, list_checkpoints, read_run
+from neoflix.checkpoint import LIVE_SAMPLES_FILE, RESULTS_FILE, STARTS_FILE, STATE_FILE, list_checkpoints, read_run
 from neoflix.errors import UserError
 from neoflix.manifest import write_json, write_text
 
-STARTS_FILE = "starts.json"  # how the run was started, each time
-LIVE_SAMPLES_FILE = "progress_samples.jsonl"  # texts of each evaluation, a line each
 FEW_TEXTS = 1000
 FEW_HELD_OUT = 100
 
@@ -63,7 +61,7 @@ def read_live_samples(output_dir: str | Path) -> list[dict]:
     """The rows of a run's file of samples; what a kill left of one is left out."""
     rows = []
     try:
-        lines = Path(output_dir, LIVE_SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
+        lines = Path(output_dir, LIVE_SAMPLES_FILE).read_text(encoding="utf-8").split("\n")  # a text may hold U+2028
     except FileNotFoundError:
         return []
     for line in lines:

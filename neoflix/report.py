@@ -19,11 +19,13 @@ import jinja2
 
 from neoflix.checkpoint import RESULTS_FILE
 from neoflix.config import parse_report_args
-from neoflix.distributed import run_and_exit, say
+from neoflix.console import say
+from neoflix.distributed import run_and_exit
 from neoflix.errors import UserError
 from neoflix.manifest import write_text
 from neoflix.quality import Judgement, Style, judgement_table, sweep_header, sweep_line
 from neoflix.record import Record, file_sizes, printable, read_json
+from neoflix.run_folder import LOCK_FILE
 from neoflix.template import Template
 
 REPORT_FILE = "report.html"
@@ -263,7 +265,7 @@ def report_page(record: Record) -> str:
         drawings=draw_run(record),
         columns=_sample_columns(record),
         judged=_judged(record.folder),
-        files=[(name, _size(size)) for name, size in file_sizes(record.folder) if name != REPORT_FILE],
+        files=[(name, _size(size)) for name, size in file_sizes(record.folder) if name not in (REPORT_FILE, LOCK_FILE)],
     )
 
 

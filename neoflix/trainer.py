@@ -24,22 +24,22 @@ from neoflix.checkpoint import (
     find_best,
     forecast_bytes,
     list_checkpoints,
-    promote,
-    publish,
-    rotate,
 )
+from neoflix.console import say
 from neoflix.consolidation import gather_weights
-from neoflix.data import TokenBatches, count_tokens
-from neoflix.distributed import StoppedEarly, ask_main_process, gather, say, shout
+from neoflix.data import PackedCollator, PaddedCollator, TokenBatches, count_tokens
+from neoflix.distributed import StoppedEarly, ask_main_process, gather, shout
 from neoflix.errors import UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
 from neoflix.manifest import Files, num_bytes, read_manifest, write_manifest
+from neoflix.model import keeps_texts_apart
 from neoflix.optimizer import check_groups, group_parameters, keep_gradient_norm, recall_steps
 from neoflix.plan import compare, explain_failure
 from neoflix.record import note_start
 from neoflix.report import write_report
+from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
 from neoflix.universal import check_loadable, convert, needs_conversion
 from neoflix.watchdog import Watchdog
 
@@ -79,12 +79,15 @@ class TokenTrainer(Trainer):
     reads, padding left out; the clock stands still while the run evaluates or saves.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, **kwargs):
+        is_packed = keeps_texts_apart(model)
+        collator = PackedCollator() if is_packed else PaddedCollator(kwargs["processing_class"].pad_token_id)
+        super().__init__(model, **{"data_collator": collator, **kwargs})
         self.stopwatch = Stopwatch()
         self.num_tokens = 0  # this process's, since the start; becomes a tensor with padded batches: no sync
         self._last_log = (0, 0.0)
         self._doing = "starting"
+        self._converted: Path | None = None  # a checkpoint's form for this number of processes
         self._stop = StopOnRequest()
         self.add_callback(self._stop)
         self.remove_callback(ProgressCallback)  # ours takes its place
@@ -141,7 +144,8 @@ class TokenTrainer(Trainer):
         if not needs_conversion(checkpoint, self.args.world_size):
             return checkpoint
         config.setdefault("checkpoint", {})["load_universal"] = True
-        return ask_main_process(convert, checkpoint, Path(self.args.output_dir))
+        self._converted = temporary(Path(self.args.output_dir), checkpoint.name, UNIVERSAL)
+        return ask_main_process(convert, checkpoint, self._converted)
 
     @contextmanager
     def _explaining_full_memory(self):
@@ -183,8 +187,8 @@ class TokenTrainer(Trainer):
         if checkpoint is not None:
             recall_steps(self.optimizer)
             gather(None)  # all have read it
-            if self.is_world_process_zero() and checkpoint.endswith(UNIVERSAL):
-                shutil.rmtree(checkpoint)
+            if self.is_world_process_zero() and self._converted:
+                shutil.rmtree(self._converted)
 
     def get_train_dataloader(self):
         """Trainer's own, or batches by their tokens where `--tokens_per_device_batch` asks for them."""
@@ -305,9 +309,10 @@ class TokenTrainer(Trainer):
         checkpoints are not touched before this one is complete.
         """
         run, step = Path(self.args.output_dir), self.state.global_step
-        unfinished = run / f"checkpoint-{step}.part"
+        unfinished = temporary(run, f"checkpoint-{step}", ".part")
         with self._busy(f"saving checkpoint-{step}"):
             self.store_flos()
+            ask_main_process(check_held, run)
             try:
                 ask_main_process(self._begin_checkpoint, unfinished)
                 self._write_checkpoint(unfinished)
@@ -321,7 +326,7 @@ class TokenTrainer(Trainer):
                 return
             ask_main_process(lambda: rotate(run, self.args.save_total_limit, self._find_best_step()))
             if self.args.push_to_hub:
-                self._push_from_checkpoint(str(unfinished.with_suffix("")))
+                self._push_from_checkpoint(str(run / f"checkpoint-{step}"))
 
     def _begin_checkpoint(self, unfinished: Path) -> None:
         check_space(unfinished.parent, self._checkpoint_bytes(), "the next checkpoint takes")
@@ -366,6 +371,7 @@ class TokenTrainer(Trainer):
 
     def _complete_checkpoint(self, folder: Path, errors: list[str], entries: dict) -> None:
         facts = {
+            "run": read_list(folder.parent)["id"],
             "step": self.state.global_step,
             "best_step": self._find_best_step(self.state.global_step),
             "num_processes": self.args.world_size,
@@ -378,7 +384,8 @@ class TokenTrainer(Trainer):
             write_manifest(folder, facts, entries)
             publish(folder)
         except OSError as error:
-            raise UserError(f"{folder.with_suffix('')} could not be written ({error.strerror})") from error
+            name = f"checkpoint-{self.state.global_step}"
+            raise UserError(f"{folder.parent / name} could not be written ({error.strerror})") from error
 
     def _find_best_step(self, *more_steps: int) -> int | None:
         """The step of the best evaluated checkpoint among those that are complete, and `more_steps`."""
@@ -415,16 +422,20 @@ class TokenTrainer(Trainer):
         the run's history. Collective."""
         best = ask_main_process(self._find_best_checkpoint)
         if best is None:
+            best = temporary(Path(self.args.output_dir), "model", ".part")
             self.model_wrapped._config.zero_config.gather_16bit_weights_on_model_save = True
-            self.save_model()
-        else:
-            ask_main_process(self._promote, best)
+            self.save_model(str(best))
+        ask_main_process(self._promote, best)
         if self.is_world_process_zero():
             self.state.save_to_json(str(Path(self.args.output_dir, STATE_FILE)))
 
     def _promote(self, checkpoint: Path) -> None:
+        run = Path(self.args.output_dir)
+        check_held(run)
         gather_weights(checkpoint)
-        promote(str(checkpoint), self.args.output_dir)
+        promote(checkpoint, run)
+        if checkpoint == temporary(run, "model", ".part"):
+            shutil.rmtree(checkpoint)
 
     def _find_best_checkpoint(self) -> Path | None:
         checkpoints = list_checkpoints(Path(self.args.output_dir))

@@ -2,7 +2,7 @@
 
 ZeRO's files hold each process's share of the optimizer's flat tensors; the universal form holds each weight's own
 (https://www.deepspeed.ai/tutorials/universal-checkpointing). It is made when a run goes on with another number of
-processes, lies beside the checkpoint as `checkpoint-N.universal` until all have read it, and is then deleted.
+processes, lies in the run's folder as `checkpoint-N.ID.universal` until all have read it, and is then deleted.
 """
 
 import os
@@ -14,8 +14,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from neoflix.checkpoint import STATE_FILE, UNIVERSAL, check_space
-from neoflix.distributed import progress, say
+from neoflix.checkpoint import STATE_FILE, check_space
+from neoflix.console import progress, say
 from neoflix.errors import UserError
 from neoflix.manifest import read_manifest
 
@@ -49,19 +49,18 @@ def check_loadable(checkpoint: Path, zero: dict, num_processes: int) -> None:
         )
 
 
-def convert(checkpoint: Path, run: Path) -> Path:
-    """Writes `checkpoint-N.universal` into the run's folder and returns it. One process.
+def convert(checkpoint: Path, target: Path) -> Path:
+    """Writes a checkpoint's universal form to the folder `target` and returns it. One process.
 
     The checkpoint itself is only read. UserError where the disk is too full.
     """
     tag = (checkpoint / "latest").read_text().strip()
-    target = run / (checkpoint.name + UNIVERSAL)
     optimizer_bytes = sum(path.stat().st_size for path in checkpoint.glob("*/*_optim_states.pt"))
     model_bytes = sum(path.stat().st_size for path in checkpoint.glob("*/*_model_states.pt"))
     needed = 2 * (optimizer_bytes + model_bytes)  # in slices first, then whole; tied weights once more
     saved_by = read_manifest(checkpoint)["num_processes"]
     say(f"{checkpoint.name} was saved by {saved_by} process(es): converting it, {needed / 2**30:.1f} GiB for the while")
-    check_space(run, needed, "the conversion takes")
+    check_space(target.parent, needed, "the conversion takes")
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     _convert_optimizer(checkpoint / tag, target / tag, num_bytes=2 * optimizer_bytes)

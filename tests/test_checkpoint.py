@@ -8,13 +8,10 @@ from neoflix.checkpoint import (
     RESULTS_FILE,
     RUN_FILE,
     check_space,
-    delete,
     find_model,
     find_resume_point,
     list_checkpoints,
     read_texts_per_step,
-    rotate,
-    settle,
 )
 from neoflix.manifest import MANIFEST, write_manifest
 
@@ -66,59 +63,6 @@ def test_a_damaged_one_asked_for_by_name_is_refused(save, tmp_path):
     (save(2) / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no complete checkpoint \(model.safetensors is missing\)"):
         find_resume_point(str(tmp_path), str(tmp_path / "checkpoint-2"))
-
-
-def test_what_an_interrupted_save_left_is_cleared_away(save, tmp_path):
-    save(2)
-    (tmp_path / "checkpoint-4.part").mkdir()
-    (tmp_path / "checkpoint-1.old").mkdir()
-    save(6, "checkpoint-{}.part")  # all but its renaming was done
-    settle(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
-
-
-def test_saved_again_a_checkpoint_takes_its_own_place(save, tmp_path):
-    (save(2) / "more").write_text("of before")
-    save(2, "checkpoint-{}.part")
-    settle(tmp_path)
-    assert names(tmp_path) == ["checkpoint-2"]
-    assert not (tmp_path / "checkpoint-2" / "more").exists()
-
-
-def test_rotation_keeps_the_newest_and_the_best(save, tmp_path):
-    for step in (1, 2, 3, 4, 5):
-        save(step)
-    rotate(tmp_path, 3, best_step=2)
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
-    rotate(tmp_path, 1, best_step=2)
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
-    rotate(tmp_path, None, best_step=None)
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
-
-
-def test_rotation_counts_no_damaged_one(save, tmp_path):
-    """Two damaged newer ones must not push the only good ones out."""
-    for step in (1, 2):
-        save(step)
-    for step in (3, 4):
-        (save(step) / MANIFEST).unlink()
-    rotate(tmp_path, 2, best_step=None)
-    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
-    assert (tmp_path / "checkpoint-4").is_dir()
-
-
-def test_an_interrupted_deletion_leaves_nothing_under_the_name(save, tmp_path, monkeypatch):
-    def die(path):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("neoflix.checkpoint.shutil.rmtree", die)
-    with pytest.raises(KeyboardInterrupt):
-        delete(save(1))
-    monkeypatch.undo()
-    assert list_checkpoints(tmp_path) == []
-    settle(tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unfinished_run_is_sampled_from_its_best_checkpoint(save, tmp_path):

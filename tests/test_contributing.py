@@ -9,7 +9,7 @@ PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_the_tour_has_every_module_on_its_floor():
-    paragraphs = re.findall(r"^\d\. (.+\n(?:   .+\n)*)", PAGE, re.MULTILINE)
+    paragraphs = re.findall(r"^\d+\. (.+\n(?:   .+\n)*)", PAGE, re.MULTILINE)
     told = [
         {name for name in re.findall(r"`(\w+)`", text) if (ROOT / "neoflix" / f"{name}.py").is_file()}
         for text in paragraphs

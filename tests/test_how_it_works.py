@@ -9,9 +9,9 @@ from conftest import ROOT
 from neoflix.data import PackedCollator, _rank, fill_up, name_tokens, split_texts, tokenize_texts
 from neoflix.decoding import gumbel_noise, stream_keys
 from neoflix.model import find_tokenizer
-from neoflix.quality import split_words
 from neoflix.reading import find_dataset, read_texts
 from neoflix.template import Template, parts
+from neoflix.words import split_words
 
 PAGE = " ".join((ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8").split())
 

@@ -3,11 +3,10 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT, tiny_config
+from conftest import ROOT
 from test_train import assert_same_weights, history, losses
 
 import train
@@ -16,7 +15,6 @@ from neoflix.checkpoint import list_checkpoints
 from neoflix.distributed import exit_code_of
 from neoflix.generation import Sampler
 from neoflix.model import load_for_reading
-from neoflix.plan import plan_run, read_quickly
 from neoflix.record import LIVE_SAMPLES_FILE, printable, read_live_samples
 from neoflix.tokenizer import read_tokenizer
 
@@ -109,20 +107,6 @@ def test_figures_behind_the_bar():
 def test_prompts_that_are_too_long_are_told_before_the_first_step(run):
     with pytest.raises(ValueError, match="--sample_prompts 'A a a"):
         run("run", "--max_steps", "1", "--sample_prompts", "A " + "a " * 600)
-
-
-def test_share_of_the_peak(tmp_path):
-    """MFU by hand: 6 FLOP a parameter and token, and attention's, over the makers' 989 TFLOP/s."""
-    tiny_config(hidden_size=64).save_pretrained(tmp_path)
-    words = ["--model_name_or_path", str(tmp_path), "--dataset", "sample", "--cache_dir", str(tmp_path)]
-    plan = plan_run(read_quickly([*words, "--use_cpu", "true"]), must_fit=False)
-    assert plan.utilization(1000.0) is None, "nobody knows a CPU's peak"
-    card = replace(plan.machine, num_devices=1, device_name="NVIDIA H100 80GB HBM3", device_memory=80 * 2**30)
-    per_token = 6 * plan.shape.num_parameters + 6 * 4 * 64 * plan.texts.mean
-    for recomputes in (False, True):
-        flops = plan.settings.train_tokens * per_token * (8 / 6 if recomputes else 1)
-        run = replace(plan, machine=card, flops=flops, settings=replace(plan.settings, recomputes=recomputes))
-        assert run.utilization(1000.0) == pytest.approx(1000 * per_token / 989e12)
 
 
 def test_where_curves_cannot_go_is_told_at_once(train_words, tmp_path, capfd):

@@ -1,7 +1,6 @@
 """The forecast: its formulas against counts, arithmetic and measured peaks; what it chooses and refuses; --plan."""
 
 import json
-import os
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,10 @@ from conftest import DEEPSPEED, PYTHON, ROOT, free_port, run_program, tiny_confi
 
 import train
 from neoflix import plan
-from neoflix.config import TrainArguments, _Parser
+from neoflix.config import TrainArguments, _Parser, parse_train_args
 from neoflix.data import PackedCollator
 from neoflix.ds_config import read_ds_config
+from neoflix.hub_copies import find_hub_copy, hub_copy_file
 from neoflix.lora import add_adapters
 from neoflix.machine import (
     Machine,
@@ -28,6 +28,7 @@ from neoflix.machine import (
     read_machine,
 )
 from neoflix.model import build_model
+from neoflix.reading import find_dataset
 
 GIB = 2**30
 SIZES = {name: plan.read_shape(f"EleutherAI/gpt-neo-{name}") for name in ("125M", "1.3B", "2.7B")}
@@ -235,26 +236,6 @@ def test_memory_is_what_the_tightest_cgroup_leaves(tmp_path):
     assert read_host_memory(proc, cgroups) == 5 * GIB, "version 1"
 
 
-def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
-    program = tmp_path / "nvidia-smi"
-    program.write_text(
-        "#!/bin/sh\n"
-        'case "$1" in topo) echo "GPU0 X NV4"; exit;; esac\n'
-        'echo "0, GPU-aa, NVIDIA GeForce RTX 3090, 24576, 400, 8.6, 535.54.03"\n'
-        'echo "1, GPU-bb, Tesla V100, 16384, 0, 7.0, 535.54.03"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    both = read_machine(str(tmp_path))
-    assert (both.num_devices, both.device_name, both.device_memory) == (2, "Tesla V100", 16 * GIB)
-    assert (both.capability, both.driver, both.is_linked) == ((7, 0), (535, 54, 3), True)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    one = read_machine(str(tmp_path))
-    assert (one.num_devices, one.device_memory - one.device_taken) == (1, (24576 - 400) * 2**20)
-    assert read_machine(str(tmp_path), use_cpu=True).num_devices == 0
-
-
 PLAIN_ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
 
 
@@ -277,6 +258,7 @@ def test_what_would_fail_later_is_refused(check, message):
 
 def test_what_will_do_is_let_through(tmp_path, monkeypatch):
     check_gpu(card(24, driver=(580, 65)), PLAIN_ADAM, True, (13, 0), (13, 1))
+    check_gpu(card(24, driver=()), PLAIN_ADAM, True, (13, 0), (13, 1))  # torch used the GPU, and NVML isn't there
     check_gpu(card(24, driver=(535, 54)), read_ds_config("ds_configs/no_offload.json"), None, (12, 8), ())
     check_shared_memory(replace(card(24), shared_memory=64 * 2**20), 1)
     pinned = replace(card(24), locked_memory=8 * 2**20)
@@ -381,6 +363,14 @@ def test_every_change_it_names_makes_the_run_fit(size, gib, host, processes, mon
         assert again.device_bytes == pytest.approx(changed.device_bytes, rel=0.01)
 
 
+def test_memory_that_gpu_and_host_share_is_counted_once():
+    apart, shared = card(24, 60), replace(card(60, 60), shares_memory=True)
+    assert forecast("2.7B", apart).fits
+    ((what, needed, there, _),) = forecast("2.7B", shared).misfits()
+    assert (what, there) == ("memory that GPU and host share", 60 * GIB)
+    assert needed == forecast("2.7B", apart).device_bytes + forecast("2.7B", apart).host_bytes
+
+
 def test_bad_fit_is_refused_before_weights_are_read(tmp_path, catalogue, capsys):
     """A model that no machine holds; its folder has no weights to read."""
     config = tiny_config(
@@ -465,6 +455,24 @@ def test_quick_and_full_answers_are_one(train_words, tmp_path, capsys):
     assert plan.read_quickly(["--plan", "--max_steps", "many"]) is None
 
 
+@pytest.mark.parametrize(
+    ("words", "weight_bytes"),
+    [
+        ([], 2),
+        (["--bf16", "false", "--fp16", "false"], 4),
+        (["--bf16", "false"], 4),
+        (["--fp16", "true"], 2),
+        (["--use-cpu", "false"], 2),
+    ],
+)
+def test_precision_is_planned_as_it_will_be(words, weight_bytes, train_words):
+    """By the quick path and by the full parser, which turns what was not set into false."""
+    words = [*train_words[:-2], *words, "--deepspeed", "ds_configs/cpu.json", "--plan", "--plan_device_memory", "24GiB"]
+    quick = plan.plan_run(plan.read_quickly(words))
+    full = parse_train_args([*words, "--adam_beta2", "0.99"]).forecast
+    assert quick.settings.weight_bytes == full.settings.weight_bytes == weight_bytes
+
+
 def test_counts_are_estimated_then_remembered(train_words, catalogue, tmp_path):
     args = plan.read_quickly(train_words)
     shape = plan.read_shape(args.model_name_or_path)
@@ -473,9 +481,65 @@ def test_counts_are_estimated_then_remembered(train_words, catalogue, tmp_path):
     lengths = np.array([len(line) for line in ["x" * 20, "x" * 40]])
     plan.remember_counts(args, shape.window, lengths, 1)
     counted = plan.count_texts(args, shape)
-    assert (counted.num_train, counted.mean, counted.longest, counted.source) == (2, 30.0, 40, "counted")
+    assert (counted.num_train, counted.mean, counted.longest, counted.source) == (
+        *(2, 30.0, 40),
+        "counted by an earlier run",
+    )
     catalogue.write_text(catalogue.read_text() + "One more,A text that nobody counted.\n")
     assert plan.count_texts(args, shape).source.startswith("estimated")
+
+
+def test_data_sets_of_the_hub_are_found_in_the_cache(model_dir, tmp_path, titles):
+    """A guess before the download; then a sample of the copy, and after a run its counts; each split by itself."""
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    hub.mkdir()
+    for split, texts in (("train", titles), ("test", titles[:7])):
+        rows = [json.dumps({"text": text}) + "\n" for text in texts]
+        (hub / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
+
+    def read(name: str):
+        args = arguments("--dataset", name, "--cache_dir", str(cache), "--model_name_or_path", str(model_dir))
+        return args, plan.read_shape(str(model_dir))
+
+    train, test = f"hf:{hub}", f"hf:{hub}:test"
+    assert plan.count_texts(*read(train)).source.startswith(f"a guess: {train} is not on this machine yet")
+    copy = find_dataset(train, cache)
+    assert plan.count_texts(*read(test)).source.startswith("a guess"), "another split"
+    find_dataset(test, cache)
+    for name, num_texts in ((train, len(titles)), (f"{train}:train", len(titles)), (test, 7)):
+        sampled = plan.count_texts(*read(name))
+        assert sampled.source.startswith("estimated by its tokenizer")
+        assert sampled.num_train + sampled.num_validation == num_texts
+    args, shape = read(train)
+    plan.remember_counts(args, shape.window, np.array([20, 40]), 1)
+    assert plan.count_texts(args, shape).source == "counted by an earlier run"
+    assert plan.count_texts(*read(test)).source.startswith("estimated")
+    newer = copy.with_name(copy.name.replace(copy.stem[-16:], "0123456789abcdef"))
+    newer.write_bytes(copy.read_bytes())
+    assert plan.count_texts(args, shape).source.startswith("estimated"), "another revision"
+
+
+def test_copies_of_similar_names_are_kept_apart(tmp_path):
+    names = ("hf:a/b", "hf:a-b", "hf:a/b@c", "hf:a/b:test", "hf:a/b:train[:10]", "hf:a/b/c:train")
+    files = {name: hub_copy_file(name, "0123456789abcdef", tmp_path) for name in names}
+    for file in files.values():
+        file.touch()
+    assert {name: find_hub_copy(name, tmp_path) for name in names} == files
+    assert find_hub_copy("hf:a/b:train", tmp_path) == files["hf:a/b"], "the split by default"
+    assert find_hub_copy("hf:a", tmp_path) is None
+
+
+def test_counts_of_a_folder_are_those_of_its_files(tmp_path):
+    """A folder's own time changes when files come and go, not when one is edited."""
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    for number in range(3):
+        (folder / "more" / f"{number}.txt").write_text(f"Text {number}.")
+    args = arguments("--dataset", str(folder), "--cache_dir", str(tmp_path / "cache"))
+    plan.remember_counts(args, 2048, np.array([20, 40]), 1)
+    assert plan.count_texts(args, SIZES["125M"]).source == "counted by an earlier run"
+    (folder / "more" / "1.txt").write_text("Another text, and a longer one.")
+    assert plan.count_texts(args, SIZES["125M"]).source.startswith("estimated")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])

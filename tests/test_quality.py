@@ -5,6 +5,7 @@ import math
 import random
 import re
 import shutil
+import unicodedata
 from collections import Counter
 from functools import partial
 
@@ -24,15 +25,19 @@ from neoflix.quality import (
     NEAR_TWIN,
     TrainingTexts,
     distinct,
+    draw_sweep,
     jaccard,
     judge,
+    judgement_table,
     self_bleu,
     some,
-    split_words,
+    sweep_header,
+    sweep_line,
     word_trigrams,
 )
 from neoflix.reading import read_dataset
 from neoflix.tokenizer import load_tokenizer
+from neoflix.words import split_words
 
 TWELVE = "a retired pilot finds one last letter under the ice and flies"
 
@@ -44,13 +49,6 @@ def random_texts(num: int, num_words: int, seed: int) -> list[list[str]]:
 
 
 # ---- copies and near twins ------------------------------------------------------------------------------
-
-
-def test_words_are_letters_and_digits_without_case():
-    assert split_words("The ICE, he said: it's 2024_x!") == ["the", "ice", "he", "said", "it", "s", "2024", "x"]
-    assert split_words("Straße ﬁn") == ["strasse", "fin"]
-    assert split_words(" 🙂  🙃 ") == ["🙂", "🙃"]
-    assert split_words("") == []
 
 
 def test_copies_are_copies_in_any_spelling():
@@ -74,6 +72,66 @@ def test_near_twins_begin_at_seven_tenths():
     assert training.near_twin("a retired") is None
     assert training.is_novel(" ".join(words[:8]))
     assert not training.is_novel(" ".join(words[:9]))
+
+
+# Two texts that differ at their end, and one about something else: Chinese, Japanese, Thai, Hindi, Khmer, Arabic.
+OTHER_LANGUAGES = [
+    (
+        "年轻的厨师回到了海边的小镇从此改变了全家人的命运在冬天",
+        "年轻的厨师回到了海边的小镇从此改变了全家人的命运于冬天",
+        "两个兄弟在火车上开了一家面包店",
+    ),
+    (
+        "引退したパイロットが氷の下で最後の手紙を見つけて飛び立つ。",
+        "引退したパイロットが氷の下で最後の手紙を見つけて泣く。",
+        "小さな町の市長が泳ぎを学ぶ物語です",
+    ),
+    (
+        "นักบินเกษียณพบจดหมายฉบับสุดท้ายใต้น้ำแข็งแล้วบินไป",
+        "นักบินเกษียณพบจดหมายฉบับสุดท้ายใต้น้ำแข็งแล้วร้องไห้",
+        "นายกเทศมนตรีเมืองเล็กเรียนว่ายน้ำ",
+    ),
+    (
+        "एक सेवानिवृत्त पायलट को बर्फ़ के नीचे आख़िरी चिट्ठी मिलती है और वह उड़ता है",
+        "एक सेवानिवृत्त पायलट को बर्फ़ के नीचे आख़िरी चिट्ठी मिलती है और वह रोता है",
+        "छोटे शहर का मेयर तैरना सीखता है",
+    ),
+    ("អ្នកបើកយន្តហោះចូលនិវត្តន៍រកឃើញសំបុត្រចុងក្រោយក្រោមទឹកកក", "អ្នកបើកយន្តហោះចូលនិវត្តន៍រកឃើញសំបុត្រចុងក្រោយក្រោមផ្ទះ", "អភិបាលក្រុងតូចរៀនហែលទឹក"),
+    (
+        "طيار متقاعد يجد آخر رسالة تحت الجليد ثم يطير إلى البيت القديم",
+        "طيار متقاعد يجد آخر رسالة تحت الجليد ثم يطير إلى البيت",
+        "عمدة بلدة صغيرة يتعلم السباحة",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "twin", "other"), OTHER_LANGUAGES)
+def test_near_twins_in_other_languages(text, twin, other):
+    training = TrainingTexts([other, text])
+    assert training.near_twin(twin) == 1
+    assert not training.is_copy(twin)
+    assert training.is_copy(f"« {unicodedata.normalize('NFD', text)} »")
+    assert training.is_novel(other[: len(other) // 2] + text[: len(text) // 3])
+
+
+def test_texts_without_spaces_are_judged_in_characters():
+    training = TrainingTexts([text for text, *_ in OTHER_LANGUAGES[:3]] + ["第10个冬天", "a b"])
+    found = judge(["两年轻的厨师了", "第10个夏天"], training, no_perplexity="none here")
+    assert (found.unit, found.unknown_words) == ("characters", None)
+    assert (found.samples.mean_words, found.longest_run) == ((7 + 5) / 2, 5)
+    table = judgement_table(found)
+    assert re.search("longest run shared with a text +5 characters, mean 4.0", table)
+    assert re.search("words outside the vocabulary +not measured: the texts have no spaces between words", table)
+    assert re.search("mean length, characters +6.0", table)
+    found = judge(["一 b c"], TrainingTexts(["a b", "一"]), no_perplexity="none here")
+    assert (found.unit, found.unknown_words) == ("words", 1 / 3), "most of the texts' words are words"
+
+
+def test_a_sweep_without_any_fluency_is_not_drawn(tmp_path):
+    found = judge(["两年轻的厨师了"], TrainingTexts(["年轻的厨师"]), no_perplexity="none here")
+    assert not draw_sweep({"top_k=1": found}, tmp_path / "sweep.png")
+    assert not (tmp_path / "sweep.png").exists()
+    assert len(sweep_line("top_k=1", found, 7)) == len(sweep_header(7))
 
 
 def edited(text: str, num_edits: int, draw: random.Random) -> str:
@@ -411,11 +469,11 @@ def test_words_that_make_no_judgement(words, message):
     ("content", "message"),
     [
         (None, "cannot be read"),
-        ("", "holds no sample"),
+        ("", "the file is empty"),
         ("\n{broken\n", "line 2 is not valid JSON"),
-        ('{"text": "a"}\n["a"]\n', "line 2 is no sample"),
-        ('{"text": 3}\n', "line 1 is no sample"),
-        (b"\xff\xfe", "not UTF-8 at byte 0"),
+        ('{"text": "a"}\n["a"]\n', "line 2 is not a JSON object"),
+        ('{"text": 3}\n', "row 1 has no text"),
+        (b"\xff\xfe", "not UTF-8"),
     ],
 )
 def test_files_that_hold_no_samples(learnt, tmp_path, content, message):

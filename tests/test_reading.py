@@ -1,6 +1,7 @@
 """Files of texts: every format, every bad file in one sentence; downloads."""
 
 import csv
+import gzip
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -63,11 +64,29 @@ BAD_FILES = {
     "header_only.csv": (b"title,description\n", "no rows"),
     "wrong_column.csv": (b"title,synopsis\na,b\n", "it has title, synopsis"),
     "no_texts.csv": (b"title,description\na,\nb,  \n", "every row"),
-    "latin1.csv": ("title,description\na,café\n".encode("latin-1"), "not UTF-8"),
+    "latin1.csv": (b"title,description\n" + b"a,b\n" * 99_998 + "a,café\n".encode("latin-1"), "UTF-8 in line 100000;"),
     "latin1_header.csv": ("título,description\na,b\n".encode("latin-1"), "not UTF-8"),
-    "short_row.csv": (b"title,description\na,b\nc\n", "too many or too few fields"),
-    "long_row.csv": (b"title,description\na,b\nc,d,e\n", "too many or too few fields"),
-    "unclosed.csv": (b'title,description\na,"b\nc,d\n', "a quote is not closed"),
+    "short_row.csv": (b"title,description\na,b\nc\n", "line 3 has 1 field, the header has 2"),
+    "long_row.csv": (b'title,description\n"a\na","b\nb"\nc,d,e\n', "line 5 has 3 fields, the header has 2"),
+    "unclosed.csv": (b'title,description\na,b\na,"b\nc,d\n', "a quote that opens in line 3 is not closed"),
+    "quotes.csv": (b'title,description\na,"b "c" d"\n', "line 2 has text after a closing quote"),
+    "twice.csv": (b"description,title,description\na,b,c\n", "2 columns of .* have this name"),
+    "utf16.csv": ("title,description\na,b\n".encode("utf-16"), "not UTF-8 but UTF-16"),
+    "utf16_without_mark.csv": ("title,description\na,b\n".encode("utf-16-le"), "not UTF-8 but UTF-16"),
+    "utf32.jsonl": ('{"description": "a"}\n'.encode("utf-32"), "not UTF-8 but UTF-32"),
+    "semicolons.csv": (b"title;description\na;b\nc;d;e\n", "line 3 has 3 fields, the header has 2"),
+    "mixed.jsonl": (b'{"description": "a"}\n{"description": 12345}\n', "row 2 of .* holds 12345, which is not text"),
+    "lists.json": (b'[{"description": "a"}, ["b"]]', "item 2 is not a JSON object"),
+    "broken.json": (b'[{"description": "a"}', "not valid JSON"),
+    "half.jsonl": (
+        b'{"description": "a"}\n{"description": "b \\ud83d"}\n',
+        r"line 2 has .ud83d, one half of a character",
+    ),
+    "half.json": (b'[{"description": "a \\uDE00"}]', r"the file has .ude00, one half of a character"),
+    "cut.csv.gz": (gzip.compress(b"title,description\na,b\n" * 99)[:-9], "damaged or incomplete"),
+    "not.csv.gz": (b"title,description\na,b\n", "cannot be read .Not a gzipped file"),
+    "not.zip": (b"title,description\na,b\n", "cannot be unpacked"),
+    "latin1.csv.gz": (gzip.compress("title,description\na,café\n".encode("latin-1")), "not UTF-8 in line 2"),
     "numbers.csv": (b"title,description\na,1999\nb,2001\n", "holds numbers"),
     "broken.jsonl": (b'{"description": "a"}\n{"description": "b"\n', "line 2"),
     "list.jsonl": (b'{"description": "a"}\n["b"]\n', "line 2"),
@@ -173,7 +192,7 @@ def test_each_file_of_a_folder_is_a_text(tmp_path):
     assert read_texts(found) == ["The first.", "The second.", "The third."]
     assert read_texts(found, template=Template("{name}: {text}"))[2] == "old/c: The third."
     (tmp_path / "d.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"d\.txt is not UTF-8"):
+    with pytest.raises(ValueError, match=r"d\.txt: not UTF-8"):
         read_texts(found)
 
 
@@ -212,17 +231,17 @@ def write(path, rows):
 def test_the_one_column_of_texts_is_taken_and_said(tmp_path, capsys):
     path = write(tmp_path / "mine.csv", ROWS)
     assert read_texts(path) == ROWS["story"]
-    assert "taking story" in capsys.readouterr().out
+    assert "2 texts of column story" in capsys.readouterr().out
     usual = write(tmp_path / "usual.csv", ROWS | {"description": ["Short.", "Shorter."]})
     assert read_texts(usual) == ["Short.", "Shorter."]
 
 
 def test_where_more_than_one_column_holds_texts_they_are_listed(tmp_path):
     path = write(tmp_path / "two.csv", ROWS | {"review": ROWS["story"][::-1]})
-    with pytest.raises(ValueError, match="it has id, name, story, review, and story and review hold texts"):
+    with pytest.raises(ValueError, match=r"has the columns id, name, story, review; texts are in story .* and review"):
         read_texts(path)
     path = write(tmp_path / "none.csv", {"id": ["1"], "name": ["A Ship"]})
-    with pytest.raises(ValueError, match="it has id, name, and none of them holds texts"):
+    with pytest.raises(ValueError, match="has the columns id, name, none of which holds texts"):
         read_texts(path)
 
 

@@ -1,0 +1,322 @@
+"""What a run owns in its folder, by its own list. Only files on that list are ever replaced or deleted.
+
+`run_files.json` holds the run's id and, for each file of the model at the top of the folder, the checksum of what the
+run wrote. A file that has another name or another content is the user's. Folders that come and go carry the id in
+their names (`checkpoint-8.3f9a1c2b.part`), and a checkpoint carries it in its manifest.
+"""
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from neoflix.checkpoint import (
+    ADAPTERS_CONFIG_FILE,
+    ADAPTERS_FILE,
+    LIVE_SAMPLES_FILE,
+    PICKLED_WEIGHTS_FILES,
+    RESULTS_FILE,
+    RUN_FILE,
+    SETTINGS_FILES,
+    STARTS_FILE,
+    STATE_FILE,
+    TRAINING_FILES,
+    UNIVERSAL,
+    WEIGHTS_FILES,
+    find_misplaced,
+    list_checkpoints,
+    list_model_files,
+    list_numbered,
+    read_run,
+)
+from neoflix.console import say
+from neoflix.distributed import ask_main_process
+from neoflix.errors import UserError
+from neoflix.locks import Lock, acquire
+from neoflix.manifest import find_damage, hash_file, read_manifest, sync_folder, write_json
+
+LIST_FILE = "run_files.json"
+LOCK_FILE = "_run.lock"  # Trainer leaves out names that begin so when it uploads a folder
+RECORD_FILES = (LIST_FILE, RUN_FILE, STARTS_FILE, STATE_FILE, RESULTS_FILE, LIVE_SAMPLES_FILE)
+MODEL_NAMES = (  # what a run writes at the top at its end; other files, of rare tokenizers, are looked at then
+    *(*WEIGHTS_FILES, ADAPTERS_FILE, ADAPTERS_CONFIG_FILE, "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+OLDER_NAMES = {*MODEL_NAMES, *SETTINGS_FILES}
+
+
+# ---- the list -----------------------------------------------------------------------------------------------
+
+
+def read_list(run: Path) -> dict | None:
+    """The run's id and its files, `{"id": ..., "files": {name: [checksums]}}`; None where the folder has no list."""
+    try:
+        owned = json.loads((run / LIST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_list = isinstance(owned, dict) and isinstance(owned.get("files"), dict)
+    return owned if is_list and re.fullmatch(r"[0-9a-f]{8}", str(owned.get("id"))) else None
+
+
+@contextmanager
+def opened(output_dir: str) -> Iterator[None]:
+    """A run's folder, which is this run's alone until the context ends. Collective; comes after `check_output_dir`.
+    UserError, in every process, where another run works there."""
+    run = Path(output_dir)
+    is_new = not run.exists()
+    ask_main_process(_lock, run)
+    try:
+        ask_main_process(claim, output_dir)
+        yield
+    finally:
+        if lock := _locks.pop(run, None):
+            lock.release()
+            if is_new and {path.name for path in run.iterdir()} == {LIST_FILE}:  # it came to nothing
+                shutil.rmtree(run)
+
+
+_locks: dict[Path, Lock] = {}  # of the folders that this process holds: in the main process alone
+
+
+def _lock(run: Path) -> None:
+    sentence = (
+        f"--output_dir {run}: another run works there ({{owner}}); wait until it ends, or choose another --output_dir"
+    )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        _locks[run] = acquire(run / LOCK_FILE, sentence)
+    except OSError as error:
+        raise UserError(f"--output_dir {run}: cannot be written ({error.strerror})") from error
+
+
+def check_held(run: Path) -> None:
+    """UserError where another run has taken the folder over, which happens to one that was suspended for minutes."""
+    if run in _locks and not _locks[run].is_held():
+        raise UserError(f"{run}: another run has taken the folder over while this one was suspended; nothing was saved")
+
+
+def claim(output_dir: str) -> None:
+    """Makes a folder the run's: creates it and its list, and clears away what an interrupted save of the run left."""
+    run = Path(output_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    if read_list(run) is None:
+        write_json(run / LIST_FILE, {"id": uuid.uuid4().hex[:8], "files": _adopt(run)})
+    settle(run)
+
+
+def _adopt(run: Path) -> dict[str, list[str]]:
+    """The files of a run that was begun before there were lists, by what is certain: it wrote nothing after its
+    results, and an unfinished one had copied its model from one of its checkpoints."""
+    if not _is_older_run(run):
+        return {}
+    results, adopted = run / RESULTS_FILE, {}
+    manifests = [read_manifest(checkpoint)["files"] for checkpoint in list_checkpoints(run)]
+    for path in sorted(path for path in run.iterdir() if path.is_file()):
+        is_result = path.name in OLDER_NAMES and results.is_file() and path.stat().st_mtime <= results.stat().st_mtime
+        entries = [files[path.name] for files in manifests if path.name in files]
+        if (is_result or entries) and path.name not in TRAINING_FILES:
+            entry = hash_file(path)
+            if is_result or entry in entries:
+                adopted[path.name] = [entry["xxh3_128"]]
+    return adopted
+
+
+def _is_older_run(run: Path) -> bool:
+    """Whether a folder without a list holds a run of this project all the same."""
+    try:
+        facts = read_run(run)
+    except ValueError:  # another program's
+        return False
+    return isinstance(facts, dict) and {"model", "architecture", "tokenizer", "data"} <= facts.keys()
+
+
+def _is_unchanged(path: Path, checksums: list[str]) -> bool:
+    return path.is_file() and hash_file(path)["xxh3_128"] in checksums
+
+
+# ---- whether a run may write here ----------------------------------------------------------------------------
+
+
+def check_output_dir(output_dir: str, model_name_or_path: str) -> None:
+    """UserError where a run in this folder would touch what is not its own: the base model, another model, or any
+    file of the user's. Writes nothing."""
+    run = Path(output_dir)
+    for base in _base_folders(model_name_or_path):
+        _check_apart(run, base)
+    if not run.is_dir():
+        return
+    owned = read_list(run)
+    is_run = owned is not None or _is_older_run(run)
+    files = owned["files"] if owned else _adopt(run)
+    names = [name for name in MODEL_NAMES if name not in files]
+    if not is_run:
+        names += [*RECORD_FILES, *PICKLED_WEIGHTS_FILES]
+    in_the_way = [name for name in names if os.path.lexists(run / name)]
+    if not is_run:
+        in_the_way += sorted(path.name for path in run.iterdir() if re.fullmatch(r"model-\d+-of-\d+\..*", path.name))
+        in_the_way += [path.name for path in list_numbered(run) if find_damage(path) or find_misplaced(path)]
+    if in_the_way:
+        others = f" (and {len(in_the_way) - 1} more)" if len(in_the_way) > 1 else ""
+        raise UserError(
+            f"--output_dir {output_dir}: {in_the_way[0]}{others} there was not written by this run, which would "
+            "replace it; choose another --output_dir, or move it away"
+        )
+
+
+def _base_folders(model_name_or_path: str) -> list[Path]:
+    """The folders that a run reads its weights from: the model's and, where that holds adapters, their base's."""
+    folders, name = [], model_name_or_path
+    while Path(name).is_dir() and Path(name) not in folders:
+        folders.append(Path(name))
+        try:
+            name = json.loads((folders[-1] / ADAPTERS_CONFIG_FILE).read_text(encoding="utf-8"))[
+                "base_model_name_or_path"
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            break
+        if not isinstance(name, str):
+            break
+    return folders
+
+
+def _check_apart(run: Path, base: Path) -> None:
+    run, base = Path(os.path.realpath(run)), Path(os.path.realpath(base))
+    above_run = [path for path in (run, *run.parents) if path.exists()]
+    above_base = [base, *base.parents]
+    if run.exists() and os.path.samefile(run, base):
+        relation = "is"
+    elif any(os.path.samefile(path, base) for path in above_run):
+        relation = "lies inside"
+    elif run.exists() and any(os.path.samefile(path, run) for path in above_base):
+        relation = "contains"
+    else:
+        return
+    raise UserError(
+        f"--output_dir {run}: {relation} the base model's folder {base}, which a run leaves as it is; choose another "
+        "--output_dir"
+    )
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def temporary(run: Path, name: str, suffix: str) -> Path:
+    """Where the run keeps `name` while it is being written (`.part`), deleted (`.old`) or converted (`.universal`)."""
+    owned = read_list(run)
+    assert owned is not None, f"{run} was not claimed"
+    return run / f"{name}.{owned['id']}{suffix}"
+
+
+def is_own(checkpoint: Path, run: Path) -> bool:
+    """Whether this run wrote a `checkpoint-N`: not plain Trainer's, not a copy under another number, not another
+    run's. (Manifests of older versions name no run.)"""
+    manifest, owned = read_manifest(checkpoint), read_list(run)
+    if manifest is None or find_misplaced(checkpoint):
+        return False
+    return owned is None or manifest.get("run", owned["id"]) == owned["id"]
+
+
+def settle(run: Path) -> None:
+    """Clears away what an interrupted save or deletion of this run left."""
+    owner = read_list(run)["id"]
+    for path in sorted(run.iterdir()):
+        name, _, rest = path.name.partition(f".{owner}.")
+        if rest == "part" and re.fullmatch(r"checkpoint-\d+", name) and find_damage(path) is None:
+            publish(path)
+        elif rest in ("part", "old", UNIVERSAL[1:]):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif _is_torn_record(path.name):
+            path.unlink()
+        elif re.fullmatch(rf"checkpoint-\d+\.(part|old|{UNIVERSAL[1:]})", path.name):
+            say(f"{path}: not known to be this run's, left alone; delete it if you do not need it")
+
+
+def _is_torn_record(name: str) -> bool:
+    """Whether a file is what a kill in the middle of `manifest.write_text` left of one of the run's records."""
+    records = "|".join(map(re.escape, RECORD_FILES))
+    return re.fullmatch(rf"({records})\.[0-9a-f]{{32}}\.part", name) is not None
+
+
+def publish(unfinished: Path) -> None:
+    """`checkpoint-N.ID.part`, complete, becomes `checkpoint-N`, in the place of the run's own one of that name. One
+    that is not the run's is kept, under another name."""
+    run = unfinished.parent
+    checkpoint = run / unfinished.name.split(".")[0]
+    if os.path.lexists(checkpoint):
+        if is_own(checkpoint, run):
+            delete(checkpoint)
+        else:
+            set_aside(checkpoint)
+    unfinished.rename(checkpoint)
+    sync_folder(run)
+
+
+def delete(checkpoint: Path) -> None:
+    """Deletes a checkpoint of the run; if that is interrupted, nothing is left under its name."""
+    doomed = temporary(checkpoint.parent, checkpoint.name, ".old")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def rotate(run: Path, limit: int | None, best_step: int | None) -> None:
+    """Deletes the run's oldest complete checkpoints beyond `limit`, never the newest complete nor the best one.
+
+    Damaged ones count for nothing and stay: only complete ones make room for complete ones.
+    """
+    checkpoints = [path for path in list_checkpoints(run) if is_own(path, run)]
+    kept = {path for path in checkpoints if path.name == f"checkpoint-{best_step}"} | set(checkpoints[-1:])
+    surplus = len(checkpoints) - max(limit or len(checkpoints), len(kept))
+    for checkpoint in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
+        delete(checkpoint)
+
+
+def set_aside(path: Path) -> None:
+    """Gives what is in the run's way, and is not the run's, another name, and says so."""
+    number, kept = 1, path.with_name(f"{path.name}.kept")
+    while os.path.lexists(kept):
+        number += 1
+        kept = path.with_name(f"{path.name}.kept-{number}")
+    path.rename(kept)
+    say(f"{path} was not written by this run: it is kept as {kept.name}")
+
+
+# ---- the model at the top ------------------------------------------------------------------------------------
+
+
+def promote(checkpoint: Path, run: Path) -> None:
+    """Puts a checkpoint's model, tokenizer and generation settings at the top of the run's folder.
+
+    Each file takes the place of its predecessor in one step, and the list names both before the first one does: an
+    interrupted call is finished by the next one. Files are hard links where the file system has them.
+    """
+    owned, entries = read_list(run), (read_manifest(checkpoint) or {"files": {}})["files"]
+    sources = {path.name: path for path in list_model_files(checkpoint)}
+    checksums = {name: (entries.get(name) or hash_file(path))["xxh3_128"] for name, path in sources.items()}
+    before = owned["files"]
+    both = {name: [*before.get(name, []), checksum] for name, checksum in checksums.items()}
+    write_json(run / LIST_FILE, {**owned, "files": {**before, **both}})
+    for name, source in sources.items():
+        target = run / name
+        if os.path.lexists(target) and not _is_unchanged(target, both[name]):
+            set_aside(target)
+        unfinished = temporary(run, name, ".part")
+        link_or_copy(source, unfinished)
+        unfinished.replace(target)
+        unfinished.unlink(missing_ok=True)  # `replace` leaves it where both were one file already
+    for name in before.keys() - sources.keys():
+        if _is_unchanged(run / name, before[name]):
+            (run / name).unlink()
+    sync_folder(run)
+    write_json(run / LIST_FILE, {**owned, "files": {name: [checksum] for name, checksum in checksums.items()}})
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """`target`, which must not exist, as a hard link to `source` or, where the file system has none, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,411 @@
+"""Files to rows: CSV, TSV, JSON lines, a JSON array, Parquet, a .txt file, a folder of .txt files; gzip and zip.
+
+A file is read exactly, whatever its size, or refused in one sentence that names the line. A CSV is what Python's `csv`
+module says it is. No torch and no pandas here: `--plan` reads the first rows of a file in milliseconds.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from neoflix.errors import UserError
+
+SEPARATORS = (",", "\t", ";", "|")
+HEAD = 20  # rows that decide whether a file of one column has several, with another separator
+
+
+@dataclass
+class Table:
+    """Rows of a file. `share`: how much of the file they are, 1.0 where all of it was read."""
+
+    names: list[str]
+    rows: list[list]
+    share: float | None = None  # None until `read_table` knows it
+
+    def column(self, name: str) -> list:
+        index = self.names.index(name)
+        return [row[index] for row in self.rows]
+
+
+class _ColumnError(Exception):
+    """A column that was named is not in the file, or is there twice."""
+
+    def __init__(self, name: str, found: list[str]):
+        self.name, self.found = name, found
+
+    def describe(self, path: Path) -> str:
+        if count := self.found.count(self.name):
+            return f"{self.name}: {count} columns of {path} have this name; rename them"
+        some = ", ".join(self.found[:40]) + (", ..." if len(self.found) > 40 else "")
+        return f"{self.name}: not a column of {path}; it has {some}"
+
+
+def read_table(
+    path: Path,
+    columns: list[str] | None = None,
+    limit: int | None = None,
+    flag: str = "--dataset",
+    column_flag: str = "--text_column",
+    suffix: str | None = None,
+) -> Table:
+    """Rows of a file or folder as they stand: text where the format has nothing else, None where a value is missing.
+
+    Args:
+        columns: the columns to keep, in this order; None: all of them.
+        limit: the most rows to read, the first ones; None: all of them.
+        flag, column_flag: how the user named the file and its columns, for errors.
+        suffix: the format, where the file's name does not end in it.
+
+    Raises:
+        UserError: where the path is no table, has no rows, or lacks one of the columns.
+    """
+    try:
+        table = _read_folder(path, columns, limit) if path.is_dir() else _read_file(path, columns, limit, suffix)
+    except _ColumnError as error:
+        raise UserError(f"{column_flag} {error.describe(path)}") from None
+    except UserError as error:
+        raise UserError(f"{flag} {path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
+    if not table.rows:
+        raise UserError(f"{flag} {path}: has no rows")
+    return table
+
+
+def _read_file(path: Path, columns: list[str] | None, limit: int | None, suffix: str | None) -> Table:
+    with path.open("rb") as raw:
+        size = os.fstat(raw.fileno()).st_size
+        with _unpack(raw, suffix or path.name) as (file, name):
+            read = _find_reader(name)
+            if not file.peek(1):
+                raise UserError("the file is empty")
+            try:
+                table = read(file, columns, limit)
+            except UnicodeDecodeError:
+                raise UserError(_describe_encoding(path, suffix)) from None
+            except (EOFError, zlib.error, zipfile.BadZipFile) as error:
+                raise UserError(f"is damaged or incomplete ({error})") from error
+            if table.share is None:
+                table.share = raw.tell() / size if len(table.rows) == limit else 1.0
+            return table
+
+
+def _find_reader(name: str) -> Callable[[BinaryIO, list[str] | None, int | None], Table]:
+    suffix = Path(f"x{name}" if name.startswith(".") else name).suffix.lower()
+    readers = {
+        ".csv": lambda *args: _read_separated(*args, ","),
+        ".tsv": lambda *args: _read_separated(*args, "\t"),
+        ".jsonl": _read_json,
+        ".json": _read_json,
+        ".parquet": _read_parquet,
+        ".txt": _read_lines,
+    }
+    if suffix not in readers:
+        raise UserError(
+            f"ends in {suffix or 'nothing'!r}; must be .csv, .tsv, .jsonl, .json or .parquet (these also as .gz or "
+            ".zip), .txt with one text a line, or a folder of .txt files"
+        )
+    return readers[suffix]
+
+
+# ---- bytes and text --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _unpack(raw: BinaryIO, name: str) -> Iterator[tuple[BinaryIO, str]]:
+    """(a file's content, the name that says its format), taken out of gzip or zip."""
+    if name.lower().endswith(".gz"):
+        with gzip.open(raw) as file:
+            yield file, name[: -len(".gz")]
+    elif name.lower().endswith(".zip"):
+        try:
+            with zipfile.ZipFile(raw) as archive:
+                member = _find_member(archive)
+                with archive.open(member) as file:
+                    yield file, member
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise UserError(f"cannot be unpacked ({error})") from error
+        except RuntimeError as error:
+            if "password" not in str(error):
+                raise
+            raise UserError("is encrypted; unpack it first") from error
+    else:
+        yield raw, name
+
+
+def _find_member(archive: zipfile.ZipFile) -> str:
+    hidden = (".", "__MACOSX")
+    members = [
+        name
+        for name in archive.namelist()
+        if not name.endswith("/") and not any(part.startswith(hidden) for part in name.split("/"))
+    ]
+    if len(members) != 1:
+        some = ", ".join(members[:5]) + (", ..." if len(members) > 5 else "")
+        raise UserError(f"holds {len(members)} files ({some or 'none'}), must be one; unpack it and name the file")
+    return members[0]
+
+
+@contextmanager
+def _as_text(file: BinaryIO, limit: int | None = None, newline: str | None = None) -> Iterator[TextIO]:
+    """The file decoded as UTF-8, without a byte order mark. With newline="" line ends stay as they are; by default
+    each becomes "\\n"."""
+    if encoding := _find_wide_encoding(file.peek(64)[:64]):
+        raise UserError(f"not UTF-8 but {encoding}; save it as UTF-8")
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
+    if limit is not None:  # how far the file was read says how many rows it has: read it in small steps
+        text._CHUNK_SIZE = 512
+    try:
+        yield text
+    finally:
+        text.detach()  # or it would close the file
+
+
+def _find_wide_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, by the byte order mark or by the zeros that they have in every Latin letter."""
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.count(0) > len(head) // 3:
+        return "UTF-16"
+    return None
+
+
+def _describe_encoding(path: Path, suffix: str | None) -> str:
+    with path.open("rb") as raw, _unpack(raw, suffix or path.name) as (file, _):
+        number = next(number for number, line in enumerate(file, start=1) if not _is_utf8(line))
+    return f"not UTF-8 in line {number}; save it as UTF-8 (it may be Windows-1252 or Latin-1)"
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 text file that hold text; only \\n, \\r\\n and \\r end a line.
+
+    Raises:
+        UserError: where it is not UTF-8, without the file's name.
+    """
+    with path.open("rb") as file:
+        try:
+            with _as_text(file) as lines:
+                return [line.rstrip("\n") for line in lines if line.strip()]
+        except UnicodeDecodeError:
+            raise UserError(_describe_encoding(path, ".txt")) from None
+
+
+# ---- formats ---------------------------------------------------------------------------------------------
+
+
+def _require(columns: list[str] | None, found: list[str]) -> None:
+    for name in columns or []:
+        if found.count(name) != 1:
+            raise _ColumnError(name, found)
+
+
+def _read_separated(file: BinaryIO, columns: list[str] | None, limit: int | None, usual: str) -> Table:
+    csv.field_size_limit(sys.maxsize)
+    with _as_text(file, limit, newline="") as lines:
+        separator = _find_separator(lines, usual)
+        lines.seek(0)
+        rows = _parse(lines, separator)
+        names = next(rows, None)
+        if names is None:
+            raise UserError("the file is empty")
+        _require(columns, names)
+        if columns is None:
+            return Table(names, list(islice(rows, limit)))
+        places = [names.index(name) for name in columns]
+        return Table(columns, [[row[place] for place in places] for row in islice(rows, limit)])
+
+
+def _parse(lines: TextIO, separator: str) -> Iterator[list[str]]:
+    """Header and rows, all of the header's length; blank lines are left out. UserError for any other row."""
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    width, line = None, 1
+    try:
+        for row in reader:
+            if len(row) == width:
+                yield row
+            elif row and (width is None or len(row) > 1 or row[0].strip()):
+                if width is not None:
+                    raise UserError(
+                        f"line {line} has {_count(len(row), 'field')}, the header has {width}; a field that holds the "
+                        f"separator {separator!r} must be in quotes"
+                    )
+                width = len(row)
+                yield row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            raise UserError(f"a quote that opens in line {line} is not closed") from error
+        raise UserError(
+            f"the row that begins in line {line} has text after a closing quote; a quote inside a quoted field must "
+            f"be doubled ({error})"
+        ) from error
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _find_separator(lines: TextIO, usual: str) -> str:
+    """The usual one, unless the header has one column by it, and several by another one that fits the first rows: files
+    of Excel, for one, have semicolons in much of Europe."""
+    if _num_fields(lines, usual)[:1] not in ([], [1]):
+        return usual
+    for separator in SEPARATORS:
+        header, *rows = _num_fields(lines, separator) or [0]
+        if header > 1 and 2 * rows.count(header) >= len(rows):
+            return separator
+    return usual
+
+
+def _num_fields(lines: TextIO, separator: str) -> list[int]:
+    """Fields of the header and the first rows; only those before the first one that is not CSV."""
+    lines.seek(0)
+    counts = []
+    try:
+        for row in csv.reader(lines, delimiter=separator, strict=True):
+            counts += [len(row)] if row else []
+            if len(counts) > HEAD:
+                break
+    except csv.Error:
+        pass
+    return counts
+
+
+def _read_json(file: BinaryIO, columns: list[str] | None, limit: int | None) -> Table:
+    """One object a line or, where the file begins with a bracket, an array of objects."""
+    found, rows, share = {}, [], None
+    with _as_text(file, limit) as lines:
+        if _first_character(lines) == "[":
+            array = _parse_json(lines.read(), "the file")
+            items = ((f"item {number}", item) for number, item in enumerate(array, start=1))
+            share = min(1.0, limit / max(len(array), 1)) if limit else 1.0
+        else:
+            items = _parse_lines(lines)
+        for place, row in islice(items, limit):
+            if not isinstance(row, dict):
+                raise UserError(f"{place} is not a JSON object, {{...}}")
+            found |= dict.fromkeys(row)
+            rows.append([row.get(name) for name in columns] if columns else row)
+    if rows and len(rows) != limit:  # a key may come first further down
+        _require(columns, list(found))
+    if columns is None:
+        columns, rows = list(found), [[row.get(name) for name in found] for row in rows]
+    return Table(columns, rows, share)
+
+
+def _first_character(lines: TextIO) -> str:
+    first = next((line.lstrip()[0] for line in lines if line.strip()), "")
+    lines.seek(0)
+    return first
+
+
+def _parse_lines(lines: TextIO) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(lines, start=1):
+        line = line.strip().removeprefix("\ufeff")  # where files with byte order marks were joined
+        if line:
+            yield f"line {number}", _parse_json(line, f"line {number}")
+
+
+def _parse_json(text: str, place: str):
+    """UserError, with its place, for what is not JSON, and for a lone surrogate, which no UTF-8 file can hold."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).replace("line 1 ", "") if place.startswith("line") else error
+        raise UserError(f"{place} is not valid JSON ({reason})") from error
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise UserError(
+                f"{place} has {half}, one half of a character whose other half was cut off; remove it there"
+            ) from None
+    return value
+
+
+def _read_parquet(file: BinaryIO, columns: list[str] | None, limit: int | None) -> Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as parquet:
+            names, num_rows = parquet.schema_arrow.names, parquet.metadata.num_rows
+            _require(columns, names)
+            if limit is None:
+                data = parquet.read(columns=columns)
+            else:  # an empty file has no batch
+                data = next(parquet.iter_batches(limit, columns=columns), parquet.schema_arrow.empty_table())
+            values = [
+                data.column(name if columns else place).to_pylist() for place, name in enumerate(columns or names)
+            ]
+    except pa.ArrowException as error:
+        raise UserError(f"not a Parquet file ({error})") from error
+    rows = [list(row) for row in zip(*values, strict=True)]
+    return Table(columns or names, rows, len(rows) / num_rows if num_rows else 1.0)
+
+
+def _read_lines(file: BinaryIO, columns: list[str] | None, limit: int | None) -> Table:
+    """A text file with one text a line, in the column `text`."""
+    _require(columns, ["text"])
+    with _as_text(file, limit) as lines:
+        texts = (line.rstrip("\n") for line in lines if line.strip())
+        return Table(["text"], [[text] for text in islice(texts, limit)])
+
+
+def _read_folder(path: Path, columns: list[str] | None, limit: int | None) -> Table:
+    """One text a file, in the column `text`; `name` is the file's, with its folder, without .txt."""
+    _require(columns, ["name", "text"])
+    files = find_text_files(path)
+    rows = []
+    for file in files[:limit]:
+        name = str(file.relative_to(path).with_suffix("")).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        try:
+            with file.open("rb") as binary, _as_text(binary) as text:
+                rows.append({"name": name, "text": text.read()})
+        except UnicodeDecodeError:
+            raise UserError(f"{file.name}: {_describe_encoding(file, '.txt')}") from None
+        except UserError as error:
+            raise UserError(f"{file.name}: {error}") from None
+        except OSError as error:
+            raise UserError(f"{file.name}: cannot be read ({error.strerror})") from error
+    names = columns or ["name", "text"]
+    return Table(names, [[row[name] for name in names] for row in rows], len(rows) / len(files) if files else 1.0)
+
+
+def find_text_files(folder: Path) -> list[Path]:
+    """The .txt files of a folder and the folders in it, sorted: links are followed, each file counts once, and names
+    that begin with a dot are left out (`.ipynb_checkpoints`, `.git`)."""
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real in seen:
+            continue
+        seen.add(real)
+        files += [Path(parent, name) for name in names if name.lower().endswith(".txt") and not name.startswith(".")]
+    unique: dict[str, Path] = {}
+    for file in sorted(files):
+        if not file.exists():
+            raise UserError(f"{file}: a link to a file that is not there; remove it")
+        unique.setdefault(os.path.realpath(file), file)
+    return list(unique.values())
