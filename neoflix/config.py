@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -35,7 +34,7 @@ from neoflix.ds_config import (
     read_ds_config,
 )
 from neoflix.errors import UserError
-from neoflix.flags import check_flags, check_numbers, check_words
+from neoflix.flags import check_flags, check_numbers, check_words, check_writable
 from neoflix.machine import has_gpu
 from neoflix.manifest import find_damage
 from neoflix.optimizer import check_optimizer, check_schedule
@@ -293,19 +292,6 @@ def _count_or_auto(value: int | str | None, flag: str) -> int | str | None:
         raise UserError(f"--{flag} {value}: must be a number of tokens, or auto") from None
 
 
-def check_writable(folder: str) -> None:
-    """UserError unless `folder`, or the nearest folder above it that exists, can be written to."""
-    nearest = Path(folder).absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise UserError(f"--output_dir {folder}: {nearest} is a file; name a folder")
-    try:
-        tempfile.TemporaryFile(dir=nearest).close()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot write in {nearest} ({error.strerror})") from error
-
-
 class _OneSentence:
     """An argparse mix-in: argparse itself would print two hundred flags before it says what is wrong."""
 
@@ -338,21 +324,24 @@ def _as_words(flags: dict) -> list[str]:
 
 
 def _apply_recipe(parser: "_Parser", path: str, recipe: dict) -> list[str]:
-    """The recipe's flags as command-line words; those that it sets to null become the parser's defaults. UserError
-    where a value isn't one of its flag."""
+    """The recipe's flags as command-line words or, what words cannot say, as the parser's defaults. UserError where a
+    value isn't one of its flag."""
     types = get_type_hints(TrainArguments)  # the parser changes those of the fields
     for name, value in recipe.items():
         action, takes = parser._option_string_actions[f"--{name}"], {types[name], *get_args(types[name])}
+        takes |= {get_origin(kind) for kind in takes}
         if value is None and NoneType not in takes:
             raise UserError(f"--config {path}: {name} is empty; give it a value, or leave it out")
-        if isinstance(value, list) and action.nargs not in ("*", "+"):
+        if isinstance(value, list) and list not in takes:
             raise UserError(f"--config {path}: {name} takes one value, not a list")
-        if isinstance(value, dict) and dict not in takes | {get_origin(kind) for kind in takes}:
+        if isinstance(value, dict) and dict not in takes:
             raise UserError(f"--config {path}: {name} takes one value, not a block of keys")
         if action.type is string_to_bool and str(value).lower() in ("on", "off"):
             recipe[name] = str(value.lower() == "on")
-    parser.set_defaults(**{name: None for name, value in recipe.items() if value is None})
-    words = _as_words(recipe)
+    # Words cannot say null, nor several values of a flag that takes one or several.
+    unsaid = {name: value for name, value in recipe.items() if value is None or isinstance(value, list)}
+    parser.set_defaults(**unsaid)
+    words = _as_words({name: value for name, value in recipe.items() if name not in unsaid})
     try:
         parser.parse_known_args(words)
     except UserError as error:

@@ -124,6 +124,25 @@ def follow_arguments(config: dict) -> dict:
     return config
 
 
+# What both a DeepSpeed file and a flag set.
+_SHARED_KEYS = (
+    *("optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps", "optimizer.params.weight_decay"),
+    *("gradient_clipping", "bf16.enabled", "fp16.enabled", *_BATCH_KEYS),
+)
+
+
+def set_values(config: dict) -> dict:
+    """What a DeepSpeed file sets by itself of all that flags set too: neither left out nor "auto"."""
+    values = {}
+    for key in _SHARED_KEYS:
+        found = config
+        for name in key.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        if found not in (None, "auto"):
+            values[key] = found
+    return values
+
+
 def check_agreement(config: dict, args) -> None:
     """UserError where the DeepSpeed file sets another value than a flag does."""
     batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -139,14 +158,12 @@ def check_agreement(config: dict, args) -> None:
         "bf16.enabled": ("--bf16", args.bf16),
         "fp16.enabled": ("--fp16", args.fp16),
     }
-    for key, (flag, value) in flags.items():
-        found = config
-        for name in key.split("."):
-            found = found.get(name) if isinstance(found, dict) else None
-        if found not in (None, "auto", value):
+    for key, found in set_values(config).items():
+        flag, value = flags[key]
+        if found != value:
             raise UserError(
-                f'--deepspeed {args.deepspeed}: {key} is {found}, but {flag} {value}; write "auto" in the file to let '
-                "the flag decide"
+                f'--deepspeed {args.deepspeed}: {key} is {found}, but {flag} {value}; write "auto" in the file to '
+                "let the flag decide"
             )
 
 

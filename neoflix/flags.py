@@ -6,7 +6,9 @@ through all of them. A flag is refused where it is set to something else than it
 
 import json
 import math
+import tempfile
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 from neoflix.errors import UserError
 from neoflix.recipes import nearest
@@ -170,6 +172,19 @@ def _said(name: str, value) -> str:
     """A flag as a user would type it."""
     shown = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
     return f"--{name} {shown}"
+
+
+def check_writable(folder: str) -> None:
+    """UserError unless `folder`, or the nearest folder above it that exists, can be written to."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {folder}: {existing} is a file; name a folder")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot write in {existing} ({error.strerror})") from error
 
 
 def check_words(args) -> None:
