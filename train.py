@@ -10,7 +10,6 @@ if __name__ == "__main__":
 from transformers import set_seed
 
 from neoflix import data, reading
-from neoflix.checkpoint import check_same_run, describe_run, find_resume_point, is_finished, save_results, save_run
 from neoflix.config import parse_train_args
 from neoflix.console import say
 from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit
@@ -19,6 +18,7 @@ from neoflix.model import find_tokenizer, get_window, load_model
 from neoflix.preemption import catch_stop_requests
 from neoflix.report import close_run
 from neoflix.run_folder import opened
+from neoflix.runs import describe_run, find_start, save_results
 from neoflix.trainer import TokenTrainer
 
 
@@ -52,16 +52,11 @@ def train(args) -> None:
         train_tokens, validation_tokens = sides
     ask_main_process(plan.remember_counts, args, max_length, data.count_tokens(train_tokens), len(validation_tokens))
 
-    # Go on where this run stopped, never where another one did.
-    run = describe_run(args, model, tokenizer, train_tokens)
-    if ask_main_process(is_finished, args.output_dir, run):
-        say(f"{args.output_dir} holds this run, finished; raise --num_train_epochs to go on from there")
+    # Continue the run in this folder, but never another one.
+    run = describe_run(args, model, tokenizer, train_tokens, validation_tokens)
+    start = ask_main_process(find_start, args.output_dir, args.resume_from_checkpoint, run, args.override_resumed)
+    if start.is_finished:
         return
-    if checkpoint := ask_main_process(find_resume_point, args.output_dir, args.resume_from_checkpoint):
-        check_same_run(checkpoint, run)
-        args.eval_on_start = False
-        say(f"Resuming from {checkpoint}")
-    ask_main_process(save_run, args.output_dir, run)
     trainer = TokenTrainer(
         model=model,
         args=args,
@@ -69,7 +64,7 @@ def train(args) -> None:
         eval_dataset=data.fill_up(validation_tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(start=start)
     trainer.save_best()
     ask_main_process(save_results, args.output_dir, trainer.results())
     ask_main_process(close_run, args.output_dir)

@@ -42,6 +42,7 @@ from machine import cap_device_memory, now, product_flops_per_second, run_job, w
 from neoflix.config import RECOMPUTING, TrainArguments  # noqa: E402
 from neoflix.distributed import prepare_environment  # noqa: E402
 from neoflix.lora import add_adapters  # noqa: E402
+from neoflix.runs import Start  # noqa: E402
 from neoflix.trainer import TokenTrainer, peak_host_bytes  # noqa: E402
 
 SIDES = ("article", "ours", "lora")
@@ -158,7 +159,7 @@ def measure_one_side(args: argparse.Namespace) -> None:
         trainer = build_trainer(args, texts_per_step, texts, common)
         clock = Clock(trainer, args.steps)
         trainer.add_callback(clock)
-        trainer.train()
+        trainer.train(*([] if args.side == "article" else [Start(run={})]))
     figures = clock.figures(real_tokens_per_step=sum(map(len, texts)) / num_steps)
     num_parameters = trainer.model.num_parameters()
     figures |= {

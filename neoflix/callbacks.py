@@ -5,9 +5,11 @@ import math
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from neoflix.console import is_main_process, progress, write_beside_progress
-from neoflix.distributed import StoppedEarly, any_rank, gather
+from neoflix.distributed import StoppedEarly, any_rank, ask_main_process, gather
 from neoflix.errors import UserError
 from neoflix.preemption import find_stop_request, forget_stop_file
+from neoflix.record import note_start
+from neoflix.runs import save_run
 
 
 class StopOnRequest(TrainerCallback):
@@ -54,6 +56,28 @@ class StopOnRequest(TrainerCallback):
         if is_main_process():
             forget_stop_file(args.output_dir)
         return True
+
+
+class RecordStart(TrainerCallback):
+    """Records what a start trains with, in the run's folder, once its first step is taken: a start that fails before
+    that leaves the record of the run as it was.
+
+    Args:
+        run: the run's record (`runs.describe_run`).
+        facts: of this start (`record.note_start`).
+    """
+
+    def __init__(self, run: dict, facts: dict):
+        self._run, self._facts, self._is_recorded = run, facts, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self._is_recorded:
+            ask_main_process(self._record, args.output_dir)
+            self._is_recorded = True
+
+    def _record(self, output_dir: str) -> None:
+        save_run(output_dir, self._run)
+        note_start(output_dir, self._facts)
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -1,29 +1,23 @@
-"""Checkpoints of a run's folder: which may be resumed, which holds the best model, whose run it is.
+"""Checkpoints of a run's folder: which may be resumed, and which holds the best model.
 
 `checkpoint-N` is a checkpoint whose save came to its end. What such a folder has lost since, its manifest shows. What
 is written, replaced and deleted is in `run_folder.py`.
 """
 
-import hashlib
 import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
 from neoflix.errors import UserError
-from neoflix.manifest import MANIFEST, find_damage, free_bytes, read_manifest, write_json
+from neoflix.manifest import MANIFEST, find_damage, free_bytes, read_manifest
 
 STATE_FILE = "trainer_state.json"
 UNIVERSAL = ".universal"  # a checkpoint's copy for another number of processes (universal.py)
-RUN_FILE = "run.json"  # what the run in this folder learns, and from what
+RUN_FILE = "run.json"  # the run's record (runs.py)
 RESULTS_FILE = "all_results.json"  # written last of all: the run is finished
 STARTS_FILE = "starts.json"  # how the run was started, each time
 LIVE_SAMPLES_FILE = "progress_samples.jsonl"  # texts of each evaluation, a line each
-LEARNING_ARGUMENTS = (
-    "num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 "
-    "adam_epsilon max_grad_norm optim seed data_seed bf16 fp16 tokens_per_device_batch early_stopping_patience "
-    "eval_strategy eval_steps save_strategy save_steps"
-).split()
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 ADAPTERS_FILE, ADAPTERS_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # peft's; a base beside them
 PICKLED_WEIGHTS_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -96,90 +90,6 @@ def find_best(checkpoints: list[Path]) -> Path:
     """The best of a run's complete checkpoints by what the newest knows, else the newest."""
     best = read_manifest(checkpoints[-1])["best_step"]
     return next((path for path in checkpoints if path.name == f"checkpoint-{best}"), checkpoints[-1])
-
-
-def describe_run(args, model, tokenizer, train_tokens) -> dict:
-    """What a run is: model, tokenizer, data (by hash), and every argument that changes what it learns."""
-    architecture = ("model_type", "hidden_size", "num_layers", "num_hidden_layers", "vocab_size")
-    backend = tokenizer.backend_tokenizer.to_str().encode()
-    arguments = json.loads(args.to_json_string())
-    return {
-        "model": args.model_name_or_path,
-        "architecture": {key: getattr(model.config, key) for key in architecture if hasattr(model.config, key)},
-        "tokenizer": hashlib.sha256(backend).hexdigest()[:16],
-        "data": str(train_tokens.split),
-        "num_training_texts": len(train_tokens),
-        "texts": describe_texts(args),
-        "texts_per_step": args.texts_per_step,
-        "lora": args.lora_settings,
-        "arguments": {key: arguments[key] for key in LEARNING_ARGUMENTS},
-    }
-
-
-def describe_texts(args) -> dict:
-    """The flags that say which texts are held out, for whoever measures the run later."""
-    file = Path(args.dataset).expanduser()
-    flags = ("text_column", "template", "loss_on_prompt", "validation_fraction", "max_length")
-    texts = {key: getattr(args, key) for key in flags}
-    return {"dataset": str(file.resolve()) if file.exists() else args.dataset, **texts}
-
-
-def read_run(folder: str | Path) -> dict | None:
-    """What `save_run` wrote, or None where no run was started."""
-    try:
-        return json.loads(Path(folder, RUN_FILE).read_text())
-    except FileNotFoundError:
-        return None
-
-
-def find_run(folder: str | Path) -> dict | None:
-    """What the run is that a folder belongs to, its own or one checkpoint's; None where it is no run's."""
-    folder = Path(folder).resolve()
-    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
-    return read_run(folder) or (read_run(folder.parent) if is_checkpoint else None)
-
-
-def read_texts_per_step(output_dir: str, resume_from_checkpoint: str | None) -> int | None:
-    """Texts a step of the run that is about to go on, by what it saved; None where nothing goes on."""
-    run = Path(resume_from_checkpoint).parent if resume_from_checkpoint else Path(output_dir)
-    if list_numbered(run) or (run / RESULTS_FILE).is_file():
-        return (read_run(run) or {}).get("texts_per_step")
-    return None
-
-
-def save_run(folder: str, run: dict) -> None:
-    """Records what a run is, so that no other one goes on in its folder, and that it is not finished."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for of_the_end in (RESULTS_FILE, STATE_FILE):
-        Path(folder, of_the_end).unlink(missing_ok=True)
-    write_json(Path(folder, RUN_FILE), run)
-
-
-def check_same_run(checkpoint: str, run: dict) -> None:
-    """UserError where a checkpoint comes from a run with another model, tokenizer or data."""
-    before = read_run(Path(checkpoint).parent)
-    if before is None:
-        return
-    for key in ("model", "architecture", "tokenizer", "data", "lora"):
-        if before.get(key) != run[key]:
-            was = f" ({before.get(key)}, now {run[key]})" if key in ("model", "lora") else ""
-            raise UserError(
-                f"{checkpoint} belongs to a run with another {key}{was}; choose another --output_dir, "
-                "or start it again as it was"
-            )
-
-
-def is_finished(output_dir: str, run: dict) -> bool:
-    """True where this very run, arguments and all, has already come to its end in this folder. (Its texts are told by
-    their hash, "data", wherever the file lies now.)"""
-    before = read_run(output_dir) or {}
-    is_same = {"lora": None} | before | {"texts": None} == run | {"texts": None}
-    return is_same and Path(output_dir, RESULTS_FILE).is_file()
-
-
-def save_results(output_dir: str, results: dict) -> None:
-    """Writes the run's figures; from then on it is finished."""
-    write_json(Path(output_dir, RESULTS_FILE), results)
 
 
 def list_model_files(checkpoint: Path) -> list[Path]:

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from neoflix.checkpoint import RUN_FILE, find_run, list_checkpoints, read_run, read_texts_per_step
+from neoflix.checkpoint import RUN_FILE, list_checkpoints
 from neoflix.console import say
 from neoflix.ds_config import (
     ROOT,
@@ -40,7 +39,9 @@ from neoflix.manifest import find_damage
 from neoflix.optimizer import check_optimizer, check_schedule
 from neoflix.plan import LORA_RANK, Plan, plan_run
 from neoflix.recipes import SAMPLING_DEFAULTS, SAMPLING_RULES, check_sampling, nearest, read_recipe
+from neoflix.redaction import is_secret, redact, redact_command
 from neoflix.run_folder import check_output_dir
+from neoflix.runs import check_overrides, find_run, read_run, read_texts_per_step
 from neoflix.template import Template
 
 # Recomputing activations: --activation_checkpointing, which transformers before 5.23 knows by its older name alone.
@@ -76,6 +77,9 @@ class TrainArguments(TrainingArguments):
     validation_fraction: float = _option(0.1, "Share of the texts held out, chosen by a hash of each text.")
     max_length: int | None = _option(None, "Longest text in tokens, both special ones counted; default: the window.")
     early_stopping_patience: int = _option(2, "Stop after this many evaluations without a better loss; 0: never.")
+    override_resumed: list[str] | None = _option(
+        None, "Settings that may differ from those of the run that is resumed: learning_rate weight_decay ..."
+    )
     on_full_disk: str = _option("stop", "When a checkpoint cannot be written: 'stop', or 'go_on' without it.")
     cache_dir: str | None = _option(None, "Where token caches lie; default: beside Hugging Face's data set cache.")
     lora: bool = _option(False, "Freeze the model and train small adapters beside it (LoRA): little host memory.")
@@ -143,6 +147,16 @@ class TrainArguments(TrainingArguments):
         super().__post_init__()
         self.deepspeed = source
 
+    def to_dict(self) -> dict:
+        """As curves' programs and a run's record keep the arguments: without secrets."""
+        return redact(super().to_dict())
+
+    def __getstate__(self) -> dict:
+        """What is pickled, as `training_args.bin` in each checkpoint is: without secrets."""
+        parsed = ("hf_deepspeed_config", "deepspeed_plugin", "forecast")  # they hold the DeepSpeed file once more
+        plain = {name: value for name, value in vars(self).items() if not (is_secret(name) or name in parsed)}
+        return {name: redact(value) if isinstance(value, str | dict) else value for name, value in plain.items()}
+
     @property
     def weight_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
@@ -199,6 +213,7 @@ class TrainArguments(TrainingArguments):
         if self.lora and self.model_name_or_path == "demo" and not self.eval_only:
             raise UserError("--lora needs a pretrained model, and 'demo' starts from random weights")
         check_report_to(self.report_to)
+        check_overrides(self.override_resumed)
         if self.eval_only:
             self.check_evaluation()
             return
@@ -398,7 +413,8 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     words = [word.replace(f"--{NAMES_OF_RECOMPUTING[0]}", f"--{RECOMPUTING}") for word in words]
     _, unknown = parser.parse_known_args(words)
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]!r}{nearest(unknown[0], parser._option_string_actions)}")
+        name = unknown[0].partition("=")[0]  # the value may be a secret
+        raise UserError(f"unknown argument {name!r}{nearest(name, parser._option_string_actions)}")
     chose_precision = bool(_said(words) & {"__bf16", "__fp16"})
     words += _hardware_flags(words, asked.use_cpu)
     asked = parser.parse_known_args(words)[0]
@@ -409,7 +425,7 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     except ValueError as error:  # TrainingArguments checks flags by themselves and beside each other
         raise UserError(str(error)) from error
     args.generation, args.forecast = SAMPLING_DEFAULTS | generation, forecast
-    args.command = shlex.join(["train.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = redact_command(["train.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 

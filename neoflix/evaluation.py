@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from neoflix import data, reading
-from neoflix.checkpoint import describe_texts, find_model, find_run
+from neoflix.checkpoint import find_model
 from neoflix.config import TrainArguments
 from neoflix.console import say
 from neoflix.consolidation import whole_weights
@@ -22,6 +22,7 @@ from neoflix.distributed import ask_main_process
 from neoflix.errors import UserError
 from neoflix.model import find_tokenizer, get_window, load_model
 from neoflix.plan import check_same_everywhere
+from neoflix.runs import describe_texts, find_run
 from neoflix.trainer import TokenTrainer
 
 RESULTS = "eval_results.jsonl"  # in --output_dir, one line for each evaluation
@@ -45,9 +46,9 @@ def evaluate_only(args: TrainArguments) -> None:
         model = load_model(source, tokenizer, args.weight_dtype, {}, args.allow_pickle)
         max_length = min(args.max_length or get_window(model), get_window(model))
         with args.main_process_first():
-            tokens, num_tokens, num_cut = data.tokenize_texts(
-                texts.validation, tokenizer, max_length, cache_dir, args.loss_on_prompt
-            )
+            options = (tokenizer, max_length, cache_dir, args.loss_on_prompt)
+            tokens, num_tokens, num_cut, *_ = side = data.tokenize_texts(texts.validation, *options)
+        data.check_room([texts.validation], [side], max_length)
         trainer = TokenTrainer(
             model=model,
             args=args,

@@ -12,10 +12,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from neoflix.checkpoint import find_run
 from neoflix.config import TrainArguments
 from neoflix.console import progress, say
-from neoflix.data import split_texts
+from neoflix.data import MOST_CROWDED, split_texts
 from neoflix.errors import UserError
 from neoflix.loss import IGNORED
 from neoflix.manifest import write_json
@@ -32,6 +31,7 @@ from neoflix.quality import (
 )
 from neoflix.reading import find_dataset, read_texts
 from neoflix.record import read_json
+from neoflix.runs import find_run
 from neoflix.tables import read_table
 from neoflix.template import Template, parts
 from neoflix.tokenizer import read_tokenizer
@@ -62,7 +62,9 @@ def read_training_texts(args) -> list[str]:
     texts = read_texts(find_dataset(dataset), column, Template(template) if template else None)
     texts = [parts(text)[1].strip() for text in split_texts(texts, fraction).train]
     is_as_recorded = (args.dataset, args.text_column, args.validation_fraction) == (None, None, None)
-    if is_as_recorded and len(texts) != run["num_training_texts"]:
+    # Of a run with a template texts may have been left out, whose prompts left no room for them.
+    most_crowded = int(MOST_CROWDED * len(texts) / (1 - fraction)) if template else 0
+    if is_as_recorded and not 0 <= len(texts) - run["num_training_texts"] <= most_crowded:
         raise UserError(
             f"{dataset}: has changed since the run learnt from it ({run['num_training_texts']:,} training texts "
             f"then, {len(texts):,} now); name the file as it was with --dataset"

@@ -1,4 +1,4 @@
-"""The optimizer that DeepSpeed makes: Trainer's parameter groups, and what DeepSpeed 0.19.8 forgets or leaves out."""
+"""The optimizer and its schedule: what can be made at all, and Trainer's parameter groups where DeepSpeed makes it."""
 
 import json
 from pathlib import Path
@@ -82,24 +82,6 @@ def check_groups(checkpoint: Path, num_groups: int) -> None:
             "layers, and its optimizer cannot be resumed; start again in another --output_dir, with "
             f"--model_name_or_path {checkpoint} to keep what it learned"
         )
-
-
-def recall_steps(optimizer) -> None:
-    """Makes DeepSpeed's CPU Adam count the steps that a loaded state has behind it.
-
-    The powers of its betas are not part of the state. After loading, it computes them with `pow`, where an
-    uninterrupted run multiplies once per step: equal but for rounding, so the resumed run would not be the same run.
-    One step on a single zero for each one taken (5 microseconds) restores them.
-    """
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, ZeRO's
-        optimizer = optimizer.optimizer
-    if not hasattr(optimizer, "ds_opt_adam"):
-        return
-    num_steps = max((state["step"] for state in optimizer.state.values() if "step" in state), default=0)
-    beta1, beta2 = optimizer.param_groups[0]["betas"]
-    zeros = [torch.zeros(1) for _ in range(4)]
-    for step in range(1, int(num_steps) + 1):
-        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, *zeros)
 
 
 def keep_gradient_norm(engine) -> None:

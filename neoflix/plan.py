@@ -21,11 +21,10 @@ import os
 import random
 import re
 import sys
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from neoflix.checkpoint import read_texts_per_step
+from neoflix.cache import in_cache, new_path
 from neoflix.console import say
 from neoflix.ds_config import ROOT, check_compiler, read_ds_config, set_values
 from neoflix.errors import UserError
@@ -35,6 +34,7 @@ from neoflix.machine import Machine, check_machine, read_machine, torch_version
 from neoflix.reading import NETFLIX_PATH, default_cache_dir, find_dataset, sample_texts
 from neoflix.recipes import read_recipe
 from neoflix.run_folder import check_output_dir
+from neoflix.runs import read_texts_per_step
 from neoflix.tables import find_text_files
 from neoflix.template import Template
 from neoflix.throughput import cpu_flops, flops_per_token, peak_flops, recomputed_flops_per_token
@@ -694,8 +694,9 @@ def _other_shape(folder: Path) -> Shape | None:
 def count_texts(args, shape: Shape) -> Texts:
     """Tokens of the data: those that an earlier run counted, else estimated from the file's first rows."""
     path = _counts_file(args, shape.window)
-    if path and path.is_file():
-        return Texts(**json.loads(path.read_text()), source="counted by an earlier run")
+    with in_cache(_cache_dir(args)):
+        if path and path.is_file():
+            return Texts(**json.loads(path.read_text()), source="counted by an earlier run")
     return estimate_texts(_find_data(args), args, shape.window)
 
 
@@ -709,10 +710,8 @@ def remember_counts(args, window: int, lengths_N, num_validation: int) -> None:
             "deviation": float(lengths_N.std()),
             "longest": int(lengths_N.max()),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # another run may be reading it
-        unfinished.write_text(json.dumps(counts))
-        unfinished.replace(path)
+        with in_cache(path.parent), new_path(path) as unfinished:  # another run may be reading it
+            unfinished.write_text(json.dumps(counts))
 
 
 def _find_data(args) -> Path | None:

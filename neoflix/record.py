@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import time
 import unicodedata
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from statistics import mean
 
 import torch
 
-from neoflix.checkpoint import LIVE_SAMPLES_FILE, RESULTS_FILE, STARTS_FILE, STATE_FILE, list_checkpoints, read_run
+from neoflix.checkpoint import LIVE_SAMPLES_FILE, RESULTS_FILE, STARTS_FILE, STATE_FILE, list_checkpoints
 from neoflix.errors import UserError
 from neoflix.manifest import write_json, write_text
+from neoflix.redaction import redact_command
+from neoflix.runs import read_run
 
 FEW_TEXTS = 1000
 FEW_HELD_OUT = 100
@@ -33,16 +36,11 @@ def note_start(output_dir: str, facts: dict) -> None:
         facts: of this start; `from_step`: how far the run was.
     """
     before = read_json(Path(output_dir, STARTS_FILE), []) if facts["from_step"] else []
-    facts = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **facts, "command": _without_secrets(facts["command"])}
+    command = redact_command(shlex.split(facts["command"]))
+    facts = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **facts, "command": command}
     packages = ("torch", "transformers", "deepspeed", "accelerate")
     facts["versions"] = {"python": platform.python_version()} | {name: version(name) for name in packages}
     write_json(Path(output_dir, STARTS_FILE), [*before, facts | {"hardware": describe_hardware()}])
-
-
-def _without_secrets(command: str) -> str:
-    """The command without the launcher's own word, and with no token of a hub in it."""
-    command = re.sub(r" --local_rank=\d+", "", command)
-    return re.sub(r"(--\w*token[ =])\S+", r"\1...", command)
 
 
 def describe_hardware() -> str:

@@ -296,6 +296,10 @@ def _what_was_run(record: Record) -> dict[str, str]:
         "resumed": f"{len(record.starts) - 1} time(s), last from step {start['from_step']:,}"
         if len(record.starts) > 1
         else None,
+        "changed on the way": "; ".join(
+            f"{each['setting']} {each['was']} -> {each['now']} from step {each['from_step']:,}"
+            for each in run.get("changes", [])
+        ),
     }
     return {name: str(value) for name, value in lines.items() if value}
 
@@ -468,15 +472,16 @@ def model_card(record: Record) -> str:
         "README.md.jinja",
         mark=CARD_MARK,
         title=_markdown(record.name),
-        folder=shlex.quote(str(record.folder)),
+        folder=shlex.quote(record.name),
         template=template,
+        pattern=pattern and _markdown(pattern),
         example_fields=" ".join(f"{shlex.quote(name)}=..." for name in fields),
         beginning=json.dumps(template.prompt(fields) if template else "A young")[1:-1],
         is_adapted=bool(run.get("lora")),
-        base=run.get("model"),
+        base=_markdown(_without_folders(run.get("model", ""))),
         sentence=record.verdict()[1],
         remarks=record.remarks(),
-        what={name: _markdown(value) for name, value in _what_was_run(record).items()},
+        what={name: _markdown(value) for name, value in _what_is_published(record).items()},
         figures=_figures(record),
         samples=[_markdown(text) for text in last],
     )
@@ -484,7 +489,30 @@ def model_card(record: Record) -> str:
 
 
 def _hub_name(model: str) -> str | None:
-    return model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() else None
+    """A model's name on the hub; None for a folder."""
+    return model if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not Path(model).exists() else None
+
+
+def _what_is_published(record: Record) -> dict[str, str]:
+    """What was run, without the folders of this machine."""
+    what = _what_was_run(record)
+    for name in what.keys() & {"model", "texts"}:
+        what[name] = _without_folders(what[name])
+    if "command" in what:
+        what["command"] = shlex.join(map(_without_folders, shlex.split(what["command"])))
+    return what
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command in which each path is its last name alone; names of the hub and URLs stay."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if re.match(r"hf:[/~.]", value):
+        return f"{flag}{equals}hf:{Path(value).name}"
+    if _hub_name(value) or value.startswith("hf:"):
+        return word
+    if value.startswith(("/", "~", "./", "../")) or re.fullmatch(r"[\w.@+ -]+(/[\w.@+ -]+)+/?", value):
+        return flag + equals + (Path(value).name or value)
+    return flag + equals + re.sub(r"(?<![\w:/.~}-])(?:~|\.{1,2})?/(?:[^\s/:'\"=,]+/)*", "", value)  # within JSON
 
 
 def _markdown(text: str) -> str:

@@ -15,7 +15,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from neoflix.callbacks import StopOnRequest, run_callbacks
+from neoflix.callbacks import RecordStart, StopOnRequest, run_callbacks
 from neoflix.checkpoint import (
     STATE_FILE,
     UNIVERSAL,
@@ -35,11 +35,13 @@ from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
 from neoflix.manifest import Files, num_bytes, read_manifest, write_manifest
 from neoflix.model import keeps_texts_apart
-from neoflix.optimizer import check_groups, group_parameters, keep_gradient_norm, recall_steps
+from neoflix.optimizer import check_groups, group_parameters, keep_gradient_norm
 from neoflix.plan import compare, explain_failure
-from neoflix.record import note_start
+from neoflix.redaction import redact
 from neoflix.report import write_report
+from neoflix.resumed_optimizer import apply_hyperparameters, read_hyperparameters, recall_steps
 from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
+from neoflix.runs import Start, check_progress
 from neoflix.universal import check_loadable, convert, needs_conversion
 from neoflix.watchdog import Watchdog
 
@@ -68,6 +70,11 @@ def peak_host_bytes() -> int:
     """Most memory this process has held (VmHWM of Linux: unlike ru_maxrss, nothing of the process that began it)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _without_secrets(state: dict) -> dict:
+    """What DeepSpeed is about to save, which holds its configuration: a monitor's key may stand there."""
+    return state | {"ds_config": redact(state["ds_config"])} if "ds_config" in state else state
 
 
 class TokenTrainer(Trainer):
@@ -104,29 +111,38 @@ class TokenTrainer(Trainer):
     def create_model_card(self, *args, **kwargs):
         """Not Trainer's: `report.py` writes README.md."""
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
+    def train(self, start: Start):
         """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; DeadProcessError where
-        another process died; UserError, with the plan, where memory did not suffice."""
+        another process died; UserError, with the plan, where memory did not suffice, or where a start that changes a
+        run took no step.
+
+        Args:
+            start: what is resumed and what changes, by `runs.find_start`. Recorded once the first step is taken.
+        """
         logging.disable_progress_bar()  # transformers' own, one for each save
+        self._changes, checkpoint = start.changes, start.checkpoint
         ask_main_process(self._check_space_for_all)
-        ask_main_process(note_start, self.args.output_dir, self._describe_start(resume_from_checkpoint))
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(self._fit_to_processes(Path(resume_from_checkpoint)))
+        self.add_callback(RecordStart(start.run, self._describe_start(start.from_step)))
+        if checkpoint:
+            self.args.eval_on_start = False
+            say(f"Resuming from {checkpoint}")
+            checkpoint = str(self._fit_to_processes(Path(checkpoint)))
         watchdog = Watchdog(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
         with watchdog, self._explaining_full_memory():
-            output = super().train(resume_from_checkpoint, **kwargs)
+            output = super().train(checkpoint)
         if self._stop.reason:
             step, reason = self.state.global_step, self._stop.reason
             ask_main_process(write_report, self.args.output_dir)
             raise StoppedEarly(f"Stopped after step {step} ({reason}); the same command goes on from there")
+        check_progress(start, self.state.global_step, self.state.max_steps)
         return output
 
-    def _describe_start(self, checkpoint: str | None) -> dict:
+    def _describe_start(self, from_step: int) -> dict:
         args, plan = self.args, self.args.forecast
         num_chars = self.eval_dataset["num_chars"] if self.eval_dataset else []
         return {
             "command": args.command,
-            "from_step": read_manifest(Path(checkpoint))["step"] if checkpoint else 0,
+            "from_step": from_step,
             "num_processes": args.world_size,
             "deepspeed": Path(args.deepspeed).name if isinstance(args.deepspeed, str) else "given in the command",
             "precision": str(args.weight_dtype).removeprefix("torch."),
@@ -182,10 +198,25 @@ class TokenTrainer(Trainer):
     def _group_parameters(self) -> list[dict]:
         return group_parameters(self.model, self.get_decay_parameter_names(self.model), self.args.weight_decay)
 
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        """Logs, evaluates and saves as often as this start says; Trainer goes on as the checkpoint did."""
+        trained = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return trained
+
+    def create_scheduler(self, *args, **kwargs):
+        """Trainer's own, called once the optimizer is made and before a checkpoint is loaded."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if hasattr(self.optimizer, "param_groups"):  # not a stand-in for the one that DeepSpeed makes
+            self._hyperparameters = read_hyperparameters(self.optimizer)
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             recall_steps(self.optimizer)
+            if self._changes:
+                apply_hyperparameters(self.optimizer, self.lr_scheduler, self._hyperparameters)
             gather(None)  # all have read it
             if self.is_world_process_zero() and self._converted:
                 shutil.rmtree(self._converted)
@@ -337,7 +368,7 @@ class TokenTrainer(Trainer):
         files, engine = Files(folder), self.model_wrapped
         with files.remembering_errors():
             self._save_weights(folder)
-        engine.checkpoint_engine.save = files.save
+        engine.checkpoint_engine.save = lambda state_dict, path: files.save(_without_secrets(state_dict), path)
         engine._copy_recovery_script = lambda *_: None  # rank 0 alone would write it, and could fail alone
         is_adapted = has_adapters(self.model)  # the base's frozen weights lie where they came from
         engine.save_checkpoint(str(folder), save_latest=False, exclude_frozen_parameters=is_adapted)  # "latest": below

@@ -11,9 +11,9 @@ from neoflix.checkpoint import (
     find_model,
     find_resume_point,
     list_checkpoints,
-    read_texts_per_step,
 )
 from neoflix.manifest import MANIFEST, write_manifest
+from neoflix.runs import read_texts_per_step
 
 
 @pytest.fixture

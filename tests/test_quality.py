@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import generate
 from neoflix import data, judging
-from neoflix.checkpoint import describe_run, is_finished, save_results, save_run
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args, parse_train_args
 from neoflix.distributed import prepare_environment
+from neoflix.errors import UserError
 from neoflix.generation import Sampler
 from neoflix.model import load_model
 from neoflix.quality import (
@@ -36,6 +36,7 @@ from neoflix.quality import (
     word_trigrams,
 )
 from neoflix.reading import read_dataset
+from neoflix.runs import describe_run, find_start, save_results, save_run
 from neoflix.tokenizer import load_tokenizer
 from neoflix.words import split_words
 
@@ -308,7 +309,7 @@ def record(words: list[str], cache, validation_fraction: float):
     sampling = SAMPLING_DEFAULTS | {"max_new_tokens": 24}
     torch.manual_seed(0)
     model = load_model(args.model_name_or_path, tokenizer, torch.float32, sampling)
-    run = describe_run(args, model, tokenizer, data.tokenize_split(texts, tokenizer, 256, cache)[0])
+    run = describe_run(args, model, tokenizer, *data.tokenize_split(texts, tokenizer, 256, cache))
     save_run(args.output_dir, run)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
@@ -345,9 +346,10 @@ def test_training_texts_are_the_runs_own_side(learnt, titles, tmp_path):
 def test_a_data_set_that_lies_elsewhere_is_the_same_run(learnt, model_dir, tmp_path):
     run = json.loads((learnt / "run.json").read_text())
     moved = run | {"texts": run["texts"] | {"dataset": "/elsewhere.jsonl"}}
-    assert is_finished(str(learnt), moved)
-    assert not is_finished(str(learnt), run | {"data": "other"})
-    assert not is_finished(str(tmp_path), run)
+    assert find_start(str(learnt), None, moved, None).is_finished
+    assert not find_start(str(tmp_path), None, run, None).is_finished
+    with pytest.raises(UserError, match="other settings and no complete checkpoint to resume"):
+        find_start(str(learnt), None, run | {"data": "other"}, None)
 
 
 def test_samples_just_made_are_judged_beside_their_file(learnt, model_dir, titles, tmp_path, capsys):

@@ -265,7 +265,7 @@ def test_another_model_or_tokenizer_does_not_go_on_in_this_run(run, model_dir, c
     for words, what in (
         (["--model_name_or_path", "demo"], "another model"),
         (["--model_name_or_path", str(other_tokenizer)], "another model"),
-        (["--dataset", str(renamed)], "another data"),
+        (["--dataset", str(renamed)], "other training texts"),
     ):
         with pytest.raises(ValueError, match=what):
             run("run", *more, *words)
