@@ -29,6 +29,7 @@ from neoflix.ds_config import (
     check_compiler,
     find_ds_config,
     follow_arguments,
+    is_json,
     leave_out_shared_memory,
     read_ds_config,
 )
@@ -145,7 +146,7 @@ class TrainArguments(TrainingArguments):
         build_operators(config)
         source, self.deepspeed = self.deepspeed, follow_arguments(config)
         super().__post_init__()
-        self.deepspeed = source
+        self.deepspeed = config if is_json(source) else source
 
     def to_dict(self) -> dict:
         """As curves' programs and a run's record keep the arguments: without secrets."""

@@ -46,19 +46,19 @@ OPEN_BLOCKS = {
 
 def find_ds_config(source: dict | str | Path | None) -> dict | str | Path | None:
     """The file itself where `source` names one of ours, from wherever train.py is called; else what was handed over."""
-    if isinstance(source, str | Path) and not _is_json(source) and not Path(source).exists():
+    if isinstance(source, str | Path) and not is_json(source) and not Path(source).exists():
         return str(ROOT / source) if (ROOT / source).is_file() else source
     return source
 
 
-def _is_json(source) -> bool:
+def is_json(source) -> bool:
     return str(source).lstrip().startswith("{")
 
 
 def read_ds_config(source: str | Path) -> dict:
     """Reads and checks a DeepSpeed file, or the JSON itself; UserError names what is wrong and the way out."""
     source = find_ds_config(source)
-    is_json = _is_json(source)
+    is_json = is_json(source)
     path = "{...}" if is_json else source
     try:
         config = json.loads(source if is_json else Path(source).read_text(encoding="utf-8"))

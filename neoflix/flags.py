@@ -63,7 +63,6 @@ REFUSED = {
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
     "hub_strategy": _HUB,
-    "hub_token": _HUB,
     "hub_private_repo": _HUB,
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
@@ -152,7 +151,7 @@ def changed_flags(args) -> dict:
 def check_flags(args) -> None:
     """UserError for a flag that has no effect here, or another one than it promises."""
     for name, value in changed_flags(args).items():
-        said = f"--{name}" if name.endswith("_token") else _said(name, value)
+        said = _said(name, value)
         if name in REFUSED:
             raise UserError(f"{said}: {REFUSED[name].format(output_dir=args.output_dir)}")
         has_effect, missing = NEEDS.get(name, (None, None))

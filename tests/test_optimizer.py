@@ -56,7 +56,7 @@ def run_plain_trainer(tmp_path, model_dir, catalogue):
     def run(lora: dict | None = None) -> tuple[list[float], dict]:
         out = tmp_path / "plain"
         out.mkdir(exist_ok=True)
-        env = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        env = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "false"}
         run_program(PYTHON, "-c", PLAIN_TRAINER, model_dir, catalogue, json.dumps(lora), out, env=env)
         return json.loads((out / "losses.json").read_text()), torch.load(out / "weights.pt")
 

@@ -1,7 +1,5 @@
 """A recipe's value means what was typed, by its flag's own type."""
 
-import json
-
 import pytest
 from conftest import PYTHON, run_program
 
@@ -105,7 +103,7 @@ def test_only_one_recipe(parse):
 def test_a_deepspeed_file_may_be_part_of_the_recipe(parse):
     block = "{zero_optimization: {stage: 0}, bf16: {enabled: auto}}"
     args = parse(f"model_name_or_path: demo\ndataset: sample\ndeepspeed: {block}\n".encode())
-    assert json.loads(args.deepspeed) == {"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}
+    assert args.deepspeed == {"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}
 
 
 def test_the_number_of_samples_is_no_setting_of_a_model(parse, tmp_path):
