@@ -58,10 +58,9 @@ def is_json(source) -> bool:
 def read_ds_config(source: str | Path) -> dict:
     """Reads and checks a DeepSpeed file, or the JSON itself; UserError names what is wrong and the way out."""
     source = find_ds_config(source)
-    is_json = is_json(source)
-    path = "{...}" if is_json else source
+    path = "{...}" if is_json(source) else source
     try:
-        config = json.loads(source if is_json else Path(source).read_text(encoding="utf-8"))
+        config = json.loads(source if is_json(source) else Path(source).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--deepspeed {path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
