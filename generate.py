@@ -10,7 +10,8 @@ from transformers import TextStreamer
 from neoflix import judging
 from neoflix.checkpoint import find_model
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args
-from neoflix.distributed import keep_freed_memory, run_and_exit
+from neoflix.distributed import run_and_exit
+from neoflix.environment import keep_freed_memory
 from neoflix.errors import UserError
 from neoflix.generation import Sampler
 from neoflix.reading import read_fields

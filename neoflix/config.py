@@ -38,6 +38,7 @@ from neoflix.flags import check_flags, check_numbers, check_words, check_writabl
 from neoflix.machine import has_gpu
 from neoflix.manifest import find_damage
 from neoflix.optimizer import check_optimizer, check_schedule
+from neoflix.paths import expand_paths
 from neoflix.plan import LORA_RANK, Plan, plan_run
 from neoflix.recipes import SAMPLING_DEFAULTS, SAMPLING_RULES, check_sampling, nearest, read_recipe
 from neoflix.redaction import is_secret, redact, redact_command
@@ -314,6 +315,10 @@ class _OneSentence:
     def error(self, message):
         raise UserError(message)
 
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, rest = super().parse_known_args(args, namespace)
+        return argparse.Namespace(**expand_paths(vars(parsed))), rest
+
 
 class _Parser(_OneSentence, HfArgumentParser):
     pass
@@ -325,7 +330,8 @@ class _PlainParser(_OneSentence, argparse.ArgumentParser):
 
 def _read_recipe(path: str) -> tuple[dict, dict]:
     """The flags of train.py that a recipe sets, and its sampling settings."""
-    return read_recipe(path, {f.name for f in fields(TrainArguments) if f.init} - {"config"})
+    flags, generation = read_recipe(path, {f.name for f in fields(TrainArguments) if f.init} - {"config"})
+    return expand_paths(flags), generation
 
 
 def _as_words(flags: dict) -> list[str]:

@@ -5,6 +5,7 @@ write into the folder can write a manifest too.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -162,8 +163,16 @@ def write_manifest(folder: Path, facts: dict, entries: dict[str, dict]) -> None:
 
 
 def write_json(path: Path, content: dict | list) -> None:
-    """All of it or nothing, and on the disk itself."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """All of it or nothing, and on the disk itself. NaN and infinity, which JSON does not have, become null."""
+    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+
+
+def _without_nan(content):
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_text(path: Path, content: str) -> None:

@@ -31,6 +31,7 @@ from neoflix.errors import UserError
 from neoflix.flags import check_numbers, check_writable
 from neoflix.hub_copies import find_hub_copy
 from neoflix.machine import Machine, check_machine, read_machine, torch_version
+from neoflix.paths import expand_paths
 from neoflix.reading import NETFLIX_PATH, default_cache_dir, find_dataset, sample_texts
 from neoflix.recipes import read_recipe
 from neoflix.run_folder import check_output_dir
@@ -1133,9 +1134,9 @@ def read_quickly(words: list[str]) -> argparse.Namespace | None:
     """The arguments of a plan, recipe included; None where the full parser is needed: for a flag that isn't above, for
     a value that isn't plainly one of its flag, and for whatever a check refuses, so that it is refused there."""
     try:
-        said = _split_words(words)
+        said = expand_paths(_split_words(words))
         recipe, _ = read_recipe(said.pop("config"), _quick_flags()) if "config" in said else ({}, {})
-        said = recipe | said
+        said = expand_paths(recipe) | said
         values = {name: _convert(name, value) for name, value in said.items()}
         args = argparse.Namespace(**PLAN_FLAGS | values)
         _check_quickly(args, said)

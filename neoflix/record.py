@@ -6,7 +6,6 @@ import platform
 import re
 import shlex
 import time
-import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -71,11 +70,6 @@ def read_live_samples(output_dir: str | Path) -> list[dict]:
         except (ValueError, KeyError, TypeError):
             continue
     return rows
-
-
-def printable(text: str) -> str:
-    """A text without control characters, which a terminal would obey and a page may not hold; line ends stay."""
-    return "".join(" " if char != "\n" and unicodedata.category(char) == "Cc" else char for char in text)
 
 
 def write_live_samples(output_dir: str | Path, rows: list[dict]) -> None:
@@ -161,7 +155,9 @@ class Record:
     def best(self) -> dict | None:
         """The evaluation of the model that the run saved as its best or, until then, the best there is."""
         saved = [line for line in self.trained if line["step"] == self.results.get("saved_step")]
-        return saved[-1] if saved else min(self.trained, key=lambda line: line["eval_loss"], default=None)
+        if self.results:
+            return saved[-1] if saved else None
+        return min(self.trained, key=lambda line: line["eval_loss"], default=None)
 
     @property
     def improved(self) -> bool:

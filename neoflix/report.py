@@ -19,12 +19,12 @@ import jinja2
 
 from neoflix.checkpoint import RESULTS_FILE
 from neoflix.config import parse_report_args
-from neoflix.console import say
+from neoflix.console import printable, say
 from neoflix.distributed import run_and_exit
 from neoflix.errors import UserError
 from neoflix.manifest import write_text
 from neoflix.quality import Judgement, Style, judgement_table, sweep_header, sweep_line
-from neoflix.record import Record, file_sizes, printable, read_json
+from neoflix.record import Record, file_sizes, read_json
 from neoflix.run_folder import LOCK_FILE
 from neoflix.template import Template
 

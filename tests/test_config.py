@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from neoflix.config import TrainArguments, parse_export_args, parse_generate_args, parse_train_args
-from neoflix.distributed import prepare_environment
+from neoflix.environment import prepare_environment
 from neoflix.recipes import SAMPLING_DEFAULTS, read_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -92,7 +92,7 @@ def test_missing_headers_name_the_package(monkeypatch, tmp_path):
 
 
 LOAD = """
-from neoflix.distributed import prepare_environment
+from neoflix.environment import prepare_environment
 prepare_environment()
 from neoflix.ds_config import build_operators, leave_out_shared_memory
 leave_out_shared_memory()

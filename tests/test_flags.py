@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 import train
 from neoflix.config import TrainArguments, parse_train_args
-from neoflix.distributed import prepare_environment
+from neoflix.environment import prepare_environment
 from neoflix.errors import UserError
 from neoflix.flags import NEEDS, NUMBER_RULES, REFUSED
 

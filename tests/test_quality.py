@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import generate
 from neoflix import data, judging
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args, parse_train_args
-from neoflix.distributed import prepare_environment
+from neoflix.environment import prepare_environment
 from neoflix.errors import UserError
 from neoflix.generation import Sampler
 from neoflix.model import load_model

@@ -4,7 +4,7 @@ import pytest
 from conftest import PYTHON, run_program
 
 from neoflix.config import parse_generate_args, parse_train_args
-from neoflix.distributed import prepare_environment
+from neoflix.environment import prepare_environment
 from neoflix.errors import UserError
 from neoflix.recipes import read_recipe
 

@@ -10,7 +10,7 @@ from test_train import losses, results, run  # noqa: F401 - a fixture
 from neoflix import data
 from neoflix.checkpoint import list_checkpoints
 from neoflix.config import TrainArguments, parse_train_args
-from neoflix.distributed import prepare_environment
+from neoflix.environment import prepare_environment
 from neoflix.errors import UserError
 from neoflix.manifest import write_manifest
 from neoflix.model import find_tokenizer, load_model

@@ -10,10 +10,11 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
-    {"console", "errors", "gpus", "hub_copies", "redaction", "throughput", "words"},
-    {"attention", "cache", "distributed", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"},
-    {"checkpoint", "decoding", "ds_config", "locks", "recipes", "tokenizer", "watchdog"},
-    {"resumed_optimizer", "runs"},
+    {"console", "errors", "gpus", "hub_copies", "paths", "redaction", "throughput", "words"},
+    {"attention", "cache", "environment", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
+    | {"watchdog"},
+    {"checkpoint", "decoding", "distributed", "ds_config", "locks", "recipes", "tokenizer"},
+    {"divergence", "resumed_optimizer", "runs"},
     {"consolidation", "flags", "lora", "optimizer", "reading", "record", "run_folder", "samples", "universal"},
     {"plan"},
     {"config"},
