@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from neoflix.config import SAMPLING_DEFAULTS, check_sampling
+from neoflix.console import printable
 from neoflix.consolidation import whole_weights
 from neoflix.decoding import Decoder, Draw, Text, num_rows, quicken
 from neoflix.errors import UserError
@@ -50,6 +51,13 @@ class Sample:
     def to_dict(self) -> dict:
         """Without `fields` where the model has no template."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class PrintableStreamer(TextStreamer):
+    """transformers' own, without the control characters that a terminal would obey."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
 
 
 class Sampler:

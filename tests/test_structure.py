@@ -10,7 +10,7 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
-    {"console", "errors", "gpus", "hub_copies", "paths", "redaction", "throughput", "words"},
+    {"console", "errors", "gpus", "hub_copies", "paths", "redaction", "shapes", "throughput", "words"},
     {"attention", "cache", "environment", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
     | {"watchdog"},
     {"checkpoint", "decoding", "distributed", "ds_config", "locks", "recipes", "tokenizer"},
