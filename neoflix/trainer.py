@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DummyOptim
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
 from transformers.integrations import TensorBoardCallback
@@ -35,6 +36,7 @@ from neoflix.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
 from neoflix.manifest import Files, find_damage, num_bytes, read_manifest, write_json, write_manifest
 from neoflix.model import keeps_texts_apart
+from neoflix.optimizer import check_groups, group_parameters, keep_gradient_norm
 from neoflix.paths import without_wildcards
 from neoflix.plan import compare, explain_failure
 from neoflix.redaction import redact
@@ -70,17 +72,6 @@ def peak_host_bytes() -> int:
     """Most memory this process has held (VmHWM of Linux: unlike ru_maxrss, nothing of the process that began it)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def keep_gradient_norm(engine) -> None:
-    """Has a DeepSpeed engine keep the norm that it clips gradients by without ZeRO (stage 0), where it forgets it."""
-    from deepspeed.runtime.utils import clip_grad_norm_  # at import it asks what the accelerator is: too early
-
-    def clip() -> None:
-        weights, most = engine.module.parameters(), engine.gradient_clipping()
-        engine._global_grad_norm = clip_grad_norm_(parameters=weights, max_norm=most, mpu=engine.mpu)
-
-    engine.clip_fp32_gradients = clip
 
 
 def _without_secrets(state: dict) -> dict:
@@ -176,6 +167,8 @@ class TokenTrainer(Trainer):
         """The checkpoint or, where it was saved by another number of processes, its universal form. Collective."""
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config
         check_loadable(checkpoint, config.get("zero_optimization", {}), self.args.world_size)
+        if "optimizer" in config:
+            check_groups(checkpoint, len(self._group_parameters()))
         if not needs_conversion(checkpoint, self.args.world_size):
             return checkpoint
         config.setdefault("checkpoint", {})["load_universal"] = True
@@ -206,6 +199,15 @@ class TokenTrainer(Trainer):
         keep_gradient_norm(self.model_wrapped)
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        """Trainer's own or, where DeepSpeed is to make the optimizer, Trainer's parameter groups for it."""
+        if isinstance(self.optimizer, DummyOptim):
+            self.optimizer.params = self._group_parameters()
+        return super().create_optimizer(model)
+
+    def _group_parameters(self) -> list[dict]:
+        return group_parameters(self.model, self.get_decay_parameter_names(self.model), self.args.weight_decay)
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         """Logs, evaluates and saves as often as this start says; Trainer goes on as the checkpoint did."""
@@ -454,6 +456,7 @@ class TokenTrainer(Trainer):
             "best_step": self._find_best_step(self.state.global_step),
             "num_processes": self.args.world_size,
             "zero_stage": self.model_wrapped.zero_optimization_stage(),
+            "optimizer_groups": len(self.optimizer.param_groups),
         }
         try:
             if errors:
