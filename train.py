@@ -12,7 +12,8 @@ from transformers import set_seed
 from neoflix import data, reading
 from neoflix.config import parse_train_args
 from neoflix.console import say
-from neoflix.distributed import ask_main_process, prepare_environment, run_and_exit
+from neoflix.distributed import ask_main_process, main_process_first, run_and_exit
+from neoflix.environment import prepare_environment
 from neoflix.evaluation import evaluate_only
 from neoflix.model import find_tokenizer, get_window, load_model
 from neoflix.preemption import catch_stop_requests
@@ -24,8 +25,7 @@ from neoflix.trainer import TokenTrainer
 
 def main(argv: list[str] | None = None) -> None:
     prepare_environment()
-    args = parse_train_args(argv, must_fit=True)
-    if args.eval_only:
+    if (args := parse_train_args(argv, must_fit=True)).eval_only:
         return evaluate_only(args)
     say(plan.plan_table(args.forecast))
     if not args.plan:
@@ -38,7 +38,7 @@ def train(args) -> None:
     cache_dir = Path(args.cache_dir or reading.default_cache_dir())
 
     # Texts and tokenizer. The main process comes first and fills the caches that the others read.
-    with args.main_process_first():
+    with main_process_first():
         texts = data.split_texts(reading.read_dataset(args), args.validation_fraction)
         tokenizer = find_tokenizer(args.model_name_or_path, texts.train, cache_dir, args.text_template)
     plan.check_same_everywhere(args, texts)
@@ -46,7 +46,7 @@ def train(args) -> None:
     # Model and tokens.
     options = {"allow_pickle": args.allow_pickle, "lora": args.lora_settings}
     model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **options)
-    with args.main_process_first():
+    with main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
         sides = data.tokenize_split(texts, tokenizer, max_length, cache_dir, args.loss_on_prompt)
         train_tokens, validation_tokens = sides

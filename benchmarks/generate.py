@@ -36,7 +36,7 @@ from machine import cap_device_memory, copy_bytes_per_second, write_line  # noqa
 
 from neoflix.config import SAMPLING_DEFAULTS  # noqa: E402
 from neoflix.decoding import Text  # noqa: E402
-from neoflix.distributed import keep_freed_memory  # noqa: E402
+from neoflix.environment import keep_freed_memory  # noqa: E402
 from neoflix.generation import Sampler  # noqa: E402
 
 TOKENIZER_SIZE = 50_259  # GPT-Neo's tokens and two more special ones; the 45 rows beyond are padding

@@ -40,7 +40,7 @@ from architectures import ARCHITECTURES, PADDED_LENGTH, build_model, draw_texts 
 from machine import cap_device_memory, now, product_flops_per_second, run_job, write_line  # noqa: E402
 
 from neoflix.config import RECOMPUTING, TrainArguments  # noqa: E402
-from neoflix.distributed import prepare_environment  # noqa: E402
+from neoflix.environment import prepare_environment  # noqa: E402
 from neoflix.lora import add_adapters  # noqa: E402
 from neoflix.runs import Start  # noqa: E402
 from neoflix.trainer import TokenTrainer, peak_host_bytes  # noqa: E402

@@ -84,9 +84,10 @@ class GPTNeoFastAttention(nn.Module):
             output = self._attend_by_text(query[0], key[0], value[0], attention_mask)
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            start = 0 if layer_past is None else layer_past.get_query_offset(self.layer_id)
             if attention_mask is not None:  # before the update, which moves a static cache's offset
-                places = start + torch.arange(query.shape[2], device=query.device).unsqueeze(1)
+                places = _find_start(layer_past, self.layer_id) + torch.arange(
+                    query.shape[2], device=query.device
+                ).unsqueeze(1)
                 attention_mask = self._complete(attention_mask, places, query.dtype)
             if layer_past is not None:
                 key, value = layer_past.update(key, value, self.layer_id)
@@ -153,6 +154,14 @@ class GPTNeoFastAttention(nn.Module):
             is_causal=mask is None and num_queries > 1,
             scale=1.0,
         )
+
+
+def _find_start(cache, layer: int | None):
+    """The first query's place among the keys: an integer or a tensor; with a `SlotCache` one for each row."""
+    if cache is None:
+        return 0
+    places_B = getattr(cache, "places_B", None)
+    return cache.get_query_offset(layer) if places_B is None else places_B[:, None, None, None]
 
 
 def takes_varlen(query: torch.Tensor) -> bool:

@@ -5,8 +5,9 @@ import math
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from neoflix.console import is_main_process, progress, write_beside_progress
-from neoflix.distributed import StoppedEarly, any_rank, ask_main_process, gather
-from neoflix.errors import UserError
+from neoflix.distributed import any_rank, ask_main_process, gather
+from neoflix.divergence import diverged
+from neoflix.errors import StoppedEarly
 from neoflix.preemption import find_stop_request, forget_stop_file
 from neoflix.record import note_start
 from neoflix.runs import save_run
@@ -94,10 +95,10 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class StopOnBadNumbers(TrainerCallback):
-    """Ends a run that no longer learns: a loss that is no number, or step after step skipped for overflow.
+    """Ends a run that no longer learns: a loss that is not finite, or step after step skipped for overflow.
 
     fp16's loss scale begins at 2 ** initial_scale_power and is halved at each skipped step: so many in a row, and it is
-    down at 1 with the gradients still overflowing. Raises UserError, in every process.
+    down at 1 with the gradients still overflowing. Raises DivergedError, in every process.
     """
 
     def __init__(self):
@@ -106,31 +107,31 @@ class StopOnBadNumbers(TrainerCallback):
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         self.num_skipped = self.num_skipped + 1 if getattr(optimizer, "step_was_skipped", False) else 0
         if self.num_skipped >= max(10, self._scale_power(args)):
-            raise UserError(
-                f"step {state.global_step}: {self.num_skipped} steps in a row were skipped: gradients overflow; "
-                f"{self._instead(args)}. {self._kept(args)}"
-            )
+            what = f"{self.num_skipped} steps in a row were skipped: gradients overflow"
+            raise diverged(args, state.global_step, what)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"step {state.global_step}: the loss is {logs['loss']}; {self._instead(args)}. {self._kept(args)}"
-            )
+        for name in ("loss", "train_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise diverged(args, state.global_step, f"the {name.replace('_', ' ')} is {logs[name]}")
 
     @staticmethod
     def _scale_power(args) -> int:
         return int(args.hf_deepspeed_config.get_value("fp16.initial_scale_power", 16)) if args.fp16 else 0
 
-    @staticmethod
-    def _instead(args) -> str:
-        """The setting to change."""
-        if args.fp16:
-            return "take --bf16 true where the GPU has it, else --fp16 false (fp32), or a lower --learning_rate"
-        return f"take a lower --learning_rate than {args.learning_rate:g}, or a lower --max_grad_norm"
 
-    @staticmethod
-    def _kept(args) -> str:
-        return f"Checkpoints in {args.output_dir} are whole; go on from one with --resume_from_checkpoint"
+class EvaluateAtEnd(TrainerCallback):
+    """Evaluates the model of the last step wherever `--eval_strategy` leaves it out, before it is saved: the figures of
+    a run are those of the model that it saves."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = not is_evaluated(state)
+
+
+def is_evaluated(state) -> bool:
+    """Whether the model as it is now was evaluated."""
+    return any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
 
 
 class Progress(ProgressCallback):

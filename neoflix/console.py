@@ -2,20 +2,54 @@
 
 import os
 import sys
+import unicodedata
 from contextlib import contextmanager
+from pathlib import Path
 
 from tqdm.auto import tqdm
+
+_console = 2  # file descriptor of the run's own stderr
+
+
+def accept_any_text() -> None:
+    """Has stdout and stderr write what their encoding lacks as escape sequences: a terminal that is not UTF-8, or half
+    a surrogate pair in a text, must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """A text without control characters, which a terminal would obey and a page may not hold; line ends stay."""
+    return "".join(" " if char != "\n" and unicodedata.category(char) == "Cc" else char for char in text)
 
 
 def is_main_process() -> bool:
     """True in the one process that speaks and writes: rank 0 of all nodes, or the only process."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(message: str) -> None:
     """Prints once for the whole run."""
     if is_main_process():
         print(message, flush=True)
+
+
+def shout(message: str) -> None:
+    """Prints in the run's own log from any process, for what the main one can no longer say. Empty: nothing."""
+    if message:
+        os.write(_console, f"{message}\n".encode(errors="backslashreplace"))
+
+
+def log_to_own_file() -> None:
+    """Where NEOFLIX_LOG_DIR names a folder, every process but the main one writes there, to a file by its rank."""
+    folder = os.environ.get("NEOFLIX_LOG_DIR")
+    if folder and not is_main_process():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        global _console
+        _console = os.dup(sys.stderr.fileno())
+        log = os.open(Path(folder, f"rank-{os.environ['RANK']}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, sys.stdout.fileno())
+        os.dup2(log, sys.stderr.fileno())
 
 
 class _Lines(tqdm):

@@ -22,6 +22,7 @@ from neoflix.checkpoint import SHARDS_FILE, WEIGHTS_FILES, has_shards_alone, has
 from neoflix.console import progress, say
 from neoflix.errors import UserError
 from neoflix.manifest import MANIFEST, HashedFile, find_damage, free_bytes, read_manifest, sync_folder, write_json
+from neoflix.paths import without_wildcards
 
 WEIGHTS = WEIGHTS_FILES[0]
 MAPPED_BYTES = 2**28  # of the shards, read before their pages are given back
@@ -98,8 +99,9 @@ def _open_shards(checkpoint: Path) -> dict:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # seconds to import
 
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it reports to whom called it as a program
-        weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint, lazy_mode=True)
+    quiet = (redirect_stdout(StringIO()), redirect_stderr(StringIO()))  # it reports to whom called it as a program
+    with quiet[0], quiet[1], without_wildcards(checkpoint) as readable:
+        weights = get_fp32_state_dict_from_zero_checkpoint(readable, lazy_mode=True)
     first_names = {id(weight): name for name, weight in reversed(weights.items())}
     return {name: weight for name, weight in weights.items() if first_names[id(weight)] == name}
 

@@ -18,7 +18,7 @@ from neoflix.checkpoint import find_model
 from neoflix.config import TrainArguments
 from neoflix.console import say
 from neoflix.consolidation import whole_weights
-from neoflix.distributed import ask_main_process
+from neoflix.distributed import ask_main_process, main_process_first
 from neoflix.errors import UserError
 from neoflix.model import find_tokenizer, get_window, load_model
 from neoflix.plan import check_same_everywhere
@@ -39,16 +39,16 @@ def evaluate_only(args: TrainArguments) -> None:
     cache_dir = Path(args.cache_dir or reading.default_cache_dir())
     output_dir = args.output_dir
     with _find_weights(args.model_name_or_path) as source, tempfile.TemporaryDirectory() as args.output_dir:
-        with args.main_process_first():
+        with main_process_first():
             texts = data.split_texts(reading.read_dataset(args), args.validation_fraction)
             tokenizer = find_tokenizer(source, texts.train, cache_dir)
         check_same_everywhere(args, texts)
         model = load_model(source, tokenizer, args.weight_dtype, {}, args.allow_pickle)
         max_length = min(args.max_length or get_window(model), get_window(model))
-        with args.main_process_first():
-            tokens, num_tokens, num_cut = data.tokenize_texts(
-                texts.validation, tokenizer, max_length, cache_dir, args.loss_on_prompt
-            )
+        with main_process_first():
+            options = (tokenizer, max_length, cache_dir, args.loss_on_prompt)
+            tokens, num_tokens, num_cut, *_ = side = data.tokenize_texts(texts.validation, *options)
+        data.check_room([texts.validation], [side], max_length)
         trainer = TokenTrainer(
             model=model,
             args=args,

@@ -26,7 +26,7 @@ from neoflix.console import progress, say
 from neoflix.consolidation import WEIGHTS, safetensors_header, whole_weights
 from neoflix.distributed import run_and_exit
 from neoflix.errors import UserError
-from neoflix.manifest import HashedFile, free_bytes, sync_folder
+from neoflix.manifest import HashedFile, free_bytes, share_as_asked, sync_folder
 from neoflix.model import load_pretrained
 from neoflix.tokenizer import read_tokenizer
 
@@ -111,6 +111,7 @@ def appearing_whole(target: Path) -> Iterator[Path]:
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
+        share_as_asked(unfinished.rglob("*"))
         sync_folder(unfinished)
         unfinished.rename(target)
         sync_folder(target.absolute().parent)

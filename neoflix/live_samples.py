@@ -15,11 +15,11 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from neoflix.console import is_main_process, say, write_beside_progress
+from neoflix.console import is_main_process, printable, say, write_beside_progress
 from neoflix.decoding import Draw
 from neoflix.distributed import gather, num_processes
 from neoflix.generation import Sample, Sampler
-from neoflix.record import printable, read_live_samples, write_live_samples
+from neoflix.record import read_live_samples, write_live_samples
 
 MAX_NEW_TOKENS = 48
 SEED = 42

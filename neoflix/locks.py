@@ -170,8 +170,8 @@ def _start_time(process: int) -> int | None:
 def _is_flocked(path: Path) -> bool:
     """Whether another process holds the file by `flock`; False also where the disk does not know that."""
     try:
-        with path.open("rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open("rb") as file:  # another user may not write to it
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:

@@ -9,9 +9,7 @@ import os
 import re
 import resource
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -209,8 +207,6 @@ def check_machine(machine: Machine, ds_config: dict, pinned_bytes: int, bf16: bo
     check_locked_memory(machine, pinned_bytes)
     if num_processes > 1:
         check_shared_memory(machine, num_processes)
-        if not _is_connected():
-            check_port(os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part, {}).get("device") == "nvme":
             check_nvme(zero[part].get("nvme_path"), part)
@@ -282,28 +278,6 @@ def check_shared_memory(machine: Machine, num_processes: int) -> None:
             f"/dev/shm: {machine.shared_memory / 2**20:.0f} MiB are free, {num_processes} processes connect through "
             f"{needed / 2**20:.0f} MiB; in a container start it with --shm-size=1g"
         )
-
-
-def check_port(address: str | None, port: str | None) -> None:
-    """The main process waits at this port for the others; UserError where another program has it."""
-    has_server = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own, which holds the port
-    if int(os.environ.get("RANK", "0")) or not port or address is None or has_server:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", int(port)))
-        except OSError as error:
-            raise UserError(
-                f"port {port} is taken ({error.strerror}); choose another: deepspeed --master_port N, MASTER_PORT for "
-                "launch.sh"
-            ) from error
-
-
-def _is_connected() -> bool:
-    """Whether this process has met the others already: a second run in it takes the same port."""
-    connections = sys.modules.get("torch.distributed")
-    return connections is not None and connections.is_available() and connections.is_initialized()
 
 
 def check_nvme(path: str | None, part: str) -> None:

@@ -5,11 +5,15 @@ write into the folder can write a manifest too.
 """
 
 import json
+import math
 import os
+import re
 import shutil
+import stat
 import uuid
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -127,6 +131,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def share_as_asked(paths: Iterable[Path]) -> None:
+    """Gives files and folders the permissions that the user's umask allows; safetensors makes files that the user alone
+    may read."""
+    umask = int(re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1], 8)
+    for path in paths:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        asked = mode | (0o777 if path.is_dir() else 0o666) & ~umask
+        if asked != mode:
+            with suppress(PermissionError):  # another user's
+                path.chmod(asked)
+
+
 def write_manifest(folder: Path, facts: dict, entries: dict[str, dict]) -> None:
     """Makes a folder complete: every file under it on disk and named, with what `entries` does not know read now.
 
@@ -134,6 +150,7 @@ def write_manifest(folder: Path, facts: dict, entries: dict[str, dict]) -> None:
         facts: what else a reader should know before any other file is opened (step, number of processes).
         entries: of the files that were hashed as they were written, by path in the folder.
     """
+    share_as_asked([folder, *folder.rglob("*")])
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {str(path.relative_to(folder)): path for path in paths}
     with ThreadPoolExecutor(4) as pool:
@@ -146,8 +163,16 @@ def write_manifest(folder: Path, facts: dict, entries: dict[str, dict]) -> None:
 
 
 def write_json(path: Path, content: dict | list) -> None:
-    """All of it or nothing, and on the disk itself."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """All of it or nothing, and on the disk itself. NaN and infinity, which JSON does not have, become null."""
+    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+
+
+def _without_nan(content):
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_text(path: Path, content: str) -> None:

@@ -21,28 +21,29 @@ import os
 import random
 import re
 import sys
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 
-from neoflix.console import say
-from neoflix.ds_config import ROOT, read_ds_config
+from neoflix.cache import in_cache, new_path
+from neoflix.console import accept_any_text, is_main_process, say
+from neoflix.ds_config import ROOT, check_compiler, read_ds_config, set_values
 from neoflix.errors import UserError
+from neoflix.flags import check_numbers, check_writable
+from neoflix.gpus import PINNED_MEMORY
 from neoflix.hub_copies import find_hub_copy
 from neoflix.machine import Machine, check_machine, read_machine, torch_version
+from neoflix.paths import expand_paths
 from neoflix.reading import NETFLIX_PATH, default_cache_dir, find_dataset, sample_texts
+from neoflix.recipes import read_recipe
+from neoflix.run_folder import check_output_dir
+from neoflix.runs import read_texts_per_step
+from neoflix.shapes import HUB_SHAPES, Shape, gpt_neo_shape, read_shape
 from neoflix.tables import find_text_files
 from neoflix.template import Template
 from neoflix.throughput import cpu_flops, flops_per_token, peak_flops, recomputed_flops_per_token
 
 GIB = 2**30
-ADAPTERS_CONFIG_FILE = "adapter_config.json"  # as in checkpoint.py
-DEMO_SHAPE = {"num_layers": 4, "hidden_size": 256, "vocab_size": 4096, "max_position_embeddings": 512}
-# config.json of the three GPT-Neos, so that their plan needs no network (Hugging Face hub, EleutherAI).
-HUB_SHAPES = {
-    f"EleutherAI/gpt-neo-{size}": {"num_layers": num_layers, "hidden_size": width}
-    for size, num_layers, width in (("125M", 12, 768), ("1.3B", 24, 2048), ("2.7B", 32, 2560))
-}
 
 # Bytes. What a process takes by itself is measured on the CPU (Python, torch 2.13, transformers, deepspeed, the
 # tokenised data; benchmarks/results/plan-cpu.jsonl). Of a process with CUDA neither share has been measured here yet.
@@ -52,6 +53,10 @@ CUDA_CONTEXT = int(0.6 * GIB)
 # Torch's caching allocator holds more than it hands out, in blocks that fit nothing else: no more than this share,
 # where the run's shapes differ from batch to batch. Not measured on a GPU yet.
 FRAGMENTATION = 0.06
+# LoRA on a CPU, other models than GPT-Neo: what adapters compute for a moment leaves holes in the memory. Two runs of a
+# Llama of 135 million parameters held 1.92 and 1.93 times the activations that autograd keeps (1,200 tokens at once,
+# and 32 texts at once).
+ADAPTERS_ON_CPU = 1.9
 LOSS_CHUNK = {"cuda": 2**26 * 4, "cpu": 2**20 * 4}  # fp32 logits that `loss.py` reads at a time
 
 CHARS_PER_TOKEN = 4.8  # the 7,787 Netflix descriptions, GPT-2's tokenizer; special tokens left out
@@ -59,33 +64,6 @@ SAMPLE_TEXTS = 500
 
 
 # ---- what the plan is made of ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's shape, by its config.json."""
-
-    num_layers: int
-    width: int
-    inner: int  # width of the MLP
-    vocab_size: int  # rows of the embedding, rounded up as `model.py` does
-    num_parameters: int
-    window: int
-    is_gpt_neo: bool = True  # our attention and our loss
-    adapted: int = 0  # widths of what goes into and comes out of each linear layer but the head, summed
-    num_linear: int = 0  # such layers
-
-    is_tied: bool = True  # the output layer's weight is the embedding's
-
-    @property
-    def embedding(self) -> int:
-        return self.vocab_size * self.width
-
-    def products(self, mean_length: float) -> tuple[int, int, int, float]:
-        """What `flops_per_token` counts by. An embedding that is not the output layer's is looked up, not multiplied
-        with."""
-        num_weights = self.num_parameters - (0 if self.is_tied else self.embedding)
-        return num_weights, self.num_layers, self.width, mean_length
 
 
 @dataclass(frozen=True)
@@ -100,13 +78,28 @@ class Texts:
     source: str  # where the counts come from
 
     def of_batch(self, num_texts: int, packed: bool = True) -> int:
-        """Most tokens that a batch of so many texts is likely to have (mean and two deviations); padded to its longest
-        where texts are not packed."""
+        """Most tokens that a batch of so many texts is likely to have (mean and two deviations). Where texts are padded
+        to the longest of their batch, one batch of each epoch has the longest of all."""
         num_texts = min(num_texts, max(self.num_train, 1))
         if not packed:
-            return num_texts * math.ceil(min(self.mean + 2.5 * self.deviation, self.longest))
+            return num_texts * self.longest
         likely = num_texts * self.mean + 2 * self.deviation * math.sqrt(num_texts)
         return math.ceil(min(likely, num_texts * self.longest))
+
+    def of_budget(self, num_tokens: int, packed: bool) -> int:
+        """Most tokens that a batch computes whose texts have so many: more where they are padded."""
+        if packed:
+            return num_tokens
+        return self.of_batch(max(1, round(num_tokens / self.mean)), packed)
+
+    def padding(self, num_texts: int | None, budget: int | None, packed: bool) -> float:
+        """Tokens that are computed for each real one: the longest of a batch's texts by their mean, for lengths spread
+        normally (the expected largest of n: Blom, 1958)."""
+        if packed:
+            return 1.0
+        n = min(num_texts or max(1, round(budget / self.mean)), max(self.num_train, 1))
+        longest = self.mean + self.deviation * NormalDist().inv_cdf((n - 0.375) / (n + 0.25))
+        return min(longest, self.longest) / self.mean
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,7 @@ class Settings:
     ds_config: dict
     ds_name: str
     weight_bytes: int  # 2 in bf16 and fp16, 4 in fp32
-    batch_tokens: int  # most tokens a process takes at once
+    batch_tokens: int  # most tokens a process takes at once, padding included
     eval_tokens: int
     accumulation: int
     num_processes: int
@@ -129,6 +122,7 @@ class Settings:
     rounds_pinned: bool = True  # torch rounds pinned buffers up to a power of two
     batch_texts: int | None = None  # where a batch is counted in texts
     lora_rank: int = 0  # 0: the whole model learns
+    budget: int | None = None  # where a batch is counted in tokens
     padding: float = 1.0  # tokens that are computed for each real one
 
     def num_learning(self, shape: Shape) -> int:
@@ -309,10 +303,13 @@ def activation_bytes(shape: Shape, settings: Settings, num_tokens: int) -> int:
     GPT-Neo. Counted with autograd's saved-tensor hooks, which `tests/test_plan.py` does again. With checkpointing one
     width a layer, and one layer in full while it is worked out again (Chen et al., 2016). Besides: the embedding and
     the last norm. With LoRA the same, since every adapter keeps what goes into its layer, and what its first matrix
-    makes of that.
+    makes of that. Of other models the layers are counted likewise, when their shape is read.
     """
     copies = 1.4 if settings.is_cpu else 0  # the copy, and what padding to the longest of a group adds
     layer = (8 + copies) * shape.width + 5 * shape.inner
+    if counted := shape.kept_bytes[settings.weight_bytes // 4]:
+        layer = counted / settings.weight_bytes / shape.num_layers
+        layer *= ADAPTERS_ON_CPU if settings.is_cpu and settings.lora_rank else 1
     layer += settings.lora_rank * shape.num_linear / max(shape.num_layers, 1)
     kept = layer + shape.num_layers * shape.width if settings.recomputes else shape.num_layers * layer
     return int(num_tokens * settings.weight_bytes * (kept + 2 * shape.width))
@@ -344,7 +341,7 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
     parts = {"weights": b * P}
     if stage == 3:
         live = settings.zero.get("stage3_max_live_parameters", 10**9) + _bucket(settings, "stage3_prefetch_bucket_size")
-        gathered = min(P, max(live, shape.embedding + _layer(shape)))
+        gathered = min(P, max(live, shape.embedding + shape.layer_parameters))
         parts["weights"] = 0 if settings.offload("offload_param") else b * P // N
         parts["gathered layers"] = b * gathered
     parts["optimizer"] = int(on_device * optimizer_bytes(settings) * L / (N if stage else 1))
@@ -354,20 +351,41 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
     activations = activation_bytes(shape, settings, settings.batch_tokens)
     loss = loss_bytes(shape, settings, settings.batch_tokens)
     # Tied to the head: one gradient comes at the beginning of the backward pass and waits for the other at its end.
-    embedding = {"gradients of the embedding": 0 if settings.lora_rank else 2 * b * shape.embedding}
+    embedding = {"gradients of the embedding": 0 if settings.lora_rank else (1 + shape.is_tied) * b * shape.embedding}
     working = {"activations": activations, "loss": loss}
     if settings.is_cpu:
         parts |= _kept_by_the_cpu(shape, settings)
         if b == 4:
-            # Freed memory is kept, in pieces: gradients find room where activations were, if these were the larger.
-            grown = gradients + (0 if settings.lora_rank else b * shape.embedding)
-            working["room used twice"] = -min(grown, max(0, activations + loss - grown))
+            if shape.is_gpt_neo:  # padded batches differ too much in size
+                # Freed memory is kept, in pieces: gradients find room where activations were, if these were the larger.
+                grown = gradients + (0 if settings.lora_rank else b * shape.embedding)
+                working["room used twice"] = -min(grown, max(0, activations + loss - grown))
             return {"train": parts | {"gradients": gradients + copies} | embedding | working}
     beginning = parts | {"gradients": gradients if settings.accumulation > 1 else 0} | embedding | working
     end = parts | {"gradients": gradients} | embedding
     step = parts | {"gradients": gradients, "gradients' fp32 copies": copies}
     evaluation = parts | {"loss": loss_bytes(shape, settings, settings.eval_tokens)}
-    return {"train": beginning, "backward's end": end, "step": step, "evaluate": evaluation}
+    phases = {"train": beginning, "backward's end": end, "step": step, "evaluate": evaluation}
+    if stage == 2 and not offloaded and settings.gradient_bytes != b:
+        reduction = _first_reduction(shape, settings, activations)
+        phases["first reduction"] = parts | {"gradients": gradients} | reduction
+    if offloaded and stage in (1, 2):  # DeepSpeed flattens the weights, and clones the process's share
+        phases["start"] = {"weights": b * P, "weights, flattened": b * L // N}
+    return phases
+
+
+def _first_reduction(shape: Shape, settings: Settings, activations: int) -> dict[str, int]:
+    """What there is besides when ZeRO-2 reduces its first bucket of gradients to be summed up in another dtype: it
+    allocates its whole share of them then, and flattens the bucket. Of the activations those are gone whose layers
+    filled the bucket; of the embedding's two gradients the head's is there."""
+    b, bucket = settings.weight_bytes, min(_bucket(settings, "reduce_bucket_size"), settings.num_learning(shape))
+    in_layers = settings.num_learning(shape) - (0 if settings.lora_rank else shape.embedding)
+    share = 0 if settings.recomputes else min(1.0, bucket / max(in_layers, 1))
+    return {
+        "activations": int(activations * (1 - share)),
+        "gradients of the embedding": 0 if settings.lora_rank else b * shape.embedding,
+        "flattened bucket": b * bucket,
+    }
 
 
 def _kept_by_the_cpu(shape: Shape, settings: Settings) -> dict[str, int]:
@@ -391,11 +409,6 @@ def _kept_by_the_cpu(shape: Shape, settings: Settings) -> dict[str, int]:
             8 * shape.embedding + _buffers(shape, settings) - 2 * shape.embedding
         )
     return kept
-
-
-def _layer(shape: Shape) -> int:
-    """Parameters of one layer: attention and MLP."""
-    return 4 * shape.width**2 + 2 * shape.width * shape.inner
 
 
 def _bucket(settings: Settings, name: str, default: int = 5 * 10**8) -> int:
@@ -580,7 +593,8 @@ def read_settings(args, shape: Shape, texts: Texts, machine: Machine, ds_config:
     accumulation = max(1, args.gradient_accumulation_steps)
     batch = max(1, args.per_device_train_batch_size)
     budget = args.tokens_per_device_batch
-    batch_tokens = budget or texts.of_batch(batch, shape.is_gpt_neo)
+    packed = shape.is_gpt_neo
+    batch_tokens = texts.of_budget(budget, packed) if budget else texts.of_batch(batch, packed)
     mean_tokens = min(budget or batch * texts.mean, max(texts.num_train * texts.mean, 1))
     steps_an_epoch = math.ceil(texts.num_train * texts.mean / (mean_tokens * accumulation * num_processes))
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(max(1, steps_an_epoch) * args.num_train_epochs)
@@ -591,7 +605,9 @@ def read_settings(args, shape: Shape, texts: Texts, machine: Machine, ds_config:
         weight_bytes=2 if is_half else 4,
         batch_tokens=batch_tokens,
         batch_texts=None if budget else batch,
-        eval_tokens=texts.of_batch(max(1, args.per_device_eval_batch_size), shape.is_gpt_neo),
+        budget=budget,
+        padding=texts.padding(None if budget else batch, budget, packed),
+        eval_tokens=texts.of_batch(max(1, args.per_device_eval_batch_size), packed),
         accumulation=accumulation,
         num_processes=num_processes,
         local_processes=min(_local_processes(), num_processes),
@@ -614,84 +630,15 @@ def rounds_pinned() -> bool:
     return "pinned_max_round_threshold_mb" not in said
 
 
-def read_shape(model_name_or_path: str) -> Shape | None:
-    """The shape by a folder's config.json, by the hub's cache, or as this file knows it; None where none is found."""
-    if model_name_or_path == "demo":
-        return _gpt_neo_shape(DEMO_SHAPE)
-    if (adapters := Path(model_name_or_path, ADAPTERS_CONFIG_FILE)).is_file():  # its base, once they are merged
-        return read_shape(json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
-    path = Path(model_name_or_path, "config.json")
-    if not path.is_file():
-        if known := {name.lower(): shape for name, shape in HUB_SHAPES.items()}.get(model_name_or_path.lower()):
-            return _gpt_neo_shape(known)
-        path = _find_in_hub(model_name_or_path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError):
-        return None
-    if config.get("model_type") == "gpt_neo":
-        return _gpt_neo_shape(config) if {"num_layers", "hidden_size"} <= config.keys() else None
-    return _other_shape(path.parent) if config else None
-
-
-def _find_in_hub(name: str) -> Path | None:
-    if name.count("/") > 1 or name.startswith((".", "/")):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found) if isinstance(found, str) else None
-
-
-def _gpt_neo_shape(config: dict) -> Shape:
-    """Parameters: V w + positions w, for each layer 4 w^2 + w (attention: three projections without bias, one with),
-    2 w inner + inner + w (MLP) and 4 w (two norms), and 2 w for the last norm; the head is tied to the embedding."""
-    width, num_layers = config["hidden_size"], config["num_layers"]
-    inner = config.get("intermediate_size") or 4 * width
-    vocab = -(-config.get("vocab_size", 50257) // 64) * 64
-    positions = config.get("max_position_embeddings", 2048)
-    layer = 4 * width**2 + width + 2 * width * inner + inner + width + 4 * width
-    return Shape(
-        *(num_layers, width, inner, vocab, (vocab + positions) * width + num_layers * layer + 2 * width, positions),
-        adapted=num_layers * (8 * width + 2 * (width + inner)),
-        num_linear=6 * num_layers,
-    )
-
-
-def _other_shape(folder: Path) -> Shape | None:
-    """Of any other causal language model: built without memory for its weights, and counted."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError):
-        return None
-    width = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
-    window = getattr(config, "max_position_embeddings", None) or 2048
-    vocab = -(-config.vocab_size // 64) * 64
-    linear = [layer.weight.shape for layer in model.modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
-    adapted = [shape for shape in linear if shape[0] != config.vocab_size]
-    return Shape(
-        *(config.num_hidden_layers, width, inner, vocab, model.num_parameters(), window),
-        is_gpt_neo=False,
-        adapted=sum(map(sum, adapted)),
-        num_linear=len(adapted),
-    )
-
-
 # ---- the texts' tokens -------------------------------------------------------------------------------------
 
 
 def count_texts(args, shape: Shape) -> Texts:
     """Tokens of the data: those that an earlier run counted, else estimated from the file's first rows."""
     path = _counts_file(args, shape.window)
-    if path and path.is_file():
-        return Texts(**json.loads(path.read_text()), source="counted by an earlier run")
+    with in_cache(_cache_dir(args)):
+        if path and path.is_file():
+            return Texts(**json.loads(path.read_text()), source="counted by an earlier run")
     return estimate_texts(_find_data(args), args, shape.window)
 
 
@@ -705,10 +652,8 @@ def remember_counts(args, window: int, lengths_N, num_validation: int) -> None:
             "deviation": float(lengths_N.std()),
             "longest": int(lengths_N.max()),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # another run may be reading it
-        unfinished.write_text(json.dumps(counts))
-        unfinished.replace(path)
+        with in_cache(path.parent), new_path(path) as unfinished:  # another run may be reading it
+            unfinished.write_text(json.dumps(counts))
 
 
 def _find_data(args) -> Path | None:
@@ -900,7 +845,7 @@ def _changes(plan: Plan):
                     (f"{words} {others}", both) for others, both in kind(changed) if _flags(others) != _flags(words)
                 )
     for name, known in reversed(HUB_SHAPES.items()):
-        smaller = _gpt_neo_shape(known)
+        smaller = gpt_neo_shape(known)
         if smaller.num_parameters < plan.shape.num_parameters * 0.9:
             yield f"--model_name_or_path {name}", forecast(smaller, plan.texts, plan.settings, plan.machine)
 
@@ -918,22 +863,25 @@ def _with(plan: Plan, **changes) -> Plan:
 
 
 def _cheaper_batch(plan: Plan, divisor: int) -> dict:
-    settings = plan.settings
+    settings, texts, packed = plan.settings, plan.texts, plan.shape.is_gpt_neo
+    cheaper = {"accumulation": settings.accumulation * divisor}
     if settings.batch_texts is None:
-        return {"batch_tokens": settings.batch_tokens // divisor, "accumulation": settings.accumulation * divisor}
-    texts = settings.batch_texts // divisor
-    tokens = plan.texts.of_batch(texts, plan.shape.is_gpt_neo)
-    return {"batch_texts": texts, "batch_tokens": tokens, "accumulation": settings.accumulation * divisor}
+        budget = settings.budget // divisor
+        tokens, padding = texts.of_budget(budget, packed), texts.padding(None, budget, packed)
+        return cheaper | {"budget": budget, "batch_tokens": tokens, "padding": padding}
+    count = settings.batch_texts // divisor
+    tokens, padding = texts.of_batch(count, packed), texts.padding(count, None, packed)
+    return cheaper | {"batch_texts": count, "batch_tokens": tokens, "padding": padding}
 
 
 def _batch_changes(plan: Plan):
     """Smaller batches, more of them a step; the largest that fits comes first."""
     texts, divisor = plan.settings.batch_texts, 2
-    while (texts or plan.settings.batch_tokens // max(plan.texts.longest, 1)) // divisor >= 1:
+    while (texts or plan.settings.budget // max(plan.texts.longest, 1)) // divisor >= 1:
         cheaper = _cheaper_batch(plan, divisor)
         flag, count = ("per_device_train_batch_size", texts and texts // divisor)
         if texts is None:
-            flag, count = "tokens_per_device_batch", cheaper["batch_tokens"]
+            flag, count = "tokens_per_device_batch", cheaper["budget"]
         words = f"--{flag} {count} --gradient_accumulation_steps {cheaper['accumulation']}"
         changed = _with(plan, **cheaper, eval_tokens=min(plan.settings.eval_tokens, cheaper["batch_tokens"]))
         if changed.fits or texts == divisor:
@@ -956,7 +904,7 @@ def _disk_changes(plan: Plan):
 
 def _host_changes(plan: Plan):
     if plan.settings.rounds_pinned and plan.pinned_bytes:
-        yield "PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:64", _with(plan, rounds_pinned=False)
+        yield f"PYTORCH_ALLOC_CONF={PINNED_MEMORY}", _with(plan, rounds_pinned=False)
 
 
 def _set_up_changes(plan: Plan):
@@ -990,7 +938,7 @@ def plan_table(plan: Plan | None) -> str:
         f"plan: {_count(shape.num_parameters)} parameters, {learning}{precision}, {settings.ds_name} (ZeRO "
         f"{settings.stage}), {settings.num_processes} process(es)",
         f"texts: {texts.num_train:,} to learn from, {texts.mean:.1f} tokens each ({texts.source}); at most "
-        f"{settings.batch_tokens:,} tokens at once",
+        f"{settings.batch_tokens:,} tokens at once{'' if shape.is_gpt_neo else ', padding included'}",
     ]
     if machine.has_gpu:
         free = machine.device_memory - machine.device_taken
@@ -1102,67 +1050,109 @@ PLAN_FLAGS = {
     "gradient_checkpointing": None, "activation_checkpointing": None, "plan": True, "plan_device_memory": None,
     "plan_host_memory": None, "plan_must_fit": True, "lora": False, "lora_rank": LORA_RANK,
 }  # fmt: skip
-# What a recipe may say besides, and no plan depends on.
-OTHER_FLAGS = frozenset(
-    "config generation learning_rate lr_scheduler_type warmup_steps weight_decay early_stopping_patience seed "
-    "logging_steps report_to disable_tqdm eval_strategy lora_alpha loss_on_prompt sample_prompts "
-    "num_progress_samples".split()
-)
+# Further flags that recipes set and no plan depends on, and their types; of words, those that need no further check.
+OTHER_FLAGS = {
+    "learning_rate": float, "warmup_steps": float, "weight_decay": float, "logging_steps": float, "lora_alpha": float,
+    "early_stopping_patience": int, "seed": int, "local_rank": int, "num_progress_samples": int, "sample_prompts": str,
+    "disable_tqdm": bool, "eval_strategy": ("no", "epoch"), "lr_scheduler_type": ("linear", "cosine", "constant"),
+    "report_to": ("none", "tensorboard"),
+}  # fmt: skip
 
 
 def answer_quickly() -> None:
-    """Answers `train.py --plan ...` in a second and ends the program. Returns where something else is asked, or a flag
-    is there that only the full parser understands."""
+    """Answers `train.py --plan ...` in a second and ends the program. Returns where something else is asked for, or
+    where only the full parser can check or refuse what is."""
+    accept_any_text()
     args = read_quickly(sys.argv[1:]) if "--plan" in sys.argv else None
     if args is None:
         return
     try:
         say(plan_table(plan_run(args)))
-    except ValueError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+    except UserError as error:
+        if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(0)
 
 
 def read_quickly(words: list[str]) -> argparse.Namespace | None:
-    """The arguments of a plan, recipe included; None where they are not all plain `--flag value` of the flags above."""
+    """The arguments of a plan, recipe included; None where the full parser is needed: for a flag that isn't above, for
+    a value that isn't plainly one of its flag, and for whatever a check refuses, so that it is refused there."""
+    try:
+        said = expand_paths(_split_words(words))
+        recipe, _ = read_recipe(said.pop("config"), _quick_flags()) if "config" in said else ({}, {})
+        said = expand_paths(recipe) | said
+        values = {name: _convert(name, value) for name, value in said.items()}
+        args = argparse.Namespace(**PLAN_FLAGS | values)
+        _check_quickly(args, said)
+    except (KeyError, ValueError):
+        return None
+    return argparse.Namespace(**{name: getattr(args, name) for name in PLAN_FLAGS})
+
+
+def _quick_flags() -> set[str]:
+    return (PLAN_FLAGS.keys() - {"plan"}) | OTHER_FLAGS.keys()
+
+
+def _split_words(words: list[str]) -> dict[str, str]:
+    """['--plan', '--max-steps=7'] -> {'max_steps': '7'}; ValueError for anything but flags with one value each."""
     said, rest = {}, list(words)
     while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").replace("-", "_").partition("=")
-        if not word.startswith("--") or name not in PLAN_FLAGS.keys() | OTHER_FLAGS | {"local_rank"}:
-            return None
+        word, equals, value = rest.pop(0).partition("=")
+        if word == "--plan" and not equals and (not rest or rest[0].startswith("--")):
+            continue
+        name = word.removeprefix("--")
+        name = name.replace("-", "_") if "_" not in name else name
+        if not word.startswith("--") or name not in _quick_flags() | {"config"} or name in said:
+            raise ValueError(word)
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        said[name] = word.partition("=")[2] if equals else value
-    if recipe := said.pop("config", None):
-        import yaml
-
-        try:
-            flags = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError):
-            return None
-        if not isinstance(flags, dict) or not flags.keys() <= PLAN_FLAGS.keys() | OTHER_FLAGS:
-            return None
-        said = {name: value for name, value in flags.items() if value is not None} | said
-    try:
-        return argparse.Namespace(
-            **{name: _convert(name, said.get(name), default) for name, default in PLAN_FLAGS.items()}
-        )
-    except ValueError:
-        return None
+            if not rest or rest[0].startswith("-"):
+                raise ValueError(word)
+            value = rest.pop(0)
+        said[name] = value
+    return said
 
 
-def _convert(name: str, value, default):
-    if value is None:
-        return default
-    if name in ("bf16", "fp16") or name.endswith("_checkpointing") or isinstance(default, bool):
-        if str(value).lower() not in ("true", "false"):
-            raise UserError
-        return str(value).lower() == "true"
-    if name == "deepspeed":
-        return value if isinstance(value, str) else json.dumps(value)
+def _convert(name: str, value):
+    """A flag's value from what was typed; ValueError where that isn't plainly one."""
+    default, kind = PLAN_FLAGS.get(name), OTHER_FLAGS.get(name)
+    if not isinstance(value, str):
+        raise ValueError(name)
+    if isinstance(kind, tuple) and value not in kind:
+        raise ValueError(name)
+    if name in ("bf16", "fp16") or name.endswith("_checkpointing") or isinstance(default, bool) or kind is bool:
+        return {"true": True, "false": False}[value.lower()]
     if name in ("max_length", "tokens_per_device_batch") and value != "auto":
         return int(value)
+    if kind in (int, float):
+        return kind(value)
     return value if default is None else type(default)(value)
+
+
+def _check_quickly(args: argparse.Namespace, said: dict) -> None:
+    """ValueError where the full parser would refuse something, or change an argument."""
+    check_numbers(args)
+    if args.template is not None:
+        Template(args.template)
+    batch = 1 if args.tokens_per_device_batch else args.per_device_train_batch_size
+    texts_per_step = batch * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    lora_alone = {"lora_rank", "lora_alpha"} & said.keys() and not args.lora
+    is_unusual = (
+        args.template is not None and args.text_column is not None,
+        args.tokens_per_device_batch not in (None, "auto") and args.tokens_per_device_batch < 2,
+        args.lora and args.model_name_or_path == "demo",
+        args.save_strategy not in ("no", "epoch"),
+        not args.output_dir.strip(),
+        read_texts_per_step(args.output_dir, None) not in (None, texts_per_step),  # a run keeps its own
+        args.bf16 and args.fp16,
+        lora_alone,
+    )
+    if any(is_unusual):
+        raise ValueError
+    check_writable(args.output_dir)
+    check_output_dir(args.output_dir, args.model_name_or_path)
+    if args.deepspeed != "auto":
+        config = read_ds_config(args.deepspeed)
+        check_compiler(config)
+        if set_values(config):
+            raise ValueError

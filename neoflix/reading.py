@@ -7,10 +7,10 @@ import os
 import re
 import textwrap
 import urllib.request
-import uuid
 from http.client import HTTPException
 from pathlib import Path
 
+from neoflix.cache import in_cache, new_path
 from neoflix.console import say
 from neoflix.ds_config import ROOT
 from neoflix.errors import UserError
@@ -68,22 +68,17 @@ def find_dataset(name: str, cache_dir: Path | None = None) -> Path:
 def download_netflix(path: Path, url: str = NETFLIX_URL) -> None:
     """Fetches the Netflix catalogue (3 MB, no login); `path` appears whole and checked, or not at all."""
     say(f"Downloading the Netflix titles to {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with urllib.request.urlopen(url, timeout=60) as response:
+        with new_path(path) as partial, urllib.request.urlopen(url, timeout=60) as response:
             partial.write_bytes(response.read())
-        if len(read_texts(partial, "description", suffix=".csv")) < 1000:
-            raise UserError("the file is too short to be the catalogue")
-        partial.replace(path)
+            if len(read_table(partial, ["description"], suffix=".csv").rows) < 1000:
+                raise UserError("the file is too short to be the catalogue")
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
             f"--dataset netflix: could not be downloaded from {url} ({reason}); save that file as {path}, "
             "or try --dataset sample"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def download_from_hub(name: str, cache_dir: Path) -> Path:
@@ -108,10 +103,8 @@ def download_from_hub(name: str, cache_dir: Path) -> Path:
         ) from error
     file = hub_copy_file(name, dataset._fingerprint, cache_dir)
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
-        dataset.to_parquet(unfinished)
-        unfinished.replace(file)
+        with in_cache(cache_dir), new_path(file) as unfinished:
+            dataset.to_parquet(unfinished)
     return file
 
 
@@ -138,6 +131,9 @@ def read_texts(
     num_empty = len(table.rows) - len(texts)
     from_lines = ", one a line" if path.suffix.lower() == ".txt" else ""
     empty = f"; {num_empty:,} of {len(table.rows):,} rows have no text there and are left out" if num_empty else ""
+    for name in template.fields if template else []:
+        if missing := sum(not _as_field(cell) for cell in table.column(name)):
+            empty += f"; column {name} is empty in {missing:,}"
     warning = "warning: " if num_empty > len(texts) else ""
     say(f"{warning}{path}: {len(texts):,} texts of column {column}{from_lines}{empty}")
     return texts

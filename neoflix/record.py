@@ -4,8 +4,8 @@ import json
 import os
 import platform
 import re
+import shlex
 import time
-import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -17,6 +17,7 @@ import torch
 from neoflix.checkpoint import LIVE_SAMPLES_FILE, RESULTS_FILE, STARTS_FILE, STATE_FILE, list_checkpoints
 from neoflix.errors import UserError
 from neoflix.manifest import write_json, write_text
+from neoflix.redaction import redact_command
 from neoflix.runs import read_run
 
 FEW_TEXTS = 1000
@@ -34,16 +35,11 @@ def note_start(output_dir: str, facts: dict) -> None:
         facts: of this start; `from_step`: how far the run was.
     """
     before = read_json(Path(output_dir, STARTS_FILE), []) if facts["from_step"] else []
-    facts = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **facts, "command": _without_secrets(facts["command"])}
+    command = redact_command(shlex.split(facts["command"]))
+    facts = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **facts, "command": command}
     packages = ("torch", "transformers", "deepspeed", "accelerate")
     facts["versions"] = {"python": platform.python_version()} | {name: version(name) for name in packages}
     write_json(Path(output_dir, STARTS_FILE), [*before, facts | {"hardware": describe_hardware()}])
-
-
-def _without_secrets(command: str) -> str:
-    """The command without the launcher's own word, and with no token of a hub in it."""
-    command = re.sub(r" --local_rank=\d+", "", command)
-    return re.sub(r"(--\w*token[ =])\S+", r"\1...", command)
 
 
 def describe_hardware() -> str:
@@ -74,11 +70,6 @@ def read_live_samples(output_dir: str | Path) -> list[dict]:
         except (ValueError, KeyError, TypeError):
             continue
     return rows
-
-
-def printable(text: str) -> str:
-    """A text without control characters, which a terminal would obey and a page may not hold; line ends stay."""
-    return "".join(" " if char != "\n" and unicodedata.category(char) == "Cc" else char for char in text)
 
 
 def write_live_samples(output_dir: str | Path, rows: list[dict]) -> None:
@@ -164,7 +155,9 @@ class Record:
     def best(self) -> dict | None:
         """The evaluation of the model that the run saved as its best or, until then, the best there is."""
         saved = [line for line in self.trained if line["step"] == self.results.get("saved_step")]
-        return saved[-1] if saved else min(self.trained, key=lambda line: line["eval_loss"], default=None)
+        if self.results:
+            return saved[-1] if saved else None
+        return min(self.trained, key=lambda line: line["eval_loss"], default=None)
 
     @property
     def improved(self) -> bool:

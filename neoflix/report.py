@@ -6,8 +6,10 @@ them. Nothing is loaded from a network: drawings are inline SVG whose colours ar
 
 import json
 import math
+import os
 import re
 import shlex
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,12 +21,12 @@ import jinja2
 
 from neoflix.checkpoint import RESULTS_FILE
 from neoflix.config import parse_report_args
-from neoflix.console import say
+from neoflix.console import printable, say
 from neoflix.distributed import run_and_exit
 from neoflix.errors import UserError
 from neoflix.manifest import write_text
 from neoflix.quality import Judgement, Style, judgement_table, sweep_header, sweep_line
-from neoflix.record import Record, file_sizes, printable, read_json
+from neoflix.record import Record, file_sizes, read_json
 from neoflix.run_folder import LOCK_FILE
 from neoflix.template import Template
 
@@ -472,15 +474,16 @@ def model_card(record: Record) -> str:
         "README.md.jinja",
         mark=CARD_MARK,
         title=_markdown(record.name),
-        folder=shlex.quote(str(record.folder)),
+        folder=shlex.quote(record.name),
         template=template,
+        pattern=pattern and _markdown(pattern),
         example_fields=" ".join(f"{shlex.quote(name)}=..." for name in fields),
         beginning=json.dumps(template.prompt(fields) if template else "A young")[1:-1],
         is_adapted=bool(run.get("lora")),
-        base=run.get("model"),
+        base=_markdown(_without_folders(run.get("model", ""))),
         sentence=record.verdict()[1],
         remarks=record.remarks(),
-        what={name: _markdown(value) for name, value in _what_was_run(record).items()},
+        what={name: _markdown(value) for name, value in _what_is_published(record).items()},
         figures=_figures(record),
         samples=[_markdown(text) for text in last],
     )
@@ -488,7 +491,30 @@ def model_card(record: Record) -> str:
 
 
 def _hub_name(model: str) -> str | None:
-    return model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() else None
+    """A model's name on the hub; None for a folder."""
+    return model if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not Path(model).exists() else None
+
+
+def _what_is_published(record: Record) -> dict[str, str]:
+    """What was run, without the folders of this machine."""
+    what = _what_was_run(record)
+    for name in what.keys() & {"model", "texts"}:
+        what[name] = _without_folders(what[name])
+    if "command" in what:
+        what["command"] = shlex.join(map(_without_folders, shlex.split(what["command"])))
+    return what
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command in which each path is its last name alone; names of the hub and URLs stay."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if re.match(r"hf:[/~.]", value):
+        return f"{flag}{equals}hf:{Path(value).name}"
+    if _hub_name(value) or value.startswith("hf:"):
+        return word
+    if value.startswith(("/", "~", "./", "../")) or re.fullmatch(r"[\w.@+ -]+(/[\w.@+ -]+)+/?", value):
+        return flag + equals + (Path(value).name or value)
+    return flag + equals + re.sub(r"(?<![\w:/.~}-])(?:~|\.{1,2})?/(?:[^\s/:'\"=,]+/)*", "", value)  # within JSON
 
 
 def _markdown(text: str) -> str:
@@ -536,6 +562,8 @@ def _try(write: Callable[[], None]) -> None:
 
 
 def _warn(error: Exception) -> None:
+    if os.environ.get("NEOFLIX_TRACEBACK"):
+        traceback.print_exception(error)
     say(f"warning: no report: {' '.join(str(error).split()) or type(error).__name__}")
 
 

@@ -36,7 +36,7 @@ from neoflix.console import say
 from neoflix.distributed import ask_main_process
 from neoflix.errors import UserError
 from neoflix.locks import Lock, acquire
-from neoflix.manifest import find_damage, hash_file, read_manifest, sync_folder, write_json
+from neoflix.manifest import find_damage, hash_file, read_manifest, share_as_asked, sync_folder, write_json
 from neoflix.runs import read_run
 
 LIST_FILE = "run_files.json"
@@ -295,6 +295,7 @@ def promote(checkpoint: Path, run: Path) -> None:
     """
     owned, entries = read_list(run), (read_manifest(checkpoint) or {"files": {}})["files"]
     sources = {path.name: path for path in list_model_files(checkpoint)}
+    share_as_asked(sources.values())
     checksums = {name: (entries.get(name) or hash_file(path))["xxh3_128"] for name, path in sources.items()}
     before = owned["files"]
     both = {name: [*before.get(name, []), checksum] for name, checksum in checksums.items()}

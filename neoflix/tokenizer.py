@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerBase
 
+from neoflix.cache import in_cache, new_path
 from neoflix.errors import UserError
 
 BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
@@ -25,6 +26,11 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
             f"--model_name_or_path {model_name_or_path}: no tokenizer found there; a folder needs tokenizer.json "
             "(or vocab.json and merges.txt), a hub name needs a network connection or an earlier download"
         ) from error
+    if not tokenizer.is_fast:  # training needs each token's place in the text, which only those of `tokenizers` tell
+        raise UserError(
+            f"--model_name_or_path {model_name_or_path}: its tokenizer, {type(tokenizer).__name__}, has no fast form "
+            "(tokenizer.json); use a model that has one"
+        )
     if len(tokenizer) < 2:
         raise UserError(f"--model_name_or_path {model_name_or_path}: its tokenizer has no vocabulary")
     set_special_tokens(tokenizer)
@@ -74,19 +80,15 @@ def train_tokenizer(texts: list[str], vocab_size: int, cache_dir: Path) -> PreTr
     """
     digest = hashlib.sha256("\0".join([str(vocab_size), *texts]).encode()).hexdigest()[:16]
     folder = cache_dir / f"tokenizer-{digest}"
-    if not folder.is_dir():
-        bpe = ByteLevelBPETokenizer()
-        special_tokens = [EOS, BOS, PAD]
-        bpe.train_from_iterator(texts, vocab_size, min_frequency=2, show_progress=False, special_tokens=special_tokens)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir) as unfinished:
-            bpe.save_model(unfinished)
-            tokenizer = GPT2TokenizerFast.from_pretrained(unfinished)
-            set_special_tokens(tokenizer)
-            tokenizer.save_pretrained(Path(unfinished, "done"))
-            try:
-                Path(unfinished, "done").rename(folder)
-            except OSError:  # another node was first
-                if not folder.is_dir():
-                    raise
+    with in_cache(cache_dir):
+        if not folder.is_dir():
+            bpe = ByteLevelBPETokenizer()
+            special = [EOS, BOS, PAD]
+            bpe.train_from_iterator(texts, vocab_size, min_frequency=2, show_progress=False, special_tokens=special)
+            with new_path(folder, is_folder=True) as unfinished:
+                with tempfile.TemporaryDirectory() as vocabulary:
+                    bpe.save_model(vocabulary)
+                    tokenizer = GPT2TokenizerFast.from_pretrained(vocabulary)
+                set_special_tokens(tokenizer)
+                tokenizer.save_pretrained(unfinished)
     return AutoTokenizer.from_pretrained(folder)

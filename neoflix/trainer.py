@@ -1,5 +1,6 @@
 """Hugging Face's Trainer, counting in tokens where it counts in batches and rows, and losing nothing."""
 
+import dataclasses
 import math
 import shutil
 import time
@@ -8,39 +9,43 @@ from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DummyOptim
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from neoflix.callbacks import RecordStart, StopOnRequest, run_callbacks
+from neoflix.callbacks import EvaluateAtEnd, RecordStart, StopOnRequest, is_evaluated, run_callbacks
 from neoflix.checkpoint import (
     STATE_FILE,
     UNIVERSAL,
     WEIGHTS_FILES,
     check_space,
-    find_best,
     forecast_bytes,
     list_checkpoints,
 )
 from neoflix.console import say
 from neoflix.consolidation import gather_weights
-from neoflix.data import PackedCollator, PaddedCollator, TokenBatches, count_tokens
-from neoflix.distributed import StoppedEarly, ask_main_process, gather, shout
-from neoflix.errors import UserError
+from neoflix.data import EpochOrder, PackedCollator, PaddedCollator, TokenBatches, count_tokens
+from neoflix.distributed import any_rank, ask_main_process, gather
+from neoflix.divergence import diverged, has_finite_weights
+from neoflix.errors import DivergedError, StoppedEarly, UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import check_spare_rows, collect_adapters, has_adapters, save_adapters
 from neoflix.loss import IGNORED
-from neoflix.manifest import Files, num_bytes, read_manifest, write_manifest
+from neoflix.manifest import Files, find_damage, num_bytes, read_manifest, write_json, write_manifest
 from neoflix.model import keeps_texts_apart
+from neoflix.optimizer import check_groups, group_parameters, keep_gradient_norm
+from neoflix.paths import without_wildcards
 from neoflix.plan import compare, explain_failure
+from neoflix.redaction import redact
 from neoflix.report import write_report
 from neoflix.resumed_optimizer import apply_hyperparameters, read_hyperparameters, recall_steps
 from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
 from neoflix.runs import Start, check_progress
 from neoflix.universal import check_loadable, convert, needs_conversion
-from neoflix.watchdog import Watchdog
+from neoflix.watchdog import announce_activity
 
 
 class Stopwatch:
@@ -69,15 +74,16 @@ def peak_host_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def keep_gradient_norm(engine) -> None:
-    """Has a DeepSpeed engine keep the norm that it clips gradients by without ZeRO (stage 0), where it forgets it."""
-    from deepspeed.runtime.utils import clip_grad_norm_  # at import it asks what the accelerator is: too early
+def _without_secrets(state: dict) -> dict:
+    """What DeepSpeed is about to save, which holds its configuration: a monitor's key may stand there."""
+    return state | {"ds_config": redact(state["ds_config"])} if "ds_config" in state else state
 
-    def clip() -> None:
-        weights, most = engine.module.parameters(), engine.gradient_clipping()
-        engine._global_grad_norm = clip_grad_norm_(parameters=weights, max_norm=most, mpu=engine.mpu)
 
-    engine.clip_fp32_gradients = clip
+def with_own_generator(loader):
+    """The loader, which draws its workers' seeds from a generator of its own: from torch's, each new iterator would
+    shift the draws of dropout, and a resumed run makes others than one that was never interrupted."""
+    loader.base_dataloader.generator = torch.Generator()
+    return loader
 
 
 class TokenTrainer(Trainer):
@@ -97,12 +103,16 @@ class TokenTrainer(Trainer):
         self.num_tokens = 0  # this process's, since the start; becomes a tensor with padded batches: no sync
         self._last_log = (0, 0.0)
         self._doing = "starting"
+        self._losses_are_finite = torch.tensor(True, device=self.args.device)
+        self._saved_step: int | None = None  # of the model at the top of the run's folder
         self._converted: Path | None = None  # a checkpoint's form for this number of processes
         self._stop = StopOnRequest()
         self.add_callback(self._stop)
         self.remove_callback(ProgressCallback)  # ours takes its place
         for callback in run_callbacks(self.args):
             self.add_callback(callback)
+        if self.eval_dataset:
+            self.add_callback(EvaluateAtEnd())
         if self.args.num_progress_samples and not self.args.eval_only:
             self.add_callback(ShowSamples(self._find_tensorboard))
 
@@ -115,9 +125,8 @@ class TokenTrainer(Trainer):
         """Not Trainer's: `report.py` writes README.md."""
 
     def train(self, start: Start):
-        """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; DeadProcessError where
-        another process died; UserError, with the plan, where memory did not suffice, or where a start that changes a
-        run took no step.
+        """Trainer's own. StoppedEarly where the run was asked to stop and has saved itself; UserError, with the plan,
+        where memory did not suffice, or where a start that changes a run took no step.
 
         Args:
             start: what is resumed and what changes, by `runs.find_start`. Recorded once the first step is taken.
@@ -129,10 +138,10 @@ class TokenTrainer(Trainer):
         if checkpoint:
             self.args.eval_on_start = False
             say(f"Resuming from {checkpoint}")
-            checkpoint = str(self._fit_to_processes(Path(checkpoint)))
-        watchdog = Watchdog(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
-        with watchdog, self._explaining_full_memory():
-            output = super().train(checkpoint)
+            checkpoint = self._fit_to_processes(Path(checkpoint))
+        announce_activity(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
+        with self._explaining_full_memory(), without_wildcards(checkpoint) as readable:
+            output = super().train(readable and str(readable))
         if self._stop.reason:
             step, reason = self.state.global_step, self._stop.reason
             ask_main_process(write_report, self.args.output_dir)
@@ -159,6 +168,8 @@ class TokenTrainer(Trainer):
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config
         check_spare_rows(self.model, checkpoint)
         check_loadable(checkpoint, config.get("zero_optimization", {}), self.args.world_size)
+        if "optimizer" in config:
+            check_groups(checkpoint, len(self._group_parameters()))
         if not needs_conversion(checkpoint, self.args.world_size):
             return checkpoint
         config.setdefault("checkpoint", {})["load_universal"] = True
@@ -173,10 +184,7 @@ class TokenTrainer(Trainer):
         except RuntimeError as error:  # torch.OutOfMemoryError is one; of the host's memory there is no class
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            message = explain_failure(self.args.forecast, str(error), *self._allocated())
-            if not self.is_world_process_zero():  # the main process may not have failed
-                shout(message)
-            raise UserError(message) from error
+            raise UserError(explain_failure(self.args.forecast, str(error), *self._allocated())) from error
 
     def _allocated(self) -> tuple[int, int, int]:
         """(bytes at the peak that torch handed out on this device, that it held, that this process had of the host)"""
@@ -187,9 +195,20 @@ class TokenTrainer(Trainer):
     def _run_epoch(self, *args, **kwargs):
         """Not one step more where the run that is resumed had come to its end already."""
         self._doing = "training"
+        if hasattr(self._order, "set_epoch"):  # accelerate does not reach it below the batches that a resume skips
+            self._order.set_epoch(kwargs["epoch"])
         keep_gradient_norm(self.model_wrapped)
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        """Trainer's own or, where DeepSpeed is to make the optimizer, Trainer's parameter groups for it."""
+        if isinstance(self.optimizer, DummyOptim):
+            self.optimizer.params = self._group_parameters()
+        return super().create_optimizer(model)
+
+    def _group_parameters(self) -> list[dict]:
+        return group_parameters(self.model, self.get_decay_parameter_names(self.model), self.args.weight_decay)
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         """Logs, evaluates and saves as often as this start says; Trainer goes on as the checkpoint did."""
@@ -216,26 +235,49 @@ class TokenTrainer(Trainer):
 
     def get_train_dataloader(self):
         """Trainer's own, or batches by their tokens where `--tokens_per_device_batch` asks for them."""
+        loader = super().get_train_dataloader() if self.args.tokens_per_device_batch is None else self._load_by_tokens()
+        return with_own_generator(loader)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return with_own_generator(super().get_eval_dataloader(eval_dataset))
+
+    def _load_by_tokens(self) -> DataLoader:
         args = self.args
-        if args.tokens_per_device_batch is None:
-            return super().get_train_dataloader()
-        batches = TokenBatches(
+        self._order = TokenBatches(
             count_tokens(self.train_dataset),
             args.tokens_per_device_batch,
             args.gradient_accumulation_steps * args.world_size,
             args.process_index,
             args.world_size,
-            args.seed if args.data_seed is None else args.data_seed,
+            self._data_seed,
         )
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=batches,
+            batch_sampler=self._order,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
         )
         # Not accelerator.prepare: that would deal out once more what is this process's share already.
         return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Trainer's samplers draw from torch's own generator: after a resume their order would be another one."""
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        if strategy in ("random", "group_by_length"):
+            lengths_N, by_length = count_tokens(self.train_dataset), strategy == "group_by_length"
+            self._order = EpochOrder(lengths_N, self.args.texts_per_step, self._data_seed, by_length)
+            return self._order
+        self._order = super()._get_train_sampler(train_dataset)
+        if hasattr(self._order, "seed"):  # batch_rebalance
+            self._order.seed = self._data_seed
+        return self._order
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.stopwatch.start()
@@ -243,7 +285,17 @@ class TokenTrainer(Trainer):
         self.num_tokens = self.num_tokens + (
             inputs["input_ids"].numel() if is_packed else inputs["attention_mask"].sum()
         )
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses_are_finite = self._losses_are_finite & torch.isfinite(loss)  # on the device: no sync
+        return loss
+
+    def _check_finite(self) -> None:
+        """DivergedError, in every process, where a loss so far or a weight is not finite. Collective."""
+        step = self.state.global_step
+        if any_rank(not bool(self._losses_are_finite)):
+            raise diverged(self.args, step, "a loss since the last checkpoint is NaN or infinite")
+        if any_rank(not has_finite_weights(self.model)):
+            raise diverged(self.args, step, "weights are NaN or infinite")
 
     def log(self, logs, start_time=None):
         """Adds to the log of training steps: tokens/s of all processes since the last line and, where the device's peak
@@ -275,6 +327,10 @@ class TokenTrainer(Trainer):
         with self._busy("evaluating"):
             loss_sum, num_labels = self._sum_losses(loader)
         loss = loss_sum / num_labels
+        if not math.isfinite(loss):
+            if self.args.eval_only:
+                raise DivergedError(f"{self.args.model_name_or_path}: the loss on the held-out texts is {loss}")
+            raise diverged(self.args, self.state.global_step, f"the loss on the held-out texts is {loss}")
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
@@ -329,9 +385,10 @@ class TokenTrainer(Trainer):
     def _save_checkpoint(self, model, trial=None):
         """Writes `checkpoint-N`, all of it or nothing, then deletes those beyond `--save_total_limit`. Collective.
 
-        UserError in every process where it cannot be written, `--on_full_disk go_on` excepted; earlier
-        checkpoints are not touched before this one is complete.
+        DivergedError where a loss or a weight is not finite. UserError in every process where it cannot be written,
+        `--on_full_disk go_on` excepted; earlier checkpoints are not touched before this one is complete.
         """
+        self._check_finite()
         run, step = Path(self.args.output_dir), self.state.global_step
         unfinished = temporary(run, f"checkpoint-{step}", ".part")
         with self._busy(f"saving checkpoint-{step}"):
@@ -361,7 +418,7 @@ class TokenTrainer(Trainer):
         files, engine = Files(folder), self.model_wrapped
         with files.remembering_errors():
             self._save_weights(folder)
-        engine.checkpoint_engine.save = files.save
+        engine.checkpoint_engine.save = lambda state_dict, path: files.save(_without_secrets(state_dict), path)
         engine._copy_recovery_script = lambda *_: None  # rank 0 alone would write it, and could fail alone
         is_adapted = has_adapters(self.model)  # the base's frozen weights lie where they came from
         engine.save_checkpoint(str(folder), save_latest=False, exclude_frozen_parameters=is_adapted)  # "latest": below
@@ -391,7 +448,7 @@ class TokenTrainer(Trainer):
         for stateful in (*self.callback_handler.callbacks, self.control):
             if isinstance(stateful, ExportableState):
                 self.state.stateful_callbacks[type(stateful).__name__] = stateful.state()
-        self.state.save_to_json(str(folder / STATE_FILE))
+        write_json(folder / STATE_FILE, dataclasses.asdict(self.state))
 
     def _complete_checkpoint(self, folder: Path, errors: list[str], entries: dict) -> None:
         facts = {
@@ -400,6 +457,7 @@ class TokenTrainer(Trainer):
             "best_step": self._find_best_step(self.state.global_step),
             "num_processes": self.args.world_size,
             "zero_stage": self.model_wrapped.zero_optimization_stage(),
+            "optimizer_groups": len(self.optimizer.param_groups),
         }
         try:
             if errors:
@@ -410,16 +468,19 @@ class TokenTrainer(Trainer):
             name = f"checkpoint-{self.state.global_step}"
             raise UserError(f"{folder.parent / name} could not be written ({error.strerror})") from error
 
+    def _rank_steps(self) -> list[int]:
+        """The steps at which the model was evaluated, the best first."""
+        if self.args.metric_for_best_model is None:
+            return []
+        metric = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
+        scores = {line["step"]: line[metric] for line in self.state.log_history if metric in line}
+        scores = {step: score for step, score in scores.items() if step > 0 and math.isfinite(score)}
+        return sorted(scores, key=scores.get, reverse=bool(self.args.greater_is_better))
+
     def _find_best_step(self, *more_steps: int) -> int | None:
         """The step of the best evaluated checkpoint among those that are complete, and `more_steps`."""
-        if self.args.metric_for_best_model is None:
-            return None
-        metric = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
-        saved = {read_manifest(path)["step"] for path in list_checkpoints(Path(self.args.output_dir))} | set(more_steps)
-        scores = {line["step"]: line[metric] for line in self.state.log_history if metric in line}
-        scores = {step: score for step, score in scores.items() if step in saved}
-        choose = max if self.args.greater_is_better else min
-        return choose(scores, key=scores.get) if scores else None
+        saved = {read_manifest(path)["step"] for path in list_checkpoints(Path(self.args.output_dir))} | {*more_steps}
+        return next((step for step in self._rank_steps() if step in saved), None)
 
     def _checkpoint_bytes(self) -> int:
         """What one checkpoint takes: what the last one took or, before there is one, a forecast."""
@@ -441,16 +502,35 @@ class TokenTrainer(Trainer):
         )
 
     def save_best(self) -> None:
-        """Puts the best model at the top of the run's folder, whole; where none was kept, the model as it is. Beside it
-        the run's history. Collective."""
-        best = ask_main_process(self._find_best_checkpoint)
+        """Puts the best evaluated model at the top of the run's folder, whole; without held-out texts, the last one.
+        Beside it the run's history. The last model is evaluated first if it was not. DivergedError where its weights
+        are not finite. Collective."""
+        self._check_finite()
+        if self.eval_dataset and not is_evaluated(self.state):
+            self.evaluate()
+        self._saved_step, best = ask_main_process(self._choose_best)
         if best is None:
             best = temporary(Path(self.args.output_dir), "model", ".part")
             self.model_wrapped._config.zero_config.gather_16bit_weights_on_model_save = True
             self.save_model(str(best))
         ask_main_process(self._promote, best)
-        if self.is_world_process_zero():
-            self.state.save_to_json(str(Path(self.args.output_dir, STATE_FILE)))
+        ask_main_process(write_json, Path(self.args.output_dir, STATE_FILE), dataclasses.asdict(self.state))
+
+    def _choose_best(self) -> tuple[int, Path | None]:
+        """(step, checkpoint) of the best model that is still there, every file of it read; no checkpoint: the model in
+        memory."""
+        checkpoints = {read_manifest(path)["step"]: path for path in list_checkpoints(Path(self.args.output_dir))}
+        last = self.state.global_step
+        for step in [*self._rank_steps(), last]:
+            if step == last and step not in checkpoints:
+                break
+            if step not in checkpoints:
+                continue
+            damage = find_damage(checkpoints[step], checksums=True)
+            if damage is None:
+                return step, checkpoints[step]
+            say(f"warning: {checkpoints[step]} is not used as the best model: {damage}")
+        return last, None
 
     def _promote(self, checkpoint: Path) -> None:
         run = Path(self.args.output_dir)
@@ -459,12 +539,6 @@ class TokenTrainer(Trainer):
         promote(checkpoint, run)
         if checkpoint == temporary(run, "model", ".part"):
             shutil.rmtree(checkpoint)
-
-    def _find_best_checkpoint(self) -> Path | None:
-        checkpoints = list_checkpoints(Path(self.args.output_dir))
-        if checkpoints and (best := find_best(checkpoints)) and read_manifest(checkpoints[-1])["best_step"]:
-            return best
-        return None
 
     def results(self) -> dict[str, float]:
         """The figures of a finished run, those of the model that `save_best` saved. Collective.
@@ -487,13 +561,11 @@ class TokenTrainer(Trainer):
             figures |= planned
             say(words)
         evaluations = [line for line in self.state.log_history if "eval_loss" in line]
-        if evaluations:
-            best_step = ask_main_process(self._find_best_step)
-            saved = [line for line in evaluations if line["step"] == best_step] or evaluations
+        if evaluations and evaluations[0]["step"] == 0:
+            figures["untouched_perplexity"] = evaluations[0]["eval_perplexity"]
+        if saved := [line for line in evaluations if line["step"] == self._saved_step]:
             figures |= {key: value for key, value in saved[-1].items() if key.startswith("eval_")}
-            figures |= {"perplexity": saved[-1]["eval_perplexity"], "saved_step": saved[-1]["step"]}
-            if evaluations[0]["step"] == 0:
-                figures["untouched_perplexity"] = evaluations[0]["eval_perplexity"]
+            figures |= {"perplexity": saved[-1]["eval_perplexity"], "saved_step": self._saved_step}
         return figures
 
     def _peak_bytes(self) -> tuple[int, int]:

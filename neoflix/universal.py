@@ -18,6 +18,7 @@ from neoflix.checkpoint import STATE_FILE, check_space
 from neoflix.console import progress, say
 from neoflix.errors import UserError
 from neoflix.manifest import read_manifest
+from neoflix.paths import without_wildcards
 
 
 def needs_conversion(checkpoint: Path, num_processes: int) -> bool:
@@ -63,7 +64,8 @@ def convert(checkpoint: Path, target: Path) -> Path:
     check_space(target.parent, needed, "the conversion takes")
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    _convert_optimizer(checkpoint / tag, target / tag, num_bytes=2 * optimizer_bytes)
+    with without_wildcards(checkpoint) as source, without_wildcards(target) as readable:
+        _convert_optimizer(source / tag, readable / tag, num_bytes=2 * optimizer_bytes)
     for name in (STATE_FILE, "scheduler.pt"):
         shutil.copyfile(checkpoint / name, target / name)
     return target

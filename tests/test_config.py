@@ -2,12 +2,16 @@
 
 import json
 import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from neoflix.config import SAMPLING_DEFAULTS, parse_export_args, parse_generate_args, parse_train_args, read_recipe
-from neoflix.distributed import prepare_environment
+from neoflix.config import TrainArguments, parse_export_args, parse_generate_args, parse_train_args
+from neoflix.environment import prepare_environment
+from neoflix.errors import UserError
+from neoflix.recipes import SAMPLING_DEFAULTS, read_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -47,18 +51,22 @@ def test_every_hugging_face_flag_works(parse):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_parse(parse, path):
+def test_shipped_recipes_parse(parse, path, tmp_path):
     words = [] if path.stem == "demo" else ["--bf16", "false", "--fp16", "false"]
+    if path.stem in ("own-jsonl", "txt-folder"):  # the data set is the user's
+        (tmp_path / "mine.jsonl").write_text('{"text": "A text."}\n')
+        words += ["--dataset", str(tmp_path / "mine.jsonl")]
     args = parse("--config", str(path), *words)
     assert set(args.generation) >= set(SAMPLING_DEFAULTS)
 
 
 def test_default_recipe_says_what_the_defaults_are(parse, tmp_path):
-    flags, _ = read_recipe(str(ROOT / "recipes" / "gpt-neo-2.7b.yaml"))
-    defaults = parse()
-    for key, value in flags.items():
-        if key != "output_dir":
-            assert getattr(defaults, key) == value, key
+    recipe = ROOT / "recipes" / "gpt-neo-2.7b.yaml"
+    flags, _ = read_recipe(str(recipe), {field.name for field in fields(TrainArguments)})
+    defaults, by_recipe = parse(), parse("--config", str(recipe))
+    assert len(flags) > 8
+    for key in flags:
+        assert getattr(defaults, key) == getattr(by_recipe, key), key
 
 
 def test_article_recipe_holds_the_articles_settings(parse):
@@ -165,3 +173,39 @@ def test_recipes_find_our_deepspeed_files_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     args = parse_train_args(["--config", str(ROOT / "recipes" / "demo.yaml"), "--output_dir", str(tmp_path / "run")])
     assert args.deepspeed == str(ROOT / "ds_configs" / "cpu.json")
+
+
+def test_auto_is_decided_once_and_told_to_all(monkeypatch, model_dir, catalogue, parse):
+    """By the main process, whose answer names a file of the project's, wherever that lies."""
+    asked = []
+
+    def ask(function, *args):
+        asked.append(function(*args))
+        return asked[-1]
+
+    monkeypatch.setattr("neoflix.config.ask_main_process", ask)
+    words = ["--model_name_or_path", str(model_dir), "--dataset", str(catalogue)]
+    args = parse(*words, "--deepspeed", "auto", "--tokens_per_device_batch", "auto")
+    (choices,) = asked
+    assert (ROOT / choices["deepspeed"]).is_file()
+    assert not Path(choices["deepspeed"]).is_absolute()
+    assert Path(args.deepspeed).resolve() == (ROOT / choices["deepspeed"]).resolve()
+    assert args.tokens_per_device_batch == choices["tokens_per_device_batch"] > 0
+
+
+@pytest.mark.parametrize(
+    "words", [["--eval_strategy", "sometimes"], ["--optim", "adamm"], ["--lr_scheduler_type", "x"]], ids=lambda w: w[0]
+)
+def test_what_transformers_refuses_is_a_user_error(words, parse):
+    with pytest.raises(UserError):
+        parse(*words)
+
+
+def test_a_bug_in_a_check_is_no_user_error(monkeypatch, parse):
+    def check(self):
+        int("a bug")
+
+    monkeypatch.setattr(TrainArguments, "check", check)
+    with pytest.raises(ValueError, match="a bug") as caught:
+        parse()
+    assert not isinstance(caught.value, UserError)

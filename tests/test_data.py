@@ -20,9 +20,11 @@ from neoflix.data import (
     fill_up,
     split_texts,
 )
+from neoflix.errors import UserError
 from neoflix.loss import IGNORED
 from neoflix.model import load_model
 from neoflix.reading import read_texts
+from neoflix.template import Template
 from neoflix.tokenizer import load_tokenizer
 
 
@@ -95,7 +97,7 @@ def test_texts_come_back_between_their_control_tokens(tokens, titles, tokenizer)
 
 def test_control_tokens_inside_a_text_are_text(tokenizer, tmp_path):
     text = "one <|endoftext|> two <|startoftext|> <|pad|>"
-    dataset, _, _ = data.tokenize_texts([text], tokenizer, 256, tmp_path)
+    dataset, *_ = data.tokenize_texts([text], tokenizer, 256, tmp_path)
     ids = dataset[0]["input_ids"]
     assert not {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids[1:-1])
     assert tokenizer.decode(ids[1:-1]) == text
@@ -103,7 +105,7 @@ def test_control_tokens_inside_a_text_are_text(tokenizer, tmp_path):
 
 def test_long_texts_are_cut_before_their_end_and_counted(tokenizer, tmp_path, capsys):
     texts = ["word " * 300, "short", "é" * 300]
-    dataset, num_tokens, num_cut = data.tokenize_texts(texts, tokenizer, 10, tmp_path)
+    dataset, num_tokens, num_cut, *_ = data.tokenize_texts(texts, tokenizer, 10, tmp_path)
     assert num_cut == 2
     assert [len(ids) for ids in dataset["input_ids"]][::2] == [10, 10]
     assert num_tokens == sum(len(ids) for ids in dataset["input_ids"])
@@ -146,7 +148,7 @@ def test_whoever_comes_second_takes_nothing_from_the_first(titles, tokenizer, tm
 def test_tokens_stay_on_disk(tokenizer, tmp_path):
     texts = [f"Text number {i} of many, of some length, and nothing more." for i in range(20_000)]
     before = pa.total_allocated_bytes()
-    dataset, num_tokens, _ = data.tokenize_texts(texts, tokenizer, 256, tmp_path)
+    dataset, num_tokens, *_ = data.tokenize_texts(texts, tokenizer, 256, tmp_path)
     filled = fill_up(dataset, 64, tokenizer.bos_token_id)
     assert filled[12_345]["input_ids"] == dataset[12_345]["input_ids"]
     assert num_tokens * 4 > 1_000_000
@@ -165,7 +167,7 @@ def test_real_catalogue_has_247373_tokens(tmp_path):
     assert len(texts) == 7787
     tokenizer = load_tokenizer(str(folder))
     assert len(tokenizer) == 50_259
-    _, num_tokens, num_cut = data.tokenize_texts(texts, tokenizer, 2048, tmp_path)
+    _, num_tokens, num_cut, *_ = data.tokenize_texts(texts, tokenizer, 2048, tmp_path)
     assert (num_tokens, num_cut) == (247_373, 0)
 
 
@@ -278,3 +280,42 @@ def test_packed_equals_one_by_one_equals_padded(tokens, tokenizer, model_dir):
         for name, gradient in one_by_one[1].items():
             scale = gradient.abs().max().clamp(min=1.0)
             torch.testing.assert_close(other[1][name] / scale, gradient / scale, atol=1e-5, rtol=1e-4)
+
+
+# ---- prompts that leave no room, control tokens in texts -----------------------------------------------------
+
+
+def crowded(num_long: int, titles) -> list[str]:
+    template = Template("{title}: {text}")
+    rows = [
+        {"title": "A" if i >= num_long else "A long title " * 9, "text": text} for i, text in enumerate(titles[:40])
+    ]
+    return [template.fill(row) for row in rows]
+
+
+def test_texts_without_room_behind_their_prompt_are_left_out_and_counted(titles, tokenizer, tmp_path, capsys):
+    texts = crowded(3, titles)
+    train, _ = data.tokenize_split(TextSplit(texts, titles[40:50]), tokenizer, 30, tmp_path)
+    assert len(train) == 37
+    assert "37 texts" in (said := capsys.readouterr().out)
+    assert "3 were left out: their prompts fill 30 tokens" in said
+    assert min(len(ids) - given - 1 for ids, given in zip(train["input_ids"], train["num_given"], strict=True)) >= 8
+    assert data.tokenize_texts(texts, tokenizer, 30, tmp_path).num_crowded == 3, "known to whoever reads the cache, too"
+
+
+@pytest.mark.parametrize("sides", [(30, 0), (0, 10)])
+def test_too_many_texts_without_room_are_refused(titles, tokenizer, tmp_path, sides):
+    split = TextSplit(crowded(sides[0], titles), crowded(40, titles)[: sides[1]])
+    with pytest.raises(
+        UserError, match=r"--max_length 30: the prompts of (30 of 40|10 of 50) texts .* use \d+ or more"
+    ):
+        data.tokenize_split(split, tokenizer, 30, tmp_path)
+
+
+def test_control_tokens_named_in_texts_are_told(titles, tokenizer, tmp_path, capsys):
+    texts = [f"{text}<|endoftext|>" for text in titles[:5]] + titles[5:8]
+    train, _ = data.tokenize_split(TextSplit(texts, titles[8:9]), tokenizer, 64, tmp_path)
+    assert "warning: 5 of 9 texts hold '<|endoftext|>', which is read as plain text" in capsys.readouterr().out
+    assert all(ids.count(tokenizer.eos_token_id) == 1 for ids in train["input_ids"])
+    data.tokenize_split(TextSplit(titles[:5], titles[8:9]), tokenizer, 64, tmp_path)
+    assert "warning" not in capsys.readouterr().out

@@ -12,10 +12,11 @@ from test_train import assert_same_weights, history, losses
 import train
 from neoflix.callbacks import Progress
 from neoflix.checkpoint import list_checkpoints
+from neoflix.console import printable
 from neoflix.distributed import exit_code_of
 from neoflix.generation import Sampler
 from neoflix.model import load_for_reading
-from neoflix.record import LIVE_SAMPLES_FILE, printable, read_live_samples
+from neoflix.record import LIVE_SAMPLES_FILE, read_live_samples
 from neoflix.tokenizer import read_tokenizer
 
 PLAIN = ["--deepspeed", str(ROOT / "ds_configs" / "cpu.json")]

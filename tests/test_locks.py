@@ -197,7 +197,8 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(train_words, tm
 def test_a_run_that_comes_to_nothing_leaves_no_folder(train_words, tmp_path):
     import train
 
-    words = [*train_words, "--text_column", "none", "--deepspeed", "ds_configs/cpu.json"]
+    (tmp_path / "same.csv").write_text("description\n" + "the same text in every row\n" * 20)
+    words = [*train_words, "--dataset", str(tmp_path / "same.csv"), "--deepspeed", "ds_configs/cpu.json"]
     assert exit_code_of(lambda: train.main(words)) == 2
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import generate
 from neoflix import data, judging
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args, parse_train_args
-from neoflix.distributed import prepare_environment
+from neoflix.environment import prepare_environment
 from neoflix.errors import UserError
 from neoflix.generation import Sampler
 from neoflix.model import load_model
@@ -310,6 +311,7 @@ def record(words: list[str], cache, validation_fraction: float):
     torch.manual_seed(0)
     model = load_model(args.model_name_or_path, tokenizer, torch.float32, sampling)
     run = describe_run(args, model, tokenizer, *data.tokenize_split(texts, tokenizer, 256, cache))
+    os.makedirs(args.output_dir, exist_ok=True)
     save_run(args.output_dir, run)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

@@ -16,7 +16,8 @@ from test_train import losses, results, run  # noqa: F401 - a fixture
 import train
 from neoflix.callbacks import StopOnRequest
 from neoflix.checkpoint import list_checkpoints, list_numbered
-from neoflix.distributed import RUN_ME_AGAIN, StoppedEarly, exit_code_of
+from neoflix.distributed import exit_code_of
+from neoflix.errors import RUN_ME_AGAIN, StoppedEarly
 from neoflix.trainer import TokenTrainer
 
 # Dropout, so that random states count; an evaluation within each of three epochs of seven steps and at its end.

@@ -101,7 +101,8 @@ def test_a_run_ends_with_its_report_and_card(finished):
     assert metrics["perplexity"] == pytest.approx(figures["perplexity"], abs=1e-4)
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
     assert card.data.base_model is None, "a folder here is no model of the hub"
-    assert f"generate.py --model_dir {finished}" in card.text
+    assert f"generate.py --model_dir {finished.name}" in card.text
+    assert str(finished.parent) not in card.content, "the card is published: no path of this machine"
 
 
 def test_whatever_a_run_holds_is_text(run):

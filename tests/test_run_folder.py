@@ -11,6 +11,7 @@ from test_train import run  # noqa: F401 - a fixture
 import train
 from neoflix.checkpoint import RESULTS_FILE, RUN_FILE, UNIVERSAL, find_resume_point, list_checkpoints
 from neoflix.distributed import exit_code_of
+from neoflix.export import export_gpt2, export_merged
 from neoflix.manifest import read_manifest, write_json, write_manifest
 from neoflix.run_folder import (
     LIST_FILE,
@@ -113,6 +114,29 @@ def test_somebody_elses_model_is_no_output_dir(model_dir, train_words, tmp_path,
     assert exit_code_of(lambda: train.main([*train_words, "--output_dir", str(tmp_path / "run")])) == 2
     assert "not written by this run" in capfd.readouterr().err
     assert names(tmp_path / "run") == before
+
+
+@pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def assert_shared(folder: Path, umask: int) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        mode = path.stat().st_mode & 0o777
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~umask, f"{path}: {mode:o}"
+
+
+@pytest.mark.parametrize("saved", [["--save_strategy", "no"], ["--save_strategy", "steps", "--save_steps", "1"]])
+def test_files_have_the_users_umask(run, tmp_path, umask, saved):  # noqa: F811
+    words = [*("--max_steps", "1", "--eval_strategy", "no"), "--report_to", "tensorboard", *saved, *NO_COMPILER]
+    folder = run("run", *words)
+    export_merged(str(folder), str(tmp_path / "merged"))
+    export_gpt2(str(folder), str(tmp_path / "gpt2"))
+    for name in ("run", "cache", "merged", "gpt2"):
+        assert_shared(tmp_path / name, umask)
 
 
 # ---- refused before anything is written -------------------------------------------------------------------------

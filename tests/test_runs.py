@@ -10,7 +10,7 @@ from test_train import losses, results, run  # noqa: F401 - a fixture
 from neoflix import data
 from neoflix.checkpoint import list_checkpoints
 from neoflix.config import TrainArguments, parse_train_args
-from neoflix.distributed import prepare_environment
+from neoflix.environment import prepare_environment
 from neoflix.errors import UserError
 from neoflix.manifest import write_manifest
 from neoflix.model import find_tokenizer, load_model
@@ -63,8 +63,6 @@ CHANGES = {
     "learning_rate": ["--learning_rate", "1e-9"],
     "seed": ["--seed", "7"],
     "data_seed": ["--data_seed", "7"],
-    "neftune_noise_alpha": ["--neftune_noise_alpha", "5"],
-    "label_smoothing_factor": ["--label_smoothing_factor", "0.1"],
     "weight_decay": ["--weight_decay", "0.5"],
     "max_grad_norm": ["--max_grad_norm", "0.5"],
     "adam_beta2": ["--adam_beta2", "0.95"],

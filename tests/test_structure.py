@@ -10,13 +10,24 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
-    {"console", "errors", "gpus", "hub_copies", "throughput", "words"},
-    {"attention", "distributed", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
-    | {"tokenizer"},
-    {"checkpoint", "decoding", "ds_config", "locks", "watchdog"},
-    {"resumed_optimizer", "runs"},
-    {"consolidation", "lora", "reading", "record", "run_folder", "samples", "universal"},
-    {"plan"},
+    {"console", "errors", "gpus", "hub_copies", "paths", "redaction", "shapes", "throughput", "words"},
+    {"attention", "cache", "environment", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
+    | {"watchdog"},
+    {"checkpoint", "distributed", "ds_config", "locks", "recipes", "slot_cache", "tokenizer"},
+    {"divergence", "resumed_optimizer", "runs"},
+    {
+        "consolidation",
+        "decoding",
+        "flags",
+        "lora",
+        "optimizer",
+        "reading",
+        "record",
+        "run_folder",
+        "samples",
+        "universal",
+    },
+    {"architectures", "plan"},
     {"config"},
     {"callbacks", "data", "model", "report"},
     {"export", "generation", "judging"},

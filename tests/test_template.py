@@ -106,7 +106,7 @@ def test_tokenizer_carries_the_template(tokenizer, model_dir, tmp_path):
 def test_loss_is_on_the_text_alone_unless_prompts_are_learnt(tokenizer, tmp_path, learn_prompt):
     hostile = {"type": "<|endoftext|>", "listed_in": "", "title": "x", "description": "Short."}
     texts = [Template(PATTERN).fill(row) for row in (ROW, hostile)]
-    tokens, num_tokens, num_cut = data.tokenize_texts(texts, tokenizer, 64, tmp_path, learn_prompt)
+    tokens, num_tokens, num_cut, *_ = data.tokenize_texts(texts, tokenizer, 64, tmp_path, learn_prompt)
     assert num_cut == 0
     assert num_tokens == sum(map(len, tokens["input_ids"]))
     for ids, num_chars, text in zip(tokens["input_ids"], tokens["num_chars"], texts, strict=True):
@@ -124,7 +124,11 @@ def test_long_prompts_and_texts_are_cut(tokenizer, tmp_path, learn_prompt):
     text = Template("{title}: {description}").fill({"title": "A title", "description": "Many words follow it here."})
     whole = data.tokenize_texts([text], tokenizer, 64, tmp_path, learn_prompt)[0][0]
     for max_length in range(3, len(whole["input_ids"]) + 1):
-        tokens, _, num_cut = data.tokenize_texts([text], tokenizer, max_length, tmp_path, learn_prompt)
+        tokens, _, num_cut, num_crowded, _ = data.tokenize_texts([text], tokenizer, max_length, tmp_path, learn_prompt)
+        if num_crowded:
+            assert max_length < whole["num_given"] + 1 + data.FEWEST_TOKENS or learn_prompt
+            assert len(tokens) == 0
+            continue
         ids = tokens[0]["input_ids"]
         assert num_cut == (max_length < len(whole["input_ids"]))
         assert len(ids) == max_length
@@ -267,7 +271,7 @@ def test_samples_are_judged_as_texts_without_prompts(told, catalogue):
 def test_loss_of_a_run_is_that_of_what_it_learns(told, sampler, catalogue, tmp_path):
     template, tokenizer = find_template(sampler.tokenizer), sampler.tokenizer
     texts = data.split_texts(read_texts(catalogue, template=template), 0.1).validation
-    tokens, _, _ = data.tokenize_texts(texts, tokenizer, 256, tmp_path, template.learns_prompt)
+    tokens, *_ = data.tokenize_texts(texts, tokenizer, 256, tmp_path, template.learns_prompt)
     losses = []
     for row in tokens:
         ids = torch.tensor([row["input_ids"]])
