@@ -50,7 +50,7 @@ def naming_refused_values(source: dict | str | Path) -> Iterator[None]:
     """Turns what DeepSpeed, or transformers on its behalf, refuses about a DeepSpeed file's values into a UserError."""
     from pydantic import ValidationError  # DeepSpeed's; a plan does not need it
 
-    where = f"--deepspeed {source}" if isinstance(source, str | Path) and not _is_json(source) else "--deepspeed {...}"
+    where = f"--deepspeed {source}" if isinstance(source, str | Path) and not is_json(source) else "--deepspeed {...}"
     try:
         yield
     except ValidationError as error:
