@@ -32,10 +32,10 @@ from neoflix.ds_config import (
 )
 from neoflix.errors import UserError
 from neoflix.machine import has_gpu
+from neoflix.output_dir import check_output_dir
 from neoflix.paths import expand_paths
 from neoflix.plan import LORA_RANK, Plan, plan_run
 from neoflix.redaction import is_secret, redact, redact_command
-from neoflix.run_folder import check_output_dir
 from neoflix.runs import check_overrides, find_run, read_run, read_texts_per_step
 from neoflix.template import Template
 

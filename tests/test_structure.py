@@ -16,7 +16,7 @@ FLOORS = [
     {"checkpoint", "decoding", "distributed", "ds_config", "locks", "tokenizer"},
     {"divergence", "resumed_optimizer", "runs"},
     {"consolidation", "lora", "reading", "record", "run_folder", "samples", "universal"},
-    {"plan"},
+    {"output_dir", "plan"},
     {"config"},
     {"callbacks", "data", "model", "report"},
     {"export", "generation", "judging"},
