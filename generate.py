@@ -5,15 +5,14 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from transformers import TextStreamer
-
 from neoflix import judging
 from neoflix.checkpoint import find_model
 from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args
+from neoflix.console import printable
 from neoflix.distributed import run_and_exit
 from neoflix.environment import keep_freed_memory
 from neoflix.errors import UserError
-from neoflix.generation import Sampler
+from neoflix.generation import PrintableStreamer, Sampler
 from neoflix.reading import read_fields
 from neoflix.samples import describe_job, find_done, save_samples
 from neoflix.tables import read_lines
@@ -41,14 +40,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.novel:  # which draws were kept only drawing tells
         samples = islice(judging.keep_novel(sample, judge.training, prompts, args.num_samples), done, None)
     else:
-        streamer = TextStreamer(sampler.tokenizer) if args.stream else None
+        streamer = PrintableStreamer(sampler.tokenizer) if args.stream else None
         samples = sample(prompts, args.num_samples, skip=done, streamer=streamer)
     if args.output:
         samples = save_samples(samples, args.output, job, len(prompts) * args.num_samples, done, quiet=args.stream)
     rows = []
     for number, text in enumerate(samples, start=1):
         if not (args.output or args.stream):
-            print(f"{number:>3}. {' '.join(text.whole.split())}", flush=True)
+            print(f"{number:>3}. {' '.join(printable(text.whole).split())}", flush=True)
         rows.append(text.to_dict())
     if args.judge:
         judge.report(judging.read_samples(args.output) if args.output else rows, args.output)

@@ -125,18 +125,27 @@ fi
 
 # ---- 3. which folder: generate.py finds the run by the same two flags -------------------------------------
 
-config='' output_dir=''
+# As the parser reads them: --output_dir X, --output-dir X or either with =X, and the last one wins.
+config='' output_dir='' plan=false eval_only=false
 for ((i = 0; i < ${#train_args[@]}; i++)); do
-  case ${train_args[i]} in
-    --config) config=${train_args[i + 1]:-} ;;
-    --config=*) config=${train_args[i]#*=} ;;
-    --output_dir) output_dir=${train_args[i + 1]:-} ;;
-    --output_dir=*) output_dir=${train_args[i]#*=} ;;
+  word=${train_args[i]} value=${train_args[i + 1]:-}
+  if [[ "$word" == *=* ]]; then value=${word#*=} word=${word%%=*}; fi
+  case ${word//-/_} in
+    __config) config=$value ;;
+    __output_dir) output_dir=$value ;;
+    __plan) plan=$value ;;
+    __eval_only) eval_only=$value ;;
   esac
 done
 
-output_dir_of() {  # a recipe
-  python -c 'import sys, yaml; print(yaml.safe_load(open(sys.argv[1])).get("output_dir", ""))' "$1"
+is_no() {  # a flag alone means yes, and what follows it is another flag, or nothing
+  [[ "${1,,}" =~ ^(false|f|no|n|0)$ ]]
+}
+
+output_dir_of() {  # a recipe; of one that cannot be read, nothing: training says why
+  python -c 'import os, sys, yaml
+recipe = yaml.safe_load(open(os.path.expanduser(sys.argv[1]), encoding="utf-8"))
+print(recipe.get("output_dir") or "")' "$1" 2>/dev/null || true
 }
 
 if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then  # %a is sbatch's own word for the task's number
@@ -261,6 +270,8 @@ if ((code == RUN_ME_AGAIN)) && on_slurm; then queue_again; fi
 ((code == 0)) || exit "$code"
 
 # ---- 6. sample --------------------------------------------------------------------------------------------
+
+if ! is_no "$plan" || ! is_no "$eval_only"; then exit; fi  # nothing was trained
 
 run python generate.py "${generate_args[@]}"
 

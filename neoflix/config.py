@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from neoflix.checkpoint import RUN_FILE
 from neoflix.console import say
+from neoflix.distributed import ask_main_process
 from neoflix.ds_config import (
     ROOT,
     build_operators,
@@ -422,10 +424,18 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     try:
         (args,) = parser.parse_args_into_dataclasses(words + choices, look_for_args_file=False)
     except ValueError as error:  # TrainingArguments checks flags by themselves and beside each other
+        if isinstance(error, UserError) or not _is_raised_in("transformers", error):
+            raise
         raise UserError(str(error)) from error
     args.generation, args.forecast = SAMPLING_DEFAULTS | generation, forecast
     args.command = redact_command(["train.py", *(sys.argv[1:] if argv is None else argv)])
     return args
+
+
+def _is_raised_in(package: str, error: Exception) -> bool:
+    """Whether it is this package's own code that raises an exception: anywhere else it is a bug."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == package
 
 
 def _plan(args: argparse.Namespace, must_fit: bool, chose_precision: bool) -> tuple[Plan | None, list[str]]:
@@ -435,8 +445,21 @@ def _plan(args: argparse.Namespace, must_fit: bool, chose_precision: bool) -> tu
     args.tokens_per_device_batch = _count_or_auto(args.tokens_per_device_batch, "tokens_per_device_batch")
     flags = ("deepspeed", "tokens_per_device_batch")
     is_auto = [flag for flag in flags if getattr(args, flag) == "auto"]
+    if is_auto:  # decided once: what is free differs from process to process, and from moment to moment
+        vars(args).update(ask_main_process(_choose, args, is_auto))
+        args.deepspeed = find_ds_config(args.deepspeed)
     forecast = plan_run(args, must_fit)
     return forecast, [word for flag in is_auto for word in (f"--{flag}", str(getattr(args, flag)))]
+
+
+def _choose(args: argparse.Namespace, is_auto: list[str]) -> dict:
+    """What the flags that are 'auto' stand for on this machine."""
+    chosen = argparse.Namespace(**vars(args))
+    plan_run(chosen, must_fit=False)
+    choices = {flag: getattr(chosen, flag) for flag in is_auto}
+    if "deepspeed" in choices:  # on another machine the project may lie elsewhere
+        choices["deepspeed"] = str(Path(choices["deepspeed"]).relative_to(ROOT))
+    return choices
 
 
 def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:

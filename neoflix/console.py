@@ -25,7 +25,7 @@ def printable(text: str) -> str:
 
 def is_main_process() -> bool:
     """True in the one process that speaks and writes: rank 0 of all nodes, or the only process."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(message: str) -> None:

@@ -6,7 +6,7 @@ Transformer-Based Generative Models", OSDI 2022, call it continuous batching). K
 [B, H, L, D] a layer. All a step needs is on the device, so that on CUDA it is one graph, replayed; the host reads
 tokens two steps late and never has the device wait.
 
-Shapes: B slots, V vocabulary, K candidates, H heads, L places of a slot, D dimensions a head, T tokens of a prompt.
+Shapes: B slots, V vocabulary, K candidates, L places of a slot, T tokens of a prompt, N texts.
 """
 
 from collections import deque
@@ -16,17 +16,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from neoflix.attention import ATTENTION_NAME
-from neoflix.errors import UserError
-from neoflix.machine import read_host_memory
+from neoflix.slot_cache import Masks, SlotCache, check_memory, num_rows
 
 MASK_64 = (1 << 64) - 1
 PLACES = 32  # attention reads the cache up to the next multiple of this; on CUDA each has a graph of its own
 CANDIDATES = 1024  # likeliest tokens looked at for top_p; more, where these do not hold the share
-GIB = 2**30
 
 
 @dataclass(eq=False)
@@ -115,6 +113,15 @@ class Draw:
         best_B1 = (scores_BK + gumbel_noise(keys_B, steps_B, tokens_BK)).argmax(-1, keepdim=True)
         return tokens_BK.gather(1, best_B1).squeeze(1), is_short_B
 
+    def settled(self, logits_BV: torch.Tensor, keys_B: torch.Tensor, steps_B: torch.Tensor) -> torch.Tensor:
+        """token [B], from as many candidates as it takes. Waits for the device."""
+        draw = self
+        tokens_B, is_short_B = draw(logits_BV, keys_B, steps_B)
+        while is_short_B.any():
+            draw, short = draw.wider(), is_short_B.nonzero().squeeze(1)
+            tokens_B[short], is_short_B[short] = draw(logits_BV[short], keys_B[short], steps_B[short])
+        return tokens_B
+
 
 # ---- the model ---------------------------------------------------------------------------------------------
 
@@ -149,48 +156,6 @@ def quicken(model: PreTrainedModel, num_rows: int) -> PreTrainedModel:
     return model
 
 
-# ---- the cache ---------------------------------------------------------------------------------------------
-
-
-class SlotCache(Cache):
-    """Keys and values of B texts, the next token of each at a place of its own.
-
-    `length`: places that attention reads, the same for all slots.
-    """
-
-    def __init__(self, places_B: torch.Tensor, num_places: int):
-        super().__init__(layers=[])
-        self.places_B, self.num_places, self.length = places_B, num_places, num_places
-        self.slots_B = torch.arange(len(places_B), device=places_B.device)
-        self.keys: dict[int, torch.Tensor] = {}
-        self.values: dict[int, torch.Tensor] = {}
-
-    def _room(self, layer: int, key_BH1D: torch.Tensor, value_BH1D: torch.Tensor) -> None:
-        """A layer's room is made when its shape is known. Unwritten places are read, with weight 0: no NaN there."""
-        if layer not in self.keys:
-            for room, new in ((self.keys, key_BH1D), (self.values, value_BH1D)):
-                shape = (len(self.places_B), new.shape[1], self.num_places, new.shape[3])
-                room[layer] = torch.zeros(shape, dtype=new.dtype, device=new.device)
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """One new token of each slot: keys and values [B, H, 1, D] -> all [B, H, length, D]."""
-        self._room(layer_idx, key_states, value_states)
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[self.slots_B, :, self.places_B] = key_states[:, :, 0]
-        values[self.slots_B, :, self.places_B] = value_states[:, :, 0]
-        return keys[:, :, : self.length], values[:, :, : self.length]
-
-    def fill(self, slot: int, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """The first T tokens of a slot: keys and values [1, H, T, D] of each layer."""
-        for layer, (key, value) in enumerate(layers):
-            self._room(layer, key, value)
-            self.keys[layer][slot, :, : key.shape[2]] = key[0]
-            self.values[layer][slot, :, : value.shape[2]] = value[0]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 
@@ -198,15 +163,15 @@ class Decoder:
     """Grows texts in `num_slots` slots.
 
     Args:
-        model: a causal language model of transformers, whose layers all see the whole text (or, in GPT-Neo with our
-            attention, its window).
+        model: a causal language model of transformers that `architectures.find_decoder` finds to be right with it.
         num_places: most tokens of a text, prompt included.
         draw: how tokens are drawn.
         repetition_penalty: divides the logits of tokens that the text has already, as `generate` does; 1: none.
-        eos_token_id: the token that ends a text.
+        eos_token_id: the token that ends a text; None: none does.
         never_drawn: token ids that no text may get.
         in_training: the model is one that trains: nothing of it is kept from one pass to the next (a graph, tensors of
             inference mode), every pass is one of the whole model, as ZeRO-3 gathers it, and each step is one pass.
+        has_flat_mask: the model makes its mask by itself, as those with ALiBi do; no CUDA graphs then.
 
     Raises:
         UserError: where keys and values of so many slots do not fit into the memory that is free.
@@ -220,13 +185,14 @@ class Decoder:
         seed: int,
         draw: Draw,
         repetition_penalty: float,
-        eos_token_id: int,
+        eos_token_id: int | None,
         never_drawn: list[int],
         in_training: bool = False,
+        has_flat_mask: bool = False,
     ):
         self.model, self.device, self.seed = model, model.device, seed
         self.draw, self.repetition_penalty, self.eos_token_id = draw, repetition_penalty, eos_token_id
-        self.in_training = in_training
+        self.in_training, self.masks = in_training, Masks(model, has_flat_mask)
         if not in_training:
             check_memory(model, num_slots, num_places)
         self.slots: list[Text | None] = [None] * num_slots
@@ -242,9 +208,9 @@ class Decoder:
         self.has_BV = room(num_rows(model), dtype=torch.bool) if repetition_penalty != 1 else None
         self.last_place = num_places - 1
         self.cache = SlotCache(self.places_B, -(-num_places // PLACES) * PLACES)
-        self.is_cuda = self.device.type == "cuda" and not in_training
-        # On CUDA the host reads a step's tokens two steps late, and never asks whether a draw needs more candidates.
-        self.lag, self.asks = (2, False) if self.is_cuda else (0, True)
+        self.has_graphs = self.device.type == "cuda" and not in_training and can_be_captured(model, has_flat_mask)
+        # With graphs the host reads a step's tokens two steps late, and never asks if a draw needs more candidates.
+        self.lag, self.asks = (2, False) if self.has_graphs else (0, True)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def grow(self, texts: list[Text]) -> Iterator[None]:
@@ -299,18 +265,19 @@ class Decoder:
             return
         ids = pad_sequence([torch.tensor(prompt) for prompt in new], batch_first=True).to(self.device)
         model = self.model if self.in_training else self.model.base_model  # the latter leaves out logits nobody reads
-        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+        cache = DynamicCache()  # not the model's own, which may leave out what is beyond a sliding window
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
         for row, prompt in enumerate(new):
             T = len(prompt)
             self.prefilled[prompt] = [
-                (layer.keys[row : row + 1, :, :T], layer.values[row : row + 1, :, :T]) for layer in layers
+                (layer.keys[row : row + 1, :, :T], layer.values[row : row + 1, :, :T]) for layer in cache.layers
             ]
 
     def _step(self) -> None:
         """One token for every slot."""
         live = [place for place, text in zip(self.reached, self.slots, strict=True) if text and not text.finish_reason]
         length = min(-(-(max(live, default=0) + 1) // PLACES) * PLACES, self.cache.num_places)
-        if self.is_cuda:
+        if self.has_graphs:
             if length not in self.graphs:
                 self.graphs[length] = self._capture(length)
             self.graphs[length].replay()
@@ -321,14 +288,10 @@ class Decoder:
     def _advance(self, length: int) -> None:
         """A step on the device: from the last tokens to the next ones, nothing of which the host sees."""
         self.cache.length = length
-        mask_B11L = (torch.arange(length, device=self.device) <= self.places_B.unsqueeze(1))[:, None, None]
-        if self.model.config._attn_implementation != ATTENTION_NAME:  # others may add masks up
-            lowest = torch.finfo(self.model.dtype).min
-            mask_B11L = torch.zeros_like(mask_B11L, dtype=self.model.dtype).masked_fill(~mask_B11L, lowest)
         logits_BV = self.model(
             input_ids=self.ids_B.unsqueeze(1),
             position_ids=self.places_B.unsqueeze(1),
-            attention_mask=mask_B11L,
+            attention_mask=self.masks(self.places_B, length),
             past_key_values=self.cache,
             use_cache=True,
         ).logits[:, -1]
@@ -337,14 +300,13 @@ class Decoder:
             logits_BV = torch.where(self.has_BV, penalised, logits_BV)
         logits_BV = logits_BV.index_fill(1, self.never_drawn, float("-inf"))
         steps_B = self.places_B - self.begins_B
-        tokens_B, is_short_B = self.draw(logits_BV, self.keys_B, steps_B)
-        draw = self.draw
-        while self.asks and is_short_B.any():
-            draw, short = draw.wider(), is_short_B.nonzero().squeeze(1)
-            tokens_B[short], is_short_B[short] = draw(logits_BV[short], self.keys_B[short], steps_B[short])
+        if self.asks:
+            tokens_B = self.draw.settled(logits_BV, self.keys_B, steps_B)
+        else:
+            tokens_B, is_short_B = self.draw(logits_BV, self.keys_B, steps_B)
         if self.has_BV is not None:
-            self.has_BV[self.cache.slots_B, tokens_B] = True
-        self.drawn_B.copy_(torch.where(is_short_B, -1, tokens_B))
+            self.has_BV.scatter_(1, tokens_B.unsqueeze(1), True)  # `[...] = True` would copy from the host: no graph
+        self.drawn_B.copy_(tokens_B if self.asks else torch.where(is_short_B, -1, tokens_B))
         self.ids_B.copy_(tokens_B)
         self.places_B.add_(1).clamp_(max=self.last_place)  # an empty slot goes on, unseen
 
@@ -367,7 +329,7 @@ class Decoder:
 
     def _send_tokens(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """A step's tokens on their way to the host, and what says that they are there."""
-        if not self.is_cuda:
+        if not self.has_graphs:
             return self.drawn_B.clone(), None
         tokens_B = torch.empty(len(self.slots), dtype=torch.long, pin_memory=True)
         tokens_B.copy_(self.drawn_B, non_blocking=True)
@@ -395,40 +357,14 @@ class Decoder:
                 new_ids.append(token)
                 text.finish_reason = "length" if len(new_ids) == text.limit else None
         if again:  # a flat distribution, as at high temperatures
-            if self.is_cuda:
+            if self.has_graphs:
                 torch.cuda.synchronize()  # no graph is thrown away as it runs
             self.draw = self.draw.wider()
             self.graphs.clear()
         return again
 
 
-def num_rows(model: PreTrainedModel) -> int:
-    """Rows of the output embedding; under ZeRO-3, where a weight at rest is empty, too."""
-    weight = model.get_output_embeddings().weight
-    return getattr(weight, "ds_shape", weight.shape)[0]
-
-
-def place_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the keys and values of one token."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-
-
-def check_memory(model: PreTrainedModel, num_slots: int, num_places: int) -> None:
-    """UserError where keys, values and logits of so many texts need more memory than is free."""
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = read_host_memory()
-    logits = 16 * num_rows(model)  # fp32: as they are, scaled, their shares, spare
-    need = place_bytes(model) * num_places + logits
-    if num_slots * need <= free:
-        return
-    raise UserError(
-        f"--batch_size {num_slots}: texts of up to {num_places:,} tokens need {num_slots * need / GIB:.1f} GiB beside "
-        f"the model, and {free / GIB:.1f} are free; "
-        + (f"--batch_size {free // need} would fit" if free >= need else "lower --max_new_tokens")
-    )
+def can_be_captured(model: PreTrainedModel, has_flat_mask: bool) -> bool:
+    """Whether a step can be a CUDA graph: nothing in it may ask the device, as transformers does of a flat mask."""
+    is_ours = model.config._attn_implementation == ATTENTION_NAME
+    return not has_flat_mask and (is_ours or model._can_compile_fullgraph)

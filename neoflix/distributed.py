@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from neoflix.console import accept_any_text, is_main_process, say, shout
+from neoflix.console import accept_any_text, is_main_process, printable, say, shout
 from neoflix.errors import RUN_ME_AGAIN, MainProcessError, StoppedEarly, UserError
 from neoflix.watchdog import Failure, connect, end_for, end_process, get_watchdog, leave_exit_code, start_watchdog
 
@@ -124,7 +124,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
 
 def _say_once(error: str) -> None:
     """Prints a UserError's sentence from whatever process has it, but once for all that have the same."""
-    watchdog = get_watchdog()
+    watchdog, error = get_watchdog(), printable(error)  # it may quote a text
     if watchdog is None:
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif watchdog.may_say(error):

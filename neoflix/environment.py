@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from neoflix.console import log_to_own_file
+from neoflix.gpus import PINNED_MEMORY
 
 
 def prepare_environment() -> None:
@@ -50,12 +51,11 @@ def _share_cores() -> None:
 
 
 def _pin_what_is_asked() -> None:
-    """Has torch pin as much host memory as it is asked for, where it would round up to a power of two: 25 GiB of
-    GPT-Neo-2.7B's offloaded optimizer become 40. Small buffers it still rounds, to use them again. (torch 2.13 knows
-    the word.)"""
+    """Has torch pin as much host memory as it is asked for (`PINNED_MEMORY`), unless the user configured its allocator.
+    Torch before 2.13 refuses the setting."""
     said = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     if not said and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
-        os.environ["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:64"
+        os.environ["PYTORCH_ALLOC_CONF"] = PINNED_MEMORY
 
 
 def keep_freed_memory() -> None:

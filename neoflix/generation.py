@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from neoflix.architectures import GenerateDecoder, find_decoder, makes_slots
 from neoflix.config import SAMPLING_DEFAULTS, check_sampling
+from neoflix.console import printable, say
 from neoflix.consolidation import whole_weights
-from neoflix.decoding import Decoder, Draw, Text, num_rows, quicken
+from neoflix.decoding import Decoder, Draw, Text, quicken
 from neoflix.errors import UserError
 from neoflix.model import get_window, load_for_reading
+from neoflix.slot_cache import num_rows
 from neoflix.template import find_template
 from neoflix.tokenizer import read_tokenizer
 
@@ -52,6 +55,13 @@ class Sample:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+class PrintableStreamer(TextStreamer):
+    """transformers' own, without the control characters that a terminal would obey."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
+
+
 class Sampler:
     """A model, its tokenizer and its sampling settings, ready to write.
 
@@ -69,6 +79,7 @@ class Sampler:
         self.saved = model.generation_config
         self.template = find_template(tokenizer)
         control = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id, None}
+        self._make_decoder = None  # found when the first text is written: at ZeRO stage 3 a pass needs all processes
         self.never_sampled = sorted(control | set(range(len(tokenizer), num_rows(model))))
 
     @classmethod
@@ -173,10 +184,17 @@ class Sampler:
                 fields[index][name] = self.template.cut(name, sample.text[len(prompt.strip()) :])
         return fields
 
-    def _decoder(self, texts: list[Text], seed: int, batch_size: int, settings: dict) -> Decoder:
+    def _decoder(self, texts: list[Text], seed: int, batch_size: int, settings: dict) -> Decoder | GenerateDecoder:
         num_slots = min(batch_size, len(texts))
-        return Decoder(
-            self.model if self.in_training else quicken(self.model, num_slots),
+        if self._make_decoder is None:
+            self._make_decoder = find_decoder(self.model)
+            if not self.in_training and not makes_slots(self._make_decoder):
+                kind = self.model.config.model_type
+                say(f"note: transformers' generate samples {kind} models, which is slower than this project's decoder")
+        if not self.in_training and makes_slots(self._make_decoder):
+            quicken(self.model, num_slots)
+        return self._make_decoder(
+            self.model,
             num_slots,
             max(len(text.prompt_ids) + text.limit for text in texts),
             seed,
@@ -208,8 +226,8 @@ class Sampler:
 
     @property
     def window(self) -> int:
-        """Most tokens a text can have, prompt and beginning token included."""
-        return min(get_window(self.model), getattr(self.model.config, "sliding_window", None) or 2**31)
+        """Most tokens a text can have, prompt and beginning token included. A sliding window is no limit."""
+        return get_window(self.model)
 
     def check_prompts(self, prompts: list[str], flag: str) -> None:
         """UserError where one leaves no room in the model's window; `flag`: how the user named them."""

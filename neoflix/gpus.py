@@ -15,6 +15,11 @@ from pathlib import Path
 
 import pynvml
 
+# How torch 2.13 and later pin host memory for copies to a GPU: no more than was asked for, where it would round each
+# buffer up to a power of two (40 GiB for the 25 of GPT-Neo-2.7B's offloaded optimizer). Buffers up to 8 MB are still
+# rounded and used again. The two limits must be equal: a freed buffer that was cached but not rounded is handed out for
+# larger requests of the same power of two and overflows (70 MiB for 120: ZeRO-3 with offload segfaults).
+PINNED_MEMORY = "pinned_max_round_threshold_mb:8,pinned_max_cached_size_mb:8"
 DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg")  # Linux; Windows' subsystem for Linux
 
 

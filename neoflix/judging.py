@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neoflix.config import TrainArguments
-from neoflix.console import progress, say
+from neoflix.console import printable, progress, say
 from neoflix.data import MOST_CROWDED, split_texts
 from neoflix.errors import UserError
 from neoflix.loss import IGNORED
@@ -152,8 +152,9 @@ class Judge:
             return None
         try:
             return BaseModel.load(self.base_name, self.allow_pickle)
-        except ValueError as error:
+        except UserError as error:
             self.no_base = str(error).replace("--model_name_or_path", "--base_model", 1)
+            say(f"warning: perplexity is not measured: {self.no_base}")
             return None
 
     def _perplexity_of_texts(self, num: int) -> float | None:
@@ -176,7 +177,7 @@ class Judge:
         if judged and judged.exists() and "base_model" not in read_json(judged, {}):
             raise UserError(f"{judged}: is not a file that neoflix wrote, and is left alone; move it away")
         judgement = self.judge(rows)
-        print(f"\n{judgement_table(judgement, self.base_name or '')}")
+        print(printable(f"\n{judgement_table(judgement, self.base_name or '')}"))
         if judged:
             _write(judged, {"base_model": self.base_name, **asdict(judgement)})
             say(f"Figures in {judged}")
@@ -265,7 +266,7 @@ def sweep(judge: Judge, sample: Callable[..., Iterator], settings: list[dict], o
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         judgements[name] = judge.judge(samples)
-        print(sweep_line(name, judgements[name], width), flush=True)
+        print(printable(sweep_line(name, judgements[name], width)), flush=True)
         rows.append({"settings": each, **asdict(judgements[name])})
         _write(folder / "sweep.json", {"base_model": judge.base_name, "rows": rows})
     if judge.no_base:

@@ -10,10 +10,12 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
+import transformers
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -35,6 +37,7 @@ from transformers.utils import (
     logging,
 )
 
+from neoflix.architectures import find_decoder
 from neoflix.attention import ATTENTION_NAME, register_attention
 from neoflix.checkpoint import has_shards_alone, holds_adapters
 from neoflix.errors import UserError
@@ -47,6 +50,8 @@ from neoflix.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
 DEMO_VOCAB_SIZE = 4096
 HUB_TIMEOUT = 10  # seconds
+# What configs call the longest text; those that map n_positions to max_position_embeddings have it under that name too.
+WINDOW_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
 VOCAB_MULTIPLE = 64  # matrix sizes that tensor cores take without a remainder
 
 
@@ -101,6 +106,8 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
         deepspeed.init_distributed()
     with _in_one_sentence(model_name_or_path):
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+    check_architecture(config, f"--model_name_or_path {model_name_or_path}")
+    with _in_one_sentence(model_name_or_path):
         pickled = find_pickle(model_name_or_path, config)
     if pickled and not allow_pickle:
         raise UserError(
@@ -187,6 +194,17 @@ def check_reachable(model_name_or_path: str) -> None:
         ) from error
 
 
+def check_architecture(config: PreTrainedConfig, named: str) -> None:
+    """UserError for a model that does not continue text, or not only; it begins with how the user `named` the model."""
+    kind, cure = f"{named}: a {config.model_type} model", "use a causal language model (docs/loading.md has a list)"
+    if config.is_encoder_decoder:
+        raise UserError(f"{kind} has an encoder and a decoder; {cure}")
+    if config.get_text_config() is not config or hasattr(config, "vision_config"):
+        raise UserError(f"{kind} reads images or sound as well as text; {cure}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{kind} has no head for causal language modeling in transformers; {cure}")
+
+
 def find_pickle(model_name_or_path: str, config: PreTrainedConfig) -> str | None:
     """The pickled file that transformers would read weights from; None where it finds safetensors, or nothing.
 
@@ -213,6 +231,8 @@ def _in_one_sentence(model_name_or_path: str) -> Iterator[None]:
             cure = "its pickled weights hold more than tensors, or are broken; they are not read"
         elif "trust_remote_code" in str(error):
             cure = "it comes with code of its own, which is not run; take a model that transformers knows"
+        elif "does not recognize this architecture" in str(error):
+            cure = f"transformers {transformers.__version__} does not know its architecture; use a model that it knows"
         elif folder.is_dir() and has_shards_alone(folder):
             cure = f"its weights lie in shards; `python generate.py --model_dir {folder}` gathers them there"
         elif folder.is_dir():
@@ -238,11 +258,15 @@ def load_model(
         sampling: temperature, top_k, top_p, repetition_penalty, max_new_tokens.
         allow_pickle: see `load_pretrained`.
         lora: rank and alpha of adapters to be trained in the model's stead, which it is then wrapped in.
+
+    UserError as `load_pretrained`, and for a model that could not be sampled once it is trained.
     """
     if model_name_or_path == DEMO:
         model = build_demo_model(_padded(len(tokenizer)))
     else:
         model = load_pretrained(model_name_or_path, dtype, allow_pickle)
+        if not is_deepspeed_zero3_enabled():  # no process has whole weights there: found at the first evaluation
+            find_decoder(model)
         make_room_for_tokens(model, tokenizer)
     set_token_ids(model, tokenizer, sampling)
     return add_adapters(model, base=model_name_or_path, **lora) if lora else model
@@ -317,8 +341,12 @@ def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sa
 
 
 def get_window(model: PreTrainedModel) -> int:
-    """Most tokens a text can have: 2,048 for GPT-Neo."""
-    return getattr(model.config, "max_position_embeddings", None) or 2048
+    """Most tokens a text can have: 2,048 for GPT-Neo, and where a model names no limit.
+
+    A sliding window is not a limit: it is what one layer sees at once, and part of the model.
+    """
+    config = model.config.get_text_config()
+    return next((limit for name in WINDOW_NAMES if (limit := getattr(config, name, None) or 0) > 0), 2048)
 
 
 def keeps_texts_apart(model: PreTrainedModel) -> bool:

@@ -23,27 +23,23 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 
 from neoflix.cache import in_cache, new_path
-from neoflix.console import say
+from neoflix.console import accept_any_text, is_main_process, say
 from neoflix.ds_config import ROOT, read_ds_config
 from neoflix.errors import UserError
+from neoflix.gpus import PINNED_MEMORY
 from neoflix.hub_copies import find_hub_copy
 from neoflix.machine import Machine, check_machine, read_machine, torch_version
 from neoflix.paths import expand_paths
 from neoflix.reading import NETFLIX_PATH, default_cache_dir, find_dataset, sample_texts
+from neoflix.shapes import HUB_SHAPES, Shape, gpt_neo_shape, read_shape
 from neoflix.tables import find_text_files
 from neoflix.template import Template
 from neoflix.throughput import cpu_flops, flops_per_token, peak_flops, recomputed_flops_per_token
 
 GIB = 2**30
-ADAPTERS_CONFIG_FILE = "adapter_config.json"  # as in checkpoint.py
-DEMO_SHAPE = {"num_layers": 4, "hidden_size": 256, "vocab_size": 4096, "max_position_embeddings": 512}
-# config.json of the three GPT-Neos, so that their plan needs no network (Hugging Face hub, EleutherAI).
-HUB_SHAPES = {
-    f"EleutherAI/gpt-neo-{size}": {"num_layers": num_layers, "hidden_size": width}
-    for size, num_layers, width in (("125M", 12, 768), ("1.3B", 24, 2048), ("2.7B", 32, 2560))
-}
 
 # Bytes. What a process takes by itself is measured on the CPU (Python, torch 2.13, transformers, deepspeed, the
 # tokenised data; benchmarks/results/plan-cpu.jsonl). Of a process with CUDA neither share has been measured here yet.
@@ -63,33 +59,6 @@ SAMPLE_TEXTS = 500
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A model's shape, by its config.json."""
-
-    num_layers: int
-    width: int
-    inner: int  # width of the MLP
-    vocab_size: int  # rows of the embedding, rounded up as `model.py` does
-    num_parameters: int
-    window: int
-    is_gpt_neo: bool = True  # our attention and our loss
-    adapted: int = 0  # widths of what goes into and comes out of each linear layer but the head, summed
-    num_linear: int = 0  # such layers
-
-    is_tied: bool = True  # the output layer's weight is the embedding's
-
-    @property
-    def embedding(self) -> int:
-        return self.vocab_size * self.width
-
-    def products(self, mean_length: float) -> tuple[int, int, int, float]:
-        """What `flops_per_token` counts by. An embedding that is not the output layer's is looked up, not multiplied
-        with."""
-        num_weights = self.num_parameters - (0 if self.is_tied else self.embedding)
-        return num_weights, self.num_layers, self.width, mean_length
-
-
-@dataclass(frozen=True)
 class Texts:
     """Token counts of the data, special tokens included."""
 
@@ -101,13 +70,28 @@ class Texts:
     source: str  # where the counts come from
 
     def of_batch(self, num_texts: int, packed: bool = True) -> int:
-        """Most tokens that a batch of so many texts is likely to have (mean and two deviations); padded to its longest
-        where texts are not packed."""
+        """Most tokens that a batch of so many texts is likely to have (mean and two deviations). Where texts are padded
+        to the longest of their batch, one batch of each epoch has the longest of all."""
         num_texts = min(num_texts, max(self.num_train, 1))
         if not packed:
-            return num_texts * math.ceil(min(self.mean + 2.5 * self.deviation, self.longest))
+            return num_texts * self.longest
         likely = num_texts * self.mean + 2 * self.deviation * math.sqrt(num_texts)
         return math.ceil(min(likely, num_texts * self.longest))
+
+    def of_budget(self, num_tokens: int, packed: bool) -> int:
+        """Most tokens that a batch computes whose texts have so many: more where they are padded."""
+        if packed:
+            return num_tokens
+        return self.of_batch(max(1, round(num_tokens / self.mean)), packed)
+
+    def padding(self, num_texts: int | None, budget: int | None, packed: bool) -> float:
+        """Tokens that are computed for each real one: the longest of a batch's texts by their mean, for lengths spread
+        normally (the expected largest of n: Blom, 1958)."""
+        if packed:
+            return 1.0
+        n = min(num_texts or max(1, round(budget / self.mean)), max(self.num_train, 1))
+        longest = self.mean + self.deviation * NormalDist().inv_cdf((n - 0.375) / (n + 0.25))
+        return min(longest, self.longest) / self.mean
 
 
 @dataclass(frozen=True)
@@ -117,7 +101,7 @@ class Settings:
     ds_config: dict
     ds_name: str
     weight_bytes: int  # 2 in bf16 and fp16, 4 in fp32
-    batch_tokens: int  # most tokens a process takes at once
+    batch_tokens: int  # most tokens a process takes at once, padding included
     eval_tokens: int
     accumulation: int
     num_processes: int
@@ -130,6 +114,7 @@ class Settings:
     rounds_pinned: bool = True  # torch rounds pinned buffers up to a power of two
     batch_texts: int | None = None  # where a batch is counted in texts
     lora_rank: int = 0  # 0: the whole model learns
+    budget: int | None = None  # where a batch is counted in tokens
     padding: float = 1.0  # tokens that are computed for each real one
 
     def num_learning(self, shape: Shape) -> int:
@@ -310,10 +295,12 @@ def activation_bytes(shape: Shape, settings: Settings, num_tokens: int) -> int:
     GPT-Neo. Counted with autograd's saved-tensor hooks, which `tests/test_plan.py` does again. With checkpointing one
     width a layer, and one layer in full while it is worked out again (Chen et al., 2016). Besides: the embedding and
     the last norm. With LoRA the same, since every adapter keeps what goes into its layer, and what its first matrix
-    makes of that.
+    makes of that. Of other models the layers are counted likewise, when their shape is read.
     """
     copies = 1.4 if settings.is_cpu else 0  # the copy, and what padding to the longest of a group adds
     layer = (8 + copies) * shape.width + 5 * shape.inner
+    if counted := shape.kept_bytes[settings.weight_bytes // 4]:
+        layer = counted / settings.weight_bytes / shape.num_layers
     layer += settings.lora_rank * shape.num_linear / max(shape.num_layers, 1)
     kept = layer + shape.num_layers * shape.width if settings.recomputes else shape.num_layers * layer
     return int(num_tokens * settings.weight_bytes * (kept + 2 * shape.width))
@@ -345,7 +332,7 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
     parts = {"weights": b * P}
     if stage == 3:
         live = settings.zero.get("stage3_max_live_parameters", 10**9) + _bucket(settings, "stage3_prefetch_bucket_size")
-        gathered = min(P, max(live, shape.embedding + _layer(shape)))
+        gathered = min(P, max(live, shape.embedding + shape.layer_parameters))
         parts["weights"] = 0 if settings.offload("offload_param") else b * P // N
         parts["gathered layers"] = b * gathered
     parts["optimizer"] = int(on_device * optimizer_bytes(settings) * L / (N if stage else 1))
@@ -355,20 +342,41 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
     activations = activation_bytes(shape, settings, settings.batch_tokens)
     loss = loss_bytes(shape, settings, settings.batch_tokens)
     # Tied to the head: one gradient comes at the beginning of the backward pass and waits for the other at its end.
-    embedding = {"gradients of the embedding": 0 if settings.lora_rank else 2 * b * shape.embedding}
+    embedding = {"gradients of the embedding": 0 if settings.lora_rank else (1 + shape.is_tied) * b * shape.embedding}
     working = {"activations": activations, "loss": loss}
     if settings.is_cpu:
         parts |= _kept_by_the_cpu(shape, settings)
         if b == 4:
-            # Freed memory is kept, in pieces: gradients find room where activations were, if these were the larger.
-            grown = gradients + (0 if settings.lora_rank else b * shape.embedding)
-            working["room used twice"] = -min(grown, max(0, activations + loss - grown))
+            if shape.is_gpt_neo:  # padded batches differ too much in size
+                # Freed memory is kept, in pieces: gradients find room where activations were, if these were the larger.
+                grown = gradients + (0 if settings.lora_rank else b * shape.embedding)
+                working["room used twice"] = -min(grown, max(0, activations + loss - grown))
             return {"train": parts | {"gradients": gradients + copies} | embedding | working}
     beginning = parts | {"gradients": gradients if settings.accumulation > 1 else 0} | embedding | working
     end = parts | {"gradients": gradients} | embedding
     step = parts | {"gradients": gradients, "gradients' fp32 copies": copies}
     evaluation = parts | {"loss": loss_bytes(shape, settings, settings.eval_tokens)}
-    return {"train": beginning, "backward's end": end, "step": step, "evaluate": evaluation}
+    phases = {"train": beginning, "backward's end": end, "step": step, "evaluate": evaluation}
+    if stage == 2 and not offloaded and settings.gradient_bytes != b:
+        reduction = _first_reduction(shape, settings, activations)
+        phases["first reduction"] = parts | {"gradients": gradients} | reduction
+    if offloaded and stage in (1, 2):  # DeepSpeed flattens the weights, and clones the process's share
+        phases["start"] = {"weights": b * P, "weights, flattened": b * L // N}
+    return phases
+
+
+def _first_reduction(shape: Shape, settings: Settings, activations: int) -> dict[str, int]:
+    """What there is besides when ZeRO-2 reduces its first bucket of gradients to be summed up in another dtype: it
+    allocates its whole share of them then, and flattens the bucket. Of the activations those are gone whose layers
+    filled the bucket; of the embedding's two gradients the head's is there."""
+    b, bucket = settings.weight_bytes, min(_bucket(settings, "reduce_bucket_size"), settings.num_learning(shape))
+    in_layers = settings.num_learning(shape) - (0 if settings.lora_rank else shape.embedding)
+    share = 0 if settings.recomputes else min(1.0, bucket / max(in_layers, 1))
+    return {
+        "activations": int(activations * (1 - share)),
+        "gradients of the embedding": 0 if settings.lora_rank else b * shape.embedding,
+        "flattened bucket": b * bucket,
+    }
 
 
 def _kept_by_the_cpu(shape: Shape, settings: Settings) -> dict[str, int]:
@@ -392,11 +400,6 @@ def _kept_by_the_cpu(shape: Shape, settings: Settings) -> dict[str, int]:
             8 * shape.embedding + _buffers(shape, settings) - 2 * shape.embedding
         )
     return kept
-
-
-def _layer(shape: Shape) -> int:
-    """Parameters of one layer: attention and MLP."""
-    return 4 * shape.width**2 + 2 * shape.width * shape.inner
 
 
 def _bucket(settings: Settings, name: str, default: int = 5 * 10**8) -> int:
@@ -581,7 +584,8 @@ def read_settings(args, shape: Shape, texts: Texts, machine: Machine, ds_config:
     accumulation = max(1, args.gradient_accumulation_steps)
     batch = max(1, args.per_device_train_batch_size)
     budget = args.tokens_per_device_batch
-    batch_tokens = budget or texts.of_batch(batch, shape.is_gpt_neo)
+    packed = shape.is_gpt_neo
+    batch_tokens = texts.of_budget(budget, packed) if budget else texts.of_batch(batch, packed)
     mean_tokens = min(budget or batch * texts.mean, max(texts.num_train * texts.mean, 1))
     steps_an_epoch = math.ceil(texts.num_train * texts.mean / (mean_tokens * accumulation * num_processes))
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(max(1, steps_an_epoch) * args.num_train_epochs)
@@ -592,7 +596,9 @@ def read_settings(args, shape: Shape, texts: Texts, machine: Machine, ds_config:
         weight_bytes=2 if is_half else 4,
         batch_tokens=batch_tokens,
         batch_texts=None if budget else batch,
-        eval_tokens=texts.of_batch(max(1, args.per_device_eval_batch_size), shape.is_gpt_neo),
+        budget=budget,
+        padding=texts.padding(None if budget else batch, budget, packed),
+        eval_tokens=texts.of_batch(max(1, args.per_device_eval_batch_size), packed),
         accumulation=accumulation,
         num_processes=num_processes,
         local_processes=min(_local_processes(), num_processes),
@@ -613,76 +619,6 @@ def rounds_pinned() -> bool:
     if said is None:
         return torch_version() < (2, 13)
     return "pinned_max_round_threshold_mb" not in said
-
-
-def read_shape(model_name_or_path: str) -> Shape | None:
-    """The shape by a folder's config.json, by the hub's cache, or as this file knows it; None where none is found."""
-    if model_name_or_path == "demo":
-        return _gpt_neo_shape(DEMO_SHAPE)
-    if (adapters := Path(model_name_or_path, ADAPTERS_CONFIG_FILE)).is_file():  # its base, once they are merged
-        return read_shape(json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
-    path = Path(model_name_or_path, "config.json")
-    if not path.is_file():
-        if known := {name.lower(): shape for name, shape in HUB_SHAPES.items()}.get(model_name_or_path.lower()):
-            return _gpt_neo_shape(known)
-        path = _find_in_hub(model_name_or_path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError):
-        return None
-    if config.get("model_type") == "gpt_neo":
-        return _gpt_neo_shape(config) if {"num_layers", "hidden_size"} <= config.keys() else None
-    return _other_shape(path.parent) if config else None
-
-
-def _find_in_hub(name: str) -> Path | None:
-    if name.count("/") > 1 or name.startswith((".", "/")):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found) if isinstance(found, str) else None
-
-
-def _gpt_neo_shape(config: dict) -> Shape:
-    """Parameters: V w + positions w, for each layer 4 w^2 + w (attention: three projections without bias, one with),
-    2 w inner + inner + w (MLP) and 4 w (two norms), and 2 w for the last norm; the head is tied to the embedding."""
-    width, num_layers = config["hidden_size"], config["num_layers"]
-    inner = config.get("intermediate_size") or 4 * width
-    vocab = -(-config.get("vocab_size", 50257) // 64) * 64
-    positions = config.get("max_position_embeddings", 2048)
-    layer = 4 * width**2 + width + 2 * width * inner + inner + width + 4 * width
-    return Shape(
-        *(num_layers, width, inner, vocab, (vocab + positions) * width + num_layers * layer + 2 * width, positions),
-        adapted=num_layers * (8 * width + 2 * (width + inner)),
-        num_linear=6 * num_layers,
-    )
-
-
-def _other_shape(folder: Path) -> Shape | None:
-    """Of any other causal language model: built without memory for its weights, and counted."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError):
-        return None
-    width = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
-    window = getattr(config, "max_position_embeddings", None) or 2048
-    vocab = -(-config.vocab_size // 64) * 64
-    linear = [layer.weight.shape for layer in model.modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
-    adapted = [shape for shape in linear if shape[0] != config.vocab_size]
-    return Shape(
-        *(config.num_hidden_layers, width, inner, vocab, model.num_parameters(), window),
-        is_gpt_neo=False,
-        adapted=sum(map(sum, adapted)),
-        num_linear=len(adapted),
-    )
 
 
 # ---- the texts' tokens -------------------------------------------------------------------------------------
@@ -900,7 +836,7 @@ def _changes(plan: Plan):
                     (f"{words} {others}", both) for others, both in kind(changed) if _flags(others) != _flags(words)
                 )
     for name, known in reversed(HUB_SHAPES.items()):
-        smaller = _gpt_neo_shape(known)
+        smaller = gpt_neo_shape(known)
         if smaller.num_parameters < plan.shape.num_parameters * 0.9:
             yield f"--model_name_or_path {name}", forecast(smaller, plan.texts, plan.settings, plan.machine)
 
@@ -918,22 +854,25 @@ def _with(plan: Plan, **changes) -> Plan:
 
 
 def _cheaper_batch(plan: Plan, divisor: int) -> dict:
-    settings = plan.settings
+    settings, texts, packed = plan.settings, plan.texts, plan.shape.is_gpt_neo
+    cheaper = {"accumulation": settings.accumulation * divisor}
     if settings.batch_texts is None:
-        return {"batch_tokens": settings.batch_tokens // divisor, "accumulation": settings.accumulation * divisor}
-    texts = settings.batch_texts // divisor
-    tokens = plan.texts.of_batch(texts, plan.shape.is_gpt_neo)
-    return {"batch_texts": texts, "batch_tokens": tokens, "accumulation": settings.accumulation * divisor}
+        budget = settings.budget // divisor
+        tokens, padding = texts.of_budget(budget, packed), texts.padding(None, budget, packed)
+        return cheaper | {"budget": budget, "batch_tokens": tokens, "padding": padding}
+    count = settings.batch_texts // divisor
+    tokens, padding = texts.of_batch(count, packed), texts.padding(count, None, packed)
+    return cheaper | {"batch_texts": count, "batch_tokens": tokens, "padding": padding}
 
 
 def _batch_changes(plan: Plan):
     """Smaller batches, more of them a step; the largest that fits comes first."""
     texts, divisor = plan.settings.batch_texts, 2
-    while (texts or plan.settings.batch_tokens // max(plan.texts.longest, 1)) // divisor >= 1:
+    while (texts or plan.settings.budget // max(plan.texts.longest, 1)) // divisor >= 1:
         cheaper = _cheaper_batch(plan, divisor)
         flag, count = ("per_device_train_batch_size", texts and texts // divisor)
         if texts is None:
-            flag, count = "tokens_per_device_batch", cheaper["batch_tokens"]
+            flag, count = "tokens_per_device_batch", cheaper["budget"]
         words = f"--{flag} {count} --gradient_accumulation_steps {cheaper['accumulation']}"
         changed = _with(plan, **cheaper, eval_tokens=min(plan.settings.eval_tokens, cheaper["batch_tokens"]))
         if changed.fits or texts == divisor:
@@ -956,7 +895,7 @@ def _disk_changes(plan: Plan):
 
 def _host_changes(plan: Plan):
     if plan.settings.rounds_pinned and plan.pinned_bytes:
-        yield "PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:64", _with(plan, rounds_pinned=False)
+        yield f"PYTORCH_ALLOC_CONF={PINNED_MEMORY}", _with(plan, rounds_pinned=False)
 
 
 def _set_up_changes(plan: Plan):
@@ -990,7 +929,7 @@ def plan_table(plan: Plan | None) -> str:
         f"plan: {_count(shape.num_parameters)} parameters, {learning}{precision}, {settings.ds_name} (ZeRO "
         f"{settings.stage}), {settings.num_processes} process(es)",
         f"texts: {texts.num_train:,} to learn from, {texts.mean:.1f} tokens each ({texts.source}); at most "
-        f"{settings.batch_tokens:,} tokens at once",
+        f"{settings.batch_tokens:,} tokens at once{'' if shape.is_gpt_neo else ', padding included'}",
     ]
     if machine.has_gpu:
         free = machine.device_memory - machine.device_taken
@@ -1113,13 +1052,14 @@ OTHER_FLAGS = frozenset(
 def answer_quickly() -> None:
     """Answers `train.py --plan ...` in a second and ends the program. Returns where something else is asked, or a flag
     is there that only the full parser understands."""
+    accept_any_text()
     args = read_quickly(sys.argv[1:]) if "--plan" in sys.argv else None
     if args is None:
         return
     try:
         say(plan_table(plan_run(args)))
-    except ValueError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+    except UserError as error:
+        if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(0)

@@ -131,6 +131,9 @@ def read_texts(
     num_empty = len(table.rows) - len(texts)
     from_lines = ", one a line" if path.suffix.lower() == ".txt" else ""
     empty = f"; {num_empty:,} of {len(table.rows):,} rows have no text there and are left out" if num_empty else ""
+    for name in template.fields if template else []:
+        if missing := sum(not _as_field(cell) for cell in table.column(name)):
+            empty += f"; column {name} is empty in {missing:,}"
     warning = "warning: " if num_empty > len(texts) else ""
     say(f"{warning}{path}: {len(texts):,} texts of column {column}{from_lines}{empty}")
     return texts

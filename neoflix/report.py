@@ -6,8 +6,10 @@ them. Nothing is loaded from a network: drawings are inline SVG whose colours ar
 
 import json
 import math
+import os
 import re
 import shlex
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -560,6 +562,8 @@ def _try(write: Callable[[], None]) -> None:
 
 
 def _warn(error: Exception) -> None:
+    if os.environ.get("NEOFLIX_TRACEBACK"):
+        traceback.print_exception(error)
     say(f"warning: no report: {' '.join(str(error).split()) or type(error).__name__}")
 
 

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 import zipfile
 import zlib
@@ -22,6 +23,7 @@ from typing import BinaryIO, TextIO
 from neoflix.errors import UserError
 
 SEPARATORS = (",", "\t", ";", "|")
+SEPARATOR_LINE = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)  # Excel's first line of a CSV file
 HEAD = 20  # rows that decide whether a file of one column has several, with another separator
 
 
@@ -223,7 +225,11 @@ def _read_separated(file: BinaryIO, columns: list[str] | None, limit: int | None
     with _as_text(file, limit, newline="") as lines:
         separator = _find_separator(lines, usual)
         lines.seek(0)
-        rows = _parse(lines, separator)
+        if said := SEPARATOR_LINE.fullmatch(lines.readline()):
+            separator = said[1]
+        else:
+            lines.seek(0)
+        rows = _parse(lines, separator, first_line=2 if said else 1)
         names = next(rows, None)
         if names is None:
             raise UserError("the file is empty")
@@ -234,10 +240,10 @@ def _read_separated(file: BinaryIO, columns: list[str] | None, limit: int | None
         return Table(columns, [[row[place] for place in places] for row in islice(rows, limit)])
 
 
-def _parse(lines: TextIO, separator: str) -> Iterator[list[str]]:
+def _parse(lines: TextIO, separator: str, first_line: int) -> Iterator[list[str]]:
     """Header and rows, all of the header's length; blank lines are left out. UserError for any other row."""
     reader = csv.reader(lines, delimiter=separator, strict=True)
-    width, line = None, 1
+    width, line = None, first_line
     try:
         for row in reader:
             if len(row) == width:
@@ -250,7 +256,7 @@ def _parse(lines: TextIO, separator: str) -> Iterator[list[str]]:
                     )
                 width = len(row)
                 yield row
-            line = reader.line_num + 1
+            line = first_line + reader.line_num
     except csv.Error as error:
         if "unexpected end" in str(error):
             raise UserError(f"a quote that opens in line {line} is not closed") from error

@@ -26,6 +26,11 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
             f"--model_name_or_path {model_name_or_path}: no tokenizer found there; a folder needs tokenizer.json "
             "(or vocab.json and merges.txt), a hub name needs a network connection or an earlier download"
         ) from error
+    if not tokenizer.is_fast:  # training needs each token's place in the text, which only those of `tokenizers` tell
+        raise UserError(
+            f"--model_name_or_path {model_name_or_path}: its tokenizer, {type(tokenizer).__name__}, has no fast form "
+            "(tokenizer.json); use a model that has one"
+        )
     if len(tokenizer) < 2:
         raise UserError(f"--model_name_or_path {model_name_or_path}: its tokenizer has no vocabulary")
     set_special_tokens(tokenizer)

@@ -2,12 +2,21 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from neoflix.config import SAMPLING_DEFAULTS, parse_export_args, parse_generate_args, parse_train_args, read_recipe
+from neoflix.config import (
+    SAMPLING_DEFAULTS,
+    TrainArguments,
+    parse_export_args,
+    parse_generate_args,
+    parse_train_args,
+    read_recipe,
+)
 from neoflix.environment import prepare_environment
+from neoflix.errors import UserError
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -165,3 +174,39 @@ def test_recipes_find_our_deepspeed_files_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     args = parse_train_args(["--config", str(ROOT / "recipes" / "demo.yaml"), "--output_dir", str(tmp_path / "run")])
     assert args.deepspeed == str(ROOT / "ds_configs" / "cpu.json")
+
+
+def test_auto_is_decided_once_and_told_to_all(monkeypatch, model_dir, catalogue, parse):
+    """By the main process, whose answer names a file of the project's, wherever that lies."""
+    asked = []
+
+    def ask(function, *args):
+        asked.append(function(*args))
+        return asked[-1]
+
+    monkeypatch.setattr("neoflix.config.ask_main_process", ask)
+    words = ["--model_name_or_path", str(model_dir), "--dataset", str(catalogue)]
+    args = parse(*words, "--deepspeed", "auto", "--tokens_per_device_batch", "auto")
+    (choices,) = asked
+    assert (ROOT / choices["deepspeed"]).is_file()
+    assert not Path(choices["deepspeed"]).is_absolute()
+    assert Path(args.deepspeed).resolve() == (ROOT / choices["deepspeed"]).resolve()
+    assert args.tokens_per_device_batch == choices["tokens_per_device_batch"] > 0
+
+
+@pytest.mark.parametrize(
+    "words", [["--eval_strategy", "sometimes"], ["--optim", "adamm"], ["--lr_scheduler_type", "x"]], ids=lambda w: w[0]
+)
+def test_what_transformers_refuses_is_a_user_error(words, parse):
+    with pytest.raises(UserError):
+        parse(*words)
+
+
+def test_a_bug_in_a_check_is_no_user_error(monkeypatch, parse):
+    def check(self):
+        int("a bug")
+
+    monkeypatch.setattr(TrainArguments, "check", check)
+    with pytest.raises(ValueError, match="a bug") as caught:
+        parse()
+    assert not isinstance(caught.value, UserError)

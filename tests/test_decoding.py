@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from neoflix import decoding
+from neoflix import decoding, slot_cache
 from neoflix.decoding import Decoder, Draw, Text, stream_keys
 
 EOS, PAD = 0, 501
@@ -131,15 +131,15 @@ def test_packed_layers_are_the_same_layers(model_dir):
 
 def test_too_little_memory_says_what_fits(model_dir, monkeypatch):
     model = load(model_dir)
-    a_text = 100 * decoding.place_bytes(model) + 16 * 500
-    assert decoding.place_bytes(model) == 2 * 4 * 32 * 4
-    monkeypatch.setattr(decoding, "read_host_memory", lambda: 7 * a_text + 1)
-    decoding.check_memory(model, 7, 100)
+    a_text = 100 * slot_cache.place_bytes(model) + 16 * 500
+    assert slot_cache.place_bytes(model) == 2 * 4 * 32 * 4
+    monkeypatch.setattr(slot_cache, "read_host_memory", lambda: 7 * a_text + 1)
+    slot_cache.check_memory(model, 7, 100)
     with pytest.raises(ValueError, match=r"--batch_size 8: texts of up to 100 tokens .* --batch_size 7 would fit"):
-        decoding.check_memory(model, 8, 100)
-    monkeypatch.setattr(decoding, "read_host_memory", lambda: a_text - 1)
+        slot_cache.check_memory(model, 8, 100)
+    monkeypatch.setattr(slot_cache, "read_host_memory", lambda: a_text - 1)
     with pytest.raises(ValueError, match="lower --max_new_tokens"):
-        decoding.check_memory(model, 1, 100)
+        slot_cache.check_memory(model, 1, 100)
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------

@@ -75,6 +75,46 @@ def test_of_several_output_dirs_the_last_counts(dry_run):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["--output-dir", "b"],
+        ["--output-dir=b"],
+        ["--output_dir=a", "--output-dir", "b"],
+        ["--output-dir=a", "--output_dir=b"],
+    ],
+)
+def test_output_dir_is_seen_in_each_of_its_spellings(dry_run, words):
+    assert "generate.py --config r.yaml --output_dir b \n" in dry_run("--config", "x.yaml", "--config=r.yaml", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "samples"),
+    [
+        (["--plan"], False),
+        (["--plan", "--seed", "3"], False),
+        (["--plan=true"], False),
+        (["--plan", "false"], True),
+        (["--plan", "--plan", "no"], True),
+        (["--eval_only"], False),
+        (["--eval-only", "--plan", "false"], False),
+        (["--eval-only=False"], True),
+    ],
+)
+def test_only_a_run_that_trains_is_sampled_from(dry_run, words, samples):
+    assert ("generate.py" in dry_run("--config", "recipes/demo.yaml", *words)) == samples
+
+
+@pytest.mark.parametrize("content", ["output_dir:", "seed: 3", "- x", "a: [", None])
+def test_an_array_of_a_recipe_without_a_folder_takes_results(dry_run, tmp_path, content):
+    recipe = tmp_path / "r.yaml"
+    if content:
+        recipe.write_text(content)
+    output = dry_run("--config", str(recipe), SLURM_ARRAY_TASK_ID="7")
+    assert f"generate.py --config {recipe} --output_dir results/7 \n" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
     ("ngpu", "launcher"),
     [("", "deepspeed --quiet --master_port"), ("1", "deepspeed --quiet --num_accelerators 1 ")],
     ids=["those it names", "NGPU wins"],

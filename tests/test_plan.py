@@ -14,6 +14,7 @@ from neoflix import plan
 from neoflix.config import TrainArguments, _Parser, parse_train_args
 from neoflix.data import PackedCollator
 from neoflix.ds_config import read_ds_config
+from neoflix.gpus import PINNED_MEMORY
 from neoflix.hub_copies import find_hub_copy, hub_copy_file
 from neoflix.lora import add_adapters
 from neoflix.machine import (
@@ -169,6 +170,50 @@ def test_host_memory_of_the_offloads(processes):
     processes(4, on_a_node=2)
     halves = forecast("2.7B", card(24))
     assert halves.host_bytes == 2 * sum(halves.host.values()), "a node holds its own processes only"
+
+
+# Bytes that torch allocated at the peak, GiB: 64 Netflix descriptions a step on a stand-in for the CUDA runtime, whose
+# allocations are real and whose arithmetic isn't.
+ALLOCATED = [
+    ("1.3B", "ds_configs/no_offload.json", [], 27.36),
+    ("2.7B", "ds_configs/no_offload.json", [], 53.34),
+    ("2.7B", "ds_config.json", ["--activation_checkpointing", "true"], 9.88),
+]
+
+
+@pytest.mark.parametrize(("size", "deepspeed", "words", "gib"), ALLOCATED)
+def test_device_memory_is_what_a_stand_in_allocated(size, deepspeed, words, gib, processes):
+    planned = forecast(size, card(80), *words, deepspeed=deepspeed)
+    assert planned.allocated_bytes / GIB == pytest.approx(gib, rel=0.02)
+
+
+def test_a_small_card_is_refused_for_deepspeeds_start(processes):
+    """Weights and their flat copy take more than training with activation checkpointing does."""
+    planned = forecast("2.7B", card(10), "--activation_checkpointing", "true")
+    assert not planned.fits
+    assert planned.device["weights, flattened"] == planned.device["weights"]
+    processes(2)
+    shared = forecast("2.7B", card(10), "--activation_checkpointing", "true").device_phases["start"]
+    assert shared["weights, flattened"] == shared["weights"] // 2
+
+
+def test_fp32_gradients_are_there_at_the_first_reduction(processes):
+    """All of them, while most activations still are; gradients in bf16 come one by one."""
+    wide = forecast("2.7B", card(80), deepspeed="ds_configs/no_offload.json")
+    assert wide.device == wide.device_phases["first reduction"]
+    config = read_ds_config("ds_configs/no_offload.json")
+    del config["data_types"]
+    narrow = plan.forecast(wide.shape, NETFLIX, replace(wide.settings, ds_config=config), card(80))
+    assert "first reduction" not in narrow.device_phases
+
+
+def test_pinned_memory_is_neither_rounded_nor_cached_beyond_one_limit(monkeypatch):
+    limits = dict(setting.split(":") for setting in PINNED_MEMORY.split(","))
+    assert limits.keys() == {"pinned_max_round_threshold_mb", "pinned_max_cached_size_mb"}
+    assert len(set(limits.values())) == 1, "torch 2.13 hands a cached buffer out that is too small"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", PINNED_MEMORY)
+    assert not plan.rounds_pinned()
 
 
 def test_memory_follows_what_it_depends_on():

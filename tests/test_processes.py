@@ -214,3 +214,76 @@ def test_the_port_is_taken(ends):
     assert programs.returncode == 2
     assert programs.stderr.startswith(f"error: port {port} is used by another program on ")
     assert len(programs.stderr.splitlines()) == 1
+
+
+HELPED = """
+import subprocess, sys
+os.environ["LOCAL_SIZE"] = "1"  # as on two machines
+watchdog.start_watchdog()
+store = watchdog.connect(serves=False)
+time.sleep(1)
+assert store.check(["beat0"])
+pulses = []
+for _ in range(4):
+    while not store.check(["pulse0"]): time.sleep(0.2)
+    pulses.append(store.get("pulse0"))
+    max(range(2 * 10**8))
+print(len(set(pulses)), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_program_on_each_machine_vouches_for_a_process_that_holds_pythons_lock():
+    code = "import os, time\nfrom neoflix import watchdog\n" + HELPED
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    program = subprocess.run(
+        [PYTHON, "-c", code], env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert int(program.stdout) >= 3, program.stderr
+
+
+def run_alone(code: str, **env: str) -> subprocess.CompletedProcess:
+    words = [PYTHON, "-c", f"from neoflix.distributed import run_and_exit\n{code}\nrun_and_exit(main)"]
+    return subprocess.run(words, env={**os.environ, **env}, cwd=ROOT, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "ascii:strict"])
+def test_no_terminal_ends_a_program(encoding):
+    """Japanese, an emoji, and half a surrogate pair, on both streams and from the error's sentence."""
+    code = r"""
+import sys
+from neoflix.errors import UserError
+text = "\u3042 \U0001f600 \ud83d"
+def main():
+    print(text)
+    print(text, file=sys.stderr)
+    raise UserError(text + " \x1b[31m")
+"""
+    program = run_alone(code, PYTHONIOENCODING=encoding)
+    assert program.returncode == 2, program.stderr
+    assert b"\\ud83d" in program.stdout
+    assert program.stderr.count(b"\\ud83d") == 2
+    assert b"\x1b" not in program.stderr
+
+
+@pytest.mark.parametrize("error", ["ValueError('deep inside')", "KeyError('x')", "OSError(2, 'No such file')"])
+def test_a_bug_keeps_its_traceback(error):
+    program = run_alone(f"def main():\n    raise {error}")
+    assert program.returncode == 1
+    assert b"Traceback (most recent call last)" in program.stderr
+
+
+def test_traceback_of_a_user_error_on_request():
+    code = "from neoflix.errors import UserError\ndef main():\n    raise UserError('no such file')"
+    program = run_alone(code, NEOFLIX_TRACEBACK="1")
+    assert program.returncode == 2
+    assert b"Traceback (most recent call last)" in program.stderr
+    assert program.stderr.endswith(b"error: no such file\n")
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "one"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "-1")])
+def test_variables_that_no_launcher_set_are_one_sentence(name, value):
+    program = run_alone("main = print", **{name: value})
+    assert program.returncode == 2
+    assert program.stderr.startswith(b"error: the environment variable " + name.encode())
+    assert len(program.stderr.splitlines()) == 1

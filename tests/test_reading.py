@@ -3,15 +3,18 @@
 import csv
 import gzip
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from datasets import Dataset
 
 from neoflix import reading
-from neoflix.reading import read_fields, read_texts
+from neoflix.errors import UserError
+from neoflix.reading import read_fields, read_texts, sample_texts
 from neoflix.template import Template, parts
 
 
@@ -243,6 +246,81 @@ def test_where_more_than_one_column_holds_texts_they_are_listed(tmp_path):
     path = write(tmp_path / "none.csv", {"id": ["1"], "name": ["A Ship"]})
     with pytest.raises(ValueError, match="has the columns id, name, none of which holds texts"):
         read_texts(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ({"description": ["Read more.", "", ""], "text": ["One.", "Two.", "Three."]}, ["text (3", "description (1"]),
+        ({"text": ["One.", "", ""], "Text": ["", "Two.", "Three."]}, ["text (1", "Text (2"]),
+        (
+            {"text": ["One.", "", ""], "story": ["A ship is lost at sea.", "A cook finds a map.", ""]},
+            ["text (", "story ("],
+        ),
+    ],
+)
+def test_an_unclear_column_is_asked_about(tmp_path, rows, found):
+    path = write(tmp_path / "unclear.csv", rows)
+    with pytest.raises(UserError, match="--text_column is not given") as error:
+        read_texts(path)
+    assert all(words in str(error.value) for words in found)
+    with pytest.raises(UserError, match="--text_column is not given"):
+        sample_texts(path, None, None, 10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "column"),
+    [
+        ({"description": ["", "", ""], "text": ["One.", "Two.", ""]}, "text"),
+        ({"id": ["1", "2"], "Description": ["One.", "Two."]}, "Description"),
+        ({"title": ["河边", "山上"], "故事": ["一个年轻的厨师在海边发现了一封信", "两个兄弟回到了他们的老家"]}, "故事"),
+    ],
+)
+def test_a_clear_column_is_taken(tmp_path, rows, column, capsys):
+    path = write(tmp_path / "clear.csv", rows)
+    assert read_texts(path) == [text for text in rows[column] if text]
+    assert f"texts of column {column}" in capsys.readouterr().out
+
+
+def test_rows_without_text_are_counted(tmp_path, capsys):
+    path = write(tmp_path / "gaps.csv", {"title": ["A", "", "C"], "text": ["One.", " ", "Two."]})
+    read_texts(path, "text")
+    assert f"{path}: 2 texts of column text; 1 of 3 rows have no text there and are left out" in capsys.readouterr().out
+    read_texts(path, template=Template("{title}: {text}"))
+    assert "; column title is empty in 1" in capsys.readouterr().out
+    write(path, {"title": ["A", "B", "C"], "text": ["One.", "", ""]})
+    read_texts(path, "text")
+    assert capsys.readouterr().out.startswith("warning: ")
+
+
+def test_the_plan_samples_the_texts_of_training(tmp_path):
+    rows = [f"Text {number} of a few words." for number in range(5_000)]
+    path = write(tmp_path / "long.csv", {"story": rows})
+    texts, about = sample_texts(path, None, None, 100)
+    assert texts == read_texts(path)[:100]
+    assert about == pytest.approx(5_000, rel=0.2)
+    assert sample_texts(path, "story", None, 5_000) == (rows, 5_000)
+    write(path, {"n": range(5_000), "text": [""] * 4_999 + ["The last one."]})
+    assert sample_texts(path, "text", None, 100) == (["The last one."], 1)
+
+
+def test_a_folder_of_caches_is_that_of_datasets(monkeypatch, tmp_path):
+    from datasets import config
+
+    for name in ("HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        assert name not in os.environ or str(config.HF_DATASETS_CACHE).startswith(os.environ[name])
+    assert reading.default_cache_dir() == Path(config.HF_DATASETS_CACHE) / "neoflix"
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert reading.default_cache_dir() == tmp_path / "datasets" / "neoflix"
+
+
+def test_no_data_set_is_no_folder(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("Notes.")
+    monkeypatch.chdir(tmp_path)
+    for name in ("", " "):
+        with pytest.raises(UserError, match="--dataset is empty"):
+            reading.find_dataset(name)
+    assert read_texts(reading.find_dataset(".")) == ["Notes."]
 
 
 # ---- templates ------------------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ LIBRARY = sorted((ROOT / "neoflix").glob("*.py"))
 
 # Imports run downwards: a module may import ours from the floors below its own, never from its own floor.
 FLOORS = [
-    {"console", "errors", "gpus", "hub_copies", "paths", "redaction", "throughput", "words"},
+    {"console", "errors", "gpus", "hub_copies", "paths", "redaction", "shapes", "throughput", "words"},
     {"attention", "cache", "environment", "loss", "machine", "manifest", "preemption", "quality", "tables", "template"}
     | {"watchdog"},
-    {"checkpoint", "decoding", "distributed", "ds_config", "locks", "tokenizer"},
+    {"checkpoint", "distributed", "ds_config", "locks", "slot_cache", "tokenizer"},
     {"divergence", "resumed_optimizer", "runs"},
-    {"consolidation", "lora", "reading", "record", "run_folder", "samples", "universal"},
-    {"output_dir", "plan"},
+    {"consolidation", "decoding", "lora", "reading", "record", "run_folder", "samples", "universal"},
+    {"architectures", "output_dir", "plan"},
     {"config"},
     {"callbacks", "data", "model", "report"},
     {"export", "generation", "judging"},

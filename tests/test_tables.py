@@ -99,6 +99,7 @@ def test_large_files_are_read_exactly_by_all_who_read(tmp_path, suffix):
         (b"text;n\none;1\ntwo, or three;2\n", [["one", "1"], ["two, or three", "2"]]),
         (b'"text";"n"\n"one; two";"1"\n', [["one; two", "1"]]),
         (b"text\tn\none\t1\n", [["one", "1"]]),
+        (b"\xef\xbb\xbfsep=;\r\ntext;n\r\none, or two;1\r\n", [["one, or two", "1"]]),
         (b"text; or prose\none\ntwo\n", [["one"], ["two"]]),
         (b"text\none; two\nthree; four\n", [["one; two"], ["three; four"]]),
     ],

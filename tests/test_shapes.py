@@ -1,0 +1,176 @@
+"""Shapes of models by their config alone, against the models themselves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+
+from neoflix import plan
+from neoflix.data import PaddedCollator, TokenBatches
+from neoflix.machine import Machine
+from neoflix.model import build_model
+from neoflix.shapes import HUB_SHAPES, gpt_neo_shape, read_shape
+
+LLAMA = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=160,
+    max_position_embeddings=128,
+    tie_word_embeddings=True,
+)
+OTHERS = {
+    "llama": LLAMA,
+    "llama-untied": LlamaConfig(**(LLAMA.to_dict() | {"tie_word_embeddings": False})),
+    "gpt2": GPT2Config(vocab_size=512, n_embd=64, n_layer=3, n_head=4, n_positions=128),
+    "gpt-neox": GPTNeoXConfig(
+        vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256
+    ),
+}
+
+
+@pytest.fixture(params=OTHERS)
+def other(request, tmp_path):
+    """(a small model of another architecture, its shape by config.json)"""
+    config = OTHERS[request.param]
+    config.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32), read_shape(str(tmp_path))
+
+
+def test_gpt_neo_is_counted_by_hand(tmp_path):
+    tiny_config(vocab_size=512).save_pretrained(tmp_path)
+    assert read_shape(str(tmp_path)) == gpt_neo_shape(json.loads((tmp_path / "config.json").read_text()))
+    shapes = [gpt_neo_shape(config) for config in HUB_SHAPES.values()]
+    assert [round(shape.num_parameters / 1e6) for shape in shapes] == [125, 1316, 2651]
+
+
+def test_layers_of_gpt_neo_are_those_of_the_model():
+    model = build_model(tiny_config(vocab_size=512), torch.float32)
+    shape = gpt_neo_shape(model.config.to_dict())
+    counted = sum(w.numel() for w in model.transformer.h[0].parameters() if w.dim() == 2)
+    assert shape.layer_parameters == counted
+
+
+def test_other_architectures_are_built_and_counted(other):
+    model, shape = other
+    assert shape.num_parameters == model.num_parameters()
+    assert shape.is_tied == model.config.tie_word_embeddings
+    num_multiplied = model.num_parameters() - (0 if shape.is_tied else model.get_input_embeddings().weight.numel())
+    assert shape.products(10.0)[0] == num_multiplied
+    layer = next(block for block in model.modules() if isinstance(block, torch.nn.ModuleList))[0]
+    assert shape.layer_parameters == pytest.approx(sum(w.numel() for w in layer.parameters()), rel=0.5)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_activations_of_other_architectures(other, recomputes):
+    """By autograd's hooks on the real model; the plan's come from fake tensors."""
+    model, shape = other
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def remember(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    if recomputes:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    ids = torch.ones(4, 32, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        model.train()(input_ids=ids, attention_mask=ids, use_cache=False)
+    counted = sum(storage.nbytes() for storage in kept.values())
+    settings = make_settings(shape, 32.0, recomputes)
+    expected = plan.activation_bytes(shape, settings, ids.numel())
+    if recomputes:  # the layer that is computed again is there only while it is
+        expected -= ids.numel() * shape.kept_bytes[1] / shape.num_layers
+    assert counted == pytest.approx(expected, rel=0.25)
+
+
+def make_settings(shape, mean: float, recomputes: bool = False) -> plan.Settings:
+    texts = plan.Texts(100, 10, mean, 5.0, 64, "given")
+    words = ["--plan", "--activation_checkpointing", str(recomputes).lower()]
+    return plan.read_settings(plan.read_quickly(words), shape, texts, Machine(2**40, None, 2), {}, "")
+
+
+# ---- padding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lengths_N():  # noqa: N802
+    return np.random.default_rng(0).normal(32, 5, 7000).clip(8, 64).round().astype(np.int64)
+
+
+def measure(batches, lengths_N) -> tuple[int, float]:
+    """(most tokens that one of the batches computes, tokens computed for each real one), by the collator."""
+    sizes = []
+    for batch in batches:
+        rows = [{"input_ids": [1] * lengths_N[i], "num_given": 1} for i in batch]
+        sizes.append(PaddedCollator(0)(rows)["input_ids"].numel())
+    return max(sizes), sum(sizes) / lengths_N.sum()
+
+
+def texts_of(lengths_N) -> plan.Texts:
+    return plan.Texts(len(lengths_N), 0, lengths_N.mean(), lengths_N.std(), int(lengths_N.max()), "given")
+
+
+@pytest.mark.parametrize("num_texts", [1, 4, 16, 64])
+def test_padding_of_a_count_of_texts(num_texts, lengths_N):
+    shuffled = np.random.default_rng(1).permutation(len(lengths_N))
+    batches = [shuffled[start : start + num_texts] for start in range(0, len(shuffled), num_texts)]
+    most, padding = measure(batches, lengths_N)
+    texts = texts_of(lengths_N)
+    assert texts.of_batch(num_texts, packed=False) == most
+    assert texts.padding(num_texts, None, packed=False) == pytest.approx(padding, rel=0.03)
+    assert texts.padding(num_texts, None, packed=True) == 1
+
+
+@pytest.mark.parametrize("budget", [256, 640, 2048])
+def test_padding_of_a_budget_of_tokens(budget, lengths_N):
+    """The budget holds real tokens; padded to the longest text of each batch they are more."""
+    most, padding = measure(TokenBatches(lengths_N, budget, 1, 0, 1, 0), lengths_N)
+    texts = texts_of(lengths_N)
+    assert texts.of_budget(budget, packed=False) == pytest.approx(most, rel=0.1)
+    assert texts.of_budget(budget, packed=True) == budget
+    assert texts.padding(None, budget, packed=False) == pytest.approx(padding, rel=0.1)
+
+
+def test_plan_of_a_padded_model_counts_padding(tmp_path):
+    LLAMA.save_pretrained(tmp_path)
+    shape, texts = read_shape(str(tmp_path)), plan.Texts(7008, 779, 32.0, 5.0, 51, "given")
+    machine = Machine(2**40, None, 2)
+
+    def forecast(*words: str, of=shape) -> plan.Plan:
+        settings = plan.read_settings(plan.read_quickly(["--plan", *words]), of, texts, machine, {}, "")
+        return plan.forecast(of, texts, settings, machine)
+
+    by_budget = forecast("--tokens_per_device_batch", "640")
+    assert by_budget.settings.batch_tokens == 20 * 51
+    assert by_budget.settings.train_tokens < by_budget.settings.num_steps * 641, "real tokens, as a run reports them"
+    assert "at most 1,020 tokens at once, padding included" in plan.plan_table(by_budget)
+    for words in (("--tokens_per_device_batch", "640"), ("--per_device_train_batch_size", "16")):
+        padded, packed = forecast(*words), forecast(*words, of=gpt_neo_shape({"num_layers": 3, "hidden_size": 64}))
+        assert 1.2 < padded.settings.padding < 1.5
+        assert packed.settings.padding == 1
+        per_token = padded.flops / padded.settings.train_tokens / padded.settings.padding
+        assert per_token == pytest.approx(6 * shape.num_parameters + 6 * 3 * 64 * texts.mean)
+
+
+def test_changes_of_a_padded_run_keep_its_budget(tmp_path):
+    LLAMA.save_pretrained(tmp_path)
+    shape, texts = read_shape(str(tmp_path)), plan.Texts(7008, 779, 32.0, 5.0, 51, "given")
+    args = plan.read_quickly(["--plan", "--tokens_per_device_batch", "6400"])
+    roomy = Machine(2**40, None, 2)
+    whole = plan.forecast(shape, texts, plan.read_settings(args, shape, texts, roomy, {}, ""), roomy)
+    tight = Machine(int(whole.host_bytes * 0.9), None, 2)
+    words, changed = plan.smallest_changes(
+        plan.forecast(shape, texts, plan.read_settings(args, shape, texts, tight, {}, ""), tight)
+    )[0]
+    assert words == "--tokens_per_device_batch 3200 --gradient_accumulation_steps 2"
+    again = plan.read_settings(plan.read_quickly(["--plan", *words.split()]), shape, texts, tight, {}, "")
+    assert again.batch_tokens == changed.settings.batch_tokens
