@@ -152,6 +152,8 @@ def test_window_is_never_passed(sampler):
     assert long.num_tokens + len(sampler.tokenizer(long.prompt)["input_ids"]) + 1 <= 256
     with pytest.raises(ValueError, match=r"--prompt 'word word .*\[\.\.\.\]': [0-9]+ tokens leave no room"):
         sampler.sample(prompts=["A", "word " * 300])
+    with pytest.raises(ValueError, match=r"--prompt 'A .udcff': is not UTF-8"):  # a shell that speaks Latin-1
+        sampler.sample(prompts=["A \udcff"])
 
 
 @pytest.mark.parametrize("bad", [{"temperature": 0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -1}, {"num_samples": 0}])
