@@ -5,38 +5,45 @@ A recipe is a YAML file whose keys are `train.py`'s flags, plus an optional `gen
 """
 
 import argparse
-import difflib
 import itertools
 import json
 import os
+import re
 import sys
-import tempfile
 import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from neoflix.checkpoint import RUN_FILE
+from neoflix.checkpoint import RUN_FILE, list_checkpoints
 from neoflix.console import say
 from neoflix.distributed import ask_main_process
 from neoflix.ds_config import (
     ROOT,
     build_operators,
+    check_agreement,
     check_compiler,
     find_ds_config,
+    follow_arguments,
+    is_json,
     leave_out_shared_memory,
     read_ds_config,
 )
 from neoflix.errors import UserError
+from neoflix.flags import check_flags, check_numbers, check_words, check_writable
 from neoflix.machine import has_gpu
+from neoflix.manifest import find_damage
+from neoflix.optimizer import check_optimizer, check_schedule
 from neoflix.output_dir import check_output_dir
 from neoflix.paths import expand_paths
 from neoflix.plan import LORA_RANK, Plan, plan_run
+from neoflix.recipes import SAMPLING_DEFAULTS, SAMPLING_RULES, check_sampling, nearest, read_recipe
 from neoflix.redaction import is_secret, redact, redact_command
 from neoflix.runs import check_overrides, find_run, read_run, read_texts_per_step
 from neoflix.template import Template
@@ -45,23 +52,6 @@ from neoflix.template import Template
 NAMES_OF_RECOMPUTING = ("activation_checkpointing", "gradient_checkpointing")
 RECOMPUTING = next(name for name in NAMES_OF_RECOMPUTING if name in TrainingArguments.__dataclass_fields__)
 PACKAGES = {"azure_ml": "azureml-core", "neptune": "neptune-client"}  # whose names are not what --report_to says
-# What reads best from a fine-tuned model (README, "Sampling"); a run saves them with its model.
-SAMPLING_DEFAULTS = {
-    "temperature": 0.8,
-    "top_k": 0,
-    "top_p": 0.95,
-    "repetition_penalty": 1.0,
-    "max_new_tokens": 96,
-}
-SAMPLING_RULES = {
-    "num_samples": (lambda v: v >= 1, "1 or more"),
-    "batch_size": (lambda v: v >= 1, "1 or more"),
-    "max_new_tokens": (lambda v: v >= 1, "1 or more"),
-    "temperature": (lambda v: v > 0, "above 0 (the lower, the safer; --top_k 1 takes the likeliest word)"),
-    "top_k": (lambda v: v >= 0, "0 (off) or more"),
-    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "repetition_penalty": (lambda v: v > 0, "above 0 (1: none)"),
-}
 
 
 def _option(default, text: str):
@@ -136,6 +126,7 @@ class TrainArguments(TrainingArguments):
     logging_first_step: bool = _option(True, "Log the first step too.")
     report_to: None | str | list[str] = _option("tensorboard", "Where curves go.")
     restore_callback_states_from_checkpoint: bool = _option(True, "Resume early stopping's count as well.")
+    remove_unused_columns: bool = _option(False, "Always false: batches are made of all columns of the texts.")
     seed: int = _option(42, "Seeds weights, shuffling and dropout.")
 
     generation: dict = field(default_factory=dict, init=False)
@@ -153,8 +144,12 @@ class TrainArguments(TrainingArguments):
         self.check()
         self.keep_texts_per_step()
         leave_out_shared_memory()
-        build_operators(read_ds_config(self.deepspeed))
+        config = read_ds_config(self.deepspeed)
+        check_agreement(config, self)
+        build_operators(config)
+        source, self.deepspeed = self.deepspeed, follow_arguments(config)
         super().__post_init__()
+        self.deepspeed = config if is_json(source) else source
 
     def to_dict(self) -> dict:
         """As curves' programs and a run's record keep the arguments: without secrets."""
@@ -214,40 +209,53 @@ class TrainArguments(TrainingArguments):
 
     def check(self) -> None:
         """Refuses values that no run can use; before devices and process groups are touched."""
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"--validation_fraction {self.validation_fraction}: must be at least 0 and below 1")
+        check_numbers(self)
+        check_words(self)
         self.check_template()
-        self.remove_unused_columns = False  # of the tokens: batches are made of all of them
-        if self.max_length is not None and self.max_length < 3:
-            raise UserError(f"--max_length {self.max_length}: must be 3 or more (two are special tokens)")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be 1 or more")
-        if self.tokens_per_device_batch is not None and self.tokens_per_device_batch < 2:
+        if self.tokens_per_device_batch not in (None, "auto") and self.tokens_per_device_batch < 2:
             raise UserError(f"--tokens_per_device_batch {self.tokens_per_device_batch}: must be 2 or more")
-        if self.early_stopping_patience < 0:
-            raise UserError(f"--early_stopping_patience {self.early_stopping_patience}: must be 0 or more")
-        if self.on_full_disk not in ("stop", "go_on"):
-            raise UserError(f"--on_full_disk {self.on_full_disk}: must be stop or go_on")
-        for name in ("lora_rank", "lora_alpha"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise UserError(f"--{name} {value}: must be above 0")
         if self.lora and self.model_name_or_path == "demo" and not self.eval_only:
-            raise UserError("--lora trains adapters beside a model that has learnt before; the demo's has not")
-        if self.num_progress_samples < 0:
-            raise UserError(f"--num_progress_samples {self.num_progress_samples}: must be 0 (none) or more")
+            raise UserError("--lora needs a pretrained model, and 'demo' starts from random weights")
         check_report_to(self.report_to)
         check_overrides(self.override_resumed)
-        if self.learning_rate <= 0:
-            raise UserError(f"--learning_rate {self.learning_rate}: must be above 0")
         if self.eval_only:
             self.check_evaluation()
             return
+        check_flags(self)
         if self.validation_fraction == 0:  # nothing to evaluate on
             self.eval_strategy, self.eval_on_start, self.metric_for_best_model = "no", False, None
+        if not (self.output_dir or "").strip():
+            raise UserError("--output_dir is empty; name the run's folder")
         check_writable(self.output_dir)
         check_output_dir(self.output_dir, self.model_name_or_path)
-        check_compiler(read_ds_config(self.deepspeed))
+        self.check_resume()
+        config = read_ds_config(self.deepspeed)
+        check_schedule(self)
+        check_optimizer(self, config)
+        check_compiler(config)
+        self.load_best_model_at_end = False  # Trainer would load it once more; a run keeps its best model in any case
+
+    def check_resume(self) -> None:
+        """Turns Hugging Face's words for `--resume_from_checkpoint` into ours, by which None is the newest one."""
+        word = str(self.resume_from_checkpoint).lower()
+        has_checkpoint = bool(list_checkpoints(Path(self.output_dir)))
+        if word in ("true", "latest", "last") and not has_checkpoint:
+            raise UserError(
+                f"--resume_from_checkpoint {self.resume_from_checkpoint}: {self.output_dir} holds no complete "
+                "checkpoint; leave the flag out to start there"
+            )
+        if word == "false" and has_checkpoint:
+            raise UserError(
+                f"--resume_from_checkpoint {self.resume_from_checkpoint}: {self.output_dir} holds a run's checkpoints; "
+                "choose another --output_dir to start anew"
+            )
+        if word in ("true", "latest", "last", "false", ""):
+            self.resume_from_checkpoint = None
+        elif self.resume_from_checkpoint and (damage := find_damage(Path(self.resume_from_checkpoint))):
+            raise UserError(
+                f"--resume_from_checkpoint {self.resume_from_checkpoint}: no complete checkpoint ({damage}); leave the "
+                "flag out to take the newest complete one of the run"
+            )
 
     def check_template(self) -> None:
         """UserError for a template that is none, or that says something else than another flag."""
@@ -287,7 +295,7 @@ def check_report_to(report_to: str | list[str] | None) -> None:
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ["none", "all", *sorted(INTEGRATION_TO_CALLBACK)]
-            raise UserError(f"--report_to {name}: must be of {', '.join(known)}{_nearest(name, known)}")
+            raise UserError(f"--report_to {name}: must be of {', '.join(known)}{nearest(name, known)}")
         if name not in {*get_available_reporting_integrations(), "flyte"}:
             raise UserError(
                 f"--report_to {name}: its package is not installed; `pip install {PACKAGES.get(name, name)}`, or take "
@@ -301,19 +309,6 @@ def _count_or_auto(value: int | str | None, flag: str) -> int | str | None:
         return value if value in (None, "auto") else int(value)
     except ValueError:
         raise UserError(f"--{flag} {value}: must be a number of tokens, or auto") from None
-
-
-def check_writable(folder: str) -> None:
-    """UserError unless `folder`, or the nearest folder above it that exists, can be written to."""
-    nearest = Path(folder).absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise UserError(f"--output_dir {folder}: {nearest} is a file; name a folder")
-    try:
-        tempfile.TemporaryFile(dir=nearest).close()
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot write in {nearest} ({error.strerror})") from error
 
 
 class _OneSentence:
@@ -335,39 +330,47 @@ class _PlainParser(_OneSentence, argparse.ArgumentParser):
     pass
 
 
-def read_recipe(path: str) -> tuple[dict, dict]:
-    """Reads a recipe; returns (train.py's flags, generate.py's sampling flags). UserError for unknown keys."""
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"--config {path}: must hold one 'flag: value' a line")
-    generation = recipe.pop("generation", None) or {}
-    flags = {f.name for f in fields(TrainArguments) if f.init} - {"config"}
-    for known, keys in ((flags, recipe), (SAMPLING_DEFAULTS.keys() | {"num_samples"}, generation)):
-        for key in keys:
-            if key not in known:
-                raise UserError(f"--config {path}: unknown key {key!r}{_nearest(key, known)}")
-    return expand_paths(recipe), generation
+def _read_recipe(path: str) -> tuple[dict, dict]:
+    """The flags of train.py that a recipe sets, and its sampling settings."""
+    flags, generation = read_recipe(path, {f.name for f in fields(TrainArguments) if f.init} - {"config"})
+    return expand_paths(flags), generation
 
 
-def _nearest(word: str, words) -> str:
-    near = difflib.get_close_matches(str(word), words, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _as_flags(recipe: dict) -> list[str]:
-    """The recipe as command-line words: {'bf16': True, 'report_to': ['a', 'b']} -> --bf16 true --report_to a b."""
+def _as_words(flags: dict) -> list[str]:
+    """Flags as command-line words: {'bf16': True, 'report_to': ['a', 'b']} -> --bf16=true --report_to a b."""
     words = []
-    for key, value in recipe.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words.append(f"--{key}")
-        words += [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
+    for key, value in flags.items():
+        if isinstance(value, list):
+            words += [f"--{key}", *value]
+        elif value is not None:
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict | bool) else value}")
+    return words
+
+
+def _apply_recipe(parser: "_Parser", path: str, recipe: dict) -> list[str]:
+    """The recipe's flags as command-line words or, what words cannot say, as the parser's defaults. UserError where a
+    value isn't one of its flag."""
+    types = get_type_hints(TrainArguments)  # the parser changes those of the fields
+    for name, value in recipe.items():
+        action, takes = parser._option_string_actions[f"--{name}"], {types[name], *get_args(types[name])}
+        takes |= {get_origin(kind) for kind in takes}
+        if value is None and NoneType not in takes:
+            raise UserError(f"--config {path}: {name} is empty; give it a value, or leave it out")
+        if isinstance(value, list) and list not in takes:
+            raise UserError(f"--config {path}: {name} takes one value, not a list")
+        if isinstance(value, dict) and dict not in takes:
+            raise UserError(f"--config {path}: {name} takes one value, not a block of keys")
+        if action.type is string_to_bool and str(value).lower() in ("on", "off"):
+            recipe[name] = str(value.lower() == "on")
+    # Words cannot say null, nor several values of a flag that takes one or several.
+    unsaid = {name: value for name, value in recipe.items() if value is None or isinstance(value, list)}
+    parser.set_defaults(**unsaid)
+    words = _as_words({name: value for name, value in recipe.items() if name not in unsaid})
+    try:
+        parser.parse_known_args(words)
+    except UserError as error:
+        message = re.sub(r"^argument --(\w+)\S*:", r"\1:", str(error))
+        raise UserError(f"--config {path}: {message}") from None
     return words
 
 
@@ -381,7 +384,7 @@ def _evaluation_flags(model_name_or_path: str, words: list[str]) -> tuple[list[s
     record, and nothing written but where the command line itself asks for it."""
     texts = (find_run(model_name_or_path) or {}).get("texts", {})
     after = ["--eval_strategy", "no", "--save_strategy", "no", "--report_to", "none"]
-    return _as_flags(texts), after if "__output_dir" in _said(words) else [*after, "--output_dir", ""]
+    return _as_words(texts), after if "__output_dir" in _said(words) else [*after, "--output_dir", ""]
 
 
 def _hardware_flags(words: list[str], use_cpu: bool) -> list[str]:
@@ -406,20 +409,25 @@ def parse_train_args(argv: list[str] | None = None, must_fit: bool = False) -> T
     """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(TrainArguments, allow_abbrev=False, description="Fine-tune GPT-Neo on short texts.")
-    recipe, generation = {}, {}
+    if sum(word.partition("=")[0] == "--config" for word in words) > 1:
+        raise UserError("--config is given twice; name one recipe, and put what differs on the command line")
+    recipe_words, generation = [], {}
     if path := parser.parse_known_args(words)[0].config:
-        recipe, generation = read_recipe(path)
-    asked, _ = parser.parse_known_args(_as_flags(recipe) + words)
+        recipe, generation = _read_recipe(path)
+        recipe_words = _apply_recipe(parser, path, recipe)
+        generation.pop("num_samples", None)  # generate.py's alone: no setting of a model
+    asked, _ = parser.parse_known_args(recipe_words + words)
     before, after = _evaluation_flags(asked.model_name_or_path, words) if asked.eval_only else ([], [])
-    words = _as_flags(recipe) + before + words + after
+    words = recipe_words + before + words + after
     words = [word.replace(f"--{NAMES_OF_RECOMPUTING[0]}", f"--{RECOMPUTING}") for word in words]
     _, unknown = parser.parse_known_args(words)
     if unknown:
         name = unknown[0].partition("=")[0]  # the value may be a secret
-        raise UserError(f"unknown argument {name!r}{_nearest(name, parser._option_string_actions)}")
+        raise UserError(f"unknown argument {name!r}{nearest(name, parser._option_string_actions)}")
     chose_precision = bool(_said(words) & {"__bf16", "__fp16"})
     words += _hardware_flags(words, asked.use_cpu)
     asked = parser.parse_known_args(words)[0]
+    check_numbers(asked)  # the plan divides by some of them
     forecast, choices = (None, []) if asked.eval_only else _plan(asked, must_fit, chose_precision)
     try:
         (args,) = parser.parse_args_into_dataclasses(words + choices, look_for_args_file=False)
@@ -518,7 +526,7 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, default in SAMPLING_DEFAULTS.items():
         add(f"--{name}", type=type(default), help="default: what the model was saved with")
     args = parser.parse_args(argv)
-    recipe, generation = read_recipe(args.config) if args.config else ({}, {})
+    recipe, generation = _read_recipe(args.config) if args.config else ({}, {})
     args.fields = parse_fields(args.fields or [])
     if args.prompt and (args.fields or args.fields_file):
         raise UserError("--prompt begins the text as it stands, --fields by the model's template: give one of them")
@@ -534,13 +542,6 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.sweep = parse_sweep(args.sweep) if args.sweep else None
     check_judging(args)
     return args
-
-
-def check_sampling(said: str, name: str, value: float) -> None:
-    """UserError for a sampling setting that means nothing; `said`: how the user put it."""
-    holds, rule = SAMPLING_RULES[name]
-    if not holds(value):
-        raise UserError(f"{said}: must be {rule}")
 
 
 def parse_fields(words: list[str]) -> dict[str, str]:

@@ -34,6 +34,8 @@ TOP_LEVEL_KEYS = frozenset(
     """.split()
 )
 
+_BATCH_KEYS = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
+
 # Blocks whose further keys DeepSpeed ignores; those of the others it refuses itself.
 OPEN_BLOCKS = {
     "aio": ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
@@ -44,22 +46,21 @@ OPEN_BLOCKS = {
 
 def find_ds_config(source: dict | str | Path | None) -> dict | str | Path | None:
     """The file itself where `source` names one of ours, from wherever train.py is called; else what was handed over."""
-    if isinstance(source, str | Path) and not _is_json(source) and not Path(source).exists():
+    if isinstance(source, str | Path) and not is_json(source) and not Path(source).exists():
         return str(ROOT / source) if (ROOT / source).is_file() else source
     return source
 
 
-def _is_json(source) -> bool:
+def is_json(source) -> bool:
     return str(source).lstrip().startswith("{")
 
 
 def read_ds_config(source: str | Path) -> dict:
     """Reads and checks a DeepSpeed file, or the JSON itself; UserError names what is wrong and the way out."""
     source = find_ds_config(source)
-    is_json = _is_json(source)
-    path = "{...}" if is_json else source
+    path = "{...}" if is_json(source) else source
     try:
-        config = json.loads(source if is_json else Path(source).read_text(encoding="utf-8"))
+        config = json.loads(source if is_json(source) else Path(source).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--deepspeed {path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -75,6 +76,11 @@ def read_ds_config(source: str | Path) -> dict:
                 raise UserError(
                     f"--deepspeed {path}: DeepSpeed knows no key {key!r}{where} and would ignore it; {hint}"
                 )
+    if "scheduler" in config:
+        raise UserError(
+            f"--deepspeed {path}: --lr_scheduler_type and --warmup_steps set the schedule, and a 'scheduler' in the "
+            "file would leave them without an effect; remove it"
+        )
     check_zero(config.get("zero_optimization", {}), path)
     return config
 
@@ -102,6 +108,62 @@ def check_zero(zero: dict, path: str | Path) -> None:
             f"--deepspeed {path}: ZenFlow of DeepSpeed 0.19.8 transposes the weights it takes over, and the model is "
             "spoilt before its first step; remove zenflow"
         )
+
+
+def follow_arguments(config: dict) -> dict:
+    """The DeepSpeed file with "auto" (the value of the flag) where it doesn't set what a flag sets.
+
+    DeepSpeed's own default would win otherwise, without a word: no clipping, one batch a step, its own betas.
+    """
+    config = {"gradient_clipping": "auto", **dict.fromkeys(_BATCH_KEYS, "auto"), **config}
+    optimizer = config.get("optimizer")
+    if optimizer and optimizer.get("type", "").lower() in ("adam", "adamw"):
+        params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | optimizer.get("params", {})
+        config["optimizer"] = {**optimizer, "params": params}
+    return config
+
+
+# What both a DeepSpeed file and a flag set.
+_SHARED_KEYS = (
+    *("optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps", "optimizer.params.weight_decay"),
+    *("gradient_clipping", "bf16.enabled", "fp16.enabled", *_BATCH_KEYS),
+)
+
+
+def set_values(config: dict) -> dict:
+    """What a DeepSpeed file sets by itself of all that flags set too: neither left out nor "auto"."""
+    values = {}
+    for key in _SHARED_KEYS:
+        found = config
+        for name in key.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        if found not in (None, "auto"):
+            values[key] = found
+    return values
+
+
+def check_agreement(config: dict, args) -> None:
+    """UserError where the DeepSpeed file sets another value than a flag does."""
+    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    flags = {
+        "optimizer.params.lr": ("--learning_rate", args.learning_rate),
+        "optimizer.params.betas": ("--adam_beta1 and --adam_beta2 are", [args.adam_beta1, args.adam_beta2]),
+        "optimizer.params.eps": ("--adam_epsilon", args.adam_epsilon),
+        "optimizer.params.weight_decay": ("--weight_decay", args.weight_decay),
+        "gradient_clipping": ("--max_grad_norm", args.max_grad_norm),
+        "gradient_accumulation_steps": ("--gradient_accumulation_steps", steps),
+        "train_micro_batch_size_per_gpu": ("--per_device_train_batch_size", batch),
+        "train_batch_size": ("the texts of a step are", batch * steps * int(os.environ.get("WORLD_SIZE", "1"))),
+        "bf16.enabled": ("--bf16", args.bf16),
+        "fp16.enabled": ("--fp16", args.fp16),
+    }
+    for key, found in set_values(config).items():
+        flag, value = flags[key]
+        if found != value:
+            raise UserError(
+                f'--deepspeed {args.deepspeed}: {key} is {found}, but {flag} {value}; write "auto" in the file to '
+                "let the flag decide"
+            )
 
 
 def check_compiler(config: dict) -> None:

@@ -27,13 +27,17 @@ from statistics import NormalDist
 
 from neoflix.cache import in_cache, new_path
 from neoflix.console import accept_any_text, is_main_process, say
-from neoflix.ds_config import ROOT, read_ds_config
+from neoflix.ds_config import ROOT, check_compiler, read_ds_config, set_values
 from neoflix.errors import UserError
+from neoflix.flags import check_numbers, check_writable
 from neoflix.gpus import PINNED_MEMORY
 from neoflix.hub_copies import find_hub_copy
 from neoflix.machine import Machine, check_machine, read_machine, torch_version
+from neoflix.output_dir import check_output_dir
 from neoflix.paths import expand_paths
 from neoflix.reading import NETFLIX_PATH, default_cache_dir, find_dataset, sample_texts
+from neoflix.recipes import read_recipe
+from neoflix.runs import read_texts_per_step
 from neoflix.shapes import HUB_SHAPES, Shape, gpt_neo_shape, read_shape
 from neoflix.tables import find_text_files
 from neoflix.template import Template
@@ -49,6 +53,10 @@ CUDA_CONTEXT = int(0.6 * GIB)
 # Torch's caching allocator holds more than it hands out, in blocks that fit nothing else: no more than this share,
 # where the run's shapes differ from batch to batch. Not measured on a GPU yet.
 FRAGMENTATION = 0.06
+# LoRA on a CPU, other models than GPT-Neo: what adapters compute for a moment leaves holes in the memory. Two runs of a
+# Llama of 135 million parameters held 1.92 and 1.93 times the activations that autograd keeps (1,200 tokens at once,
+# and 32 texts at once).
+ADAPTERS_ON_CPU = 1.9
 LOSS_CHUNK = {"cuda": 2**26 * 4, "cpu": 2**20 * 4}  # fp32 logits that `loss.py` reads at a time
 
 CHARS_PER_TOKEN = 4.8  # the 7,787 Netflix descriptions, GPT-2's tokenizer; special tokens left out
@@ -301,6 +309,7 @@ def activation_bytes(shape: Shape, settings: Settings, num_tokens: int) -> int:
     layer = (8 + copies) * shape.width + 5 * shape.inner
     if counted := shape.kept_bytes[settings.weight_bytes // 4]:
         layer = counted / settings.weight_bytes / shape.num_layers
+        layer *= ADAPTERS_ON_CPU if settings.is_cpu and settings.lora_rank else 1
     layer += settings.lora_rank * shape.num_linear / max(shape.num_layers, 1)
     kept = layer + shape.num_layers * shape.width if settings.recomputes else shape.num_layers * layer
     return int(num_tokens * settings.weight_bytes * (kept + 2 * shape.width))
@@ -1041,17 +1050,18 @@ PLAN_FLAGS = {
     "gradient_checkpointing": None, "activation_checkpointing": None, "plan": True, "plan_device_memory": None,
     "plan_host_memory": None, "plan_must_fit": True, "lora": False, "lora_rank": LORA_RANK,
 }  # fmt: skip
-# What a recipe may say besides, and no plan depends on.
-OTHER_FLAGS = frozenset(
-    "config generation learning_rate lr_scheduler_type warmup_steps weight_decay early_stopping_patience seed "
-    "logging_steps report_to disable_tqdm eval_strategy lora_alpha loss_on_prompt sample_prompts "
-    "num_progress_samples".split()
-)
+# Further flags that recipes set and no plan depends on, and their types; of words, those that need no further check.
+OTHER_FLAGS = {
+    "learning_rate": float, "warmup_steps": float, "weight_decay": float, "logging_steps": float, "lora_alpha": float,
+    "early_stopping_patience": int, "seed": int, "local_rank": int, "num_progress_samples": int, "sample_prompts": str,
+    "disable_tqdm": bool, "eval_strategy": ("no", "epoch"), "lr_scheduler_type": ("linear", "cosine", "constant"),
+    "report_to": ("none", "tensorboard"),
+}  # fmt: skip
 
 
 def answer_quickly() -> None:
-    """Answers `train.py --plan ...` in a second and ends the program. Returns where something else is asked, or a flag
-    is there that only the full parser understands."""
+    """Answers `train.py --plan ...` in a second and ends the program. Returns where something else is asked for, or
+    where only the full parser can check or refuse what is."""
     accept_any_text()
     args = read_quickly(sys.argv[1:]) if "--plan" in sys.argv else None
     if args is None:
@@ -1066,44 +1076,83 @@ def answer_quickly() -> None:
 
 
 def read_quickly(words: list[str]) -> argparse.Namespace | None:
-    """The arguments of a plan, recipe included; None where they are not all plain `--flag value` of the flags above."""
+    """The arguments of a plan, recipe included; None where the full parser is needed: for a flag that isn't above, for
+    a value that isn't plainly one of its flag, and for whatever a check refuses, so that it is refused there."""
+    try:
+        said = expand_paths(_split_words(words))
+        recipe, _ = read_recipe(said.pop("config"), _quick_flags()) if "config" in said else ({}, {})
+        said = expand_paths(recipe) | said
+        values = {name: _convert(name, value) for name, value in said.items()}
+        args = argparse.Namespace(**PLAN_FLAGS | values)
+        _check_quickly(args, said)
+    except (KeyError, ValueError):
+        return None
+    return argparse.Namespace(**{name: getattr(args, name) for name in PLAN_FLAGS})
+
+
+def _quick_flags() -> set[str]:
+    return (PLAN_FLAGS.keys() - {"plan"}) | OTHER_FLAGS.keys()
+
+
+def _split_words(words: list[str]) -> dict[str, str]:
+    """['--plan', '--max-steps=7'] -> {'max_steps': '7'}; ValueError for anything but flags with one value each."""
     said, rest = {}, list(words)
     while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").replace("-", "_").partition("=")
-        if not word.startswith("--") or name not in PLAN_FLAGS.keys() | OTHER_FLAGS | {"local_rank"}:
-            return None
+        word, equals, value = rest.pop(0).partition("=")
+        if word == "--plan" and not equals and (not rest or rest[0].startswith("--")):
+            continue
+        name = word.removeprefix("--")
+        name = name.replace("-", "_") if "_" not in name else name
+        if not word.startswith("--") or name not in _quick_flags() | {"config"} or name in said:
+            raise ValueError(word)
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        said[name] = word.partition("=")[2] if equals else value
-    said = expand_paths(said)
-    if recipe := said.pop("config", None):
-        import yaml
-
-        try:
-            flags = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError):
-            return None
-        if not isinstance(flags, dict) or not flags.keys() <= PLAN_FLAGS.keys() | OTHER_FLAGS:
-            return None
-        said = expand_paths({name: value for name, value in flags.items() if value is not None}) | said
-    try:
-        return argparse.Namespace(
-            **{name: _convert(name, said.get(name), default) for name, default in PLAN_FLAGS.items()}
-        )
-    except ValueError:
-        return None
+            if not rest or rest[0].startswith("-"):
+                raise ValueError(word)
+            value = rest.pop(0)
+        said[name] = value
+    return said
 
 
-def _convert(name: str, value, default):
-    if value is None:
-        return default
-    if name in ("bf16", "fp16") or name.endswith("_checkpointing") or isinstance(default, bool):
-        if str(value).lower() not in ("true", "false"):
-            raise UserError
-        return str(value).lower() == "true"
-    if name == "deepspeed":
-        return value if isinstance(value, str) else json.dumps(value)
+def _convert(name: str, value):
+    """A flag's value from what was typed; ValueError where that isn't plainly one."""
+    default, kind = PLAN_FLAGS.get(name), OTHER_FLAGS.get(name)
+    if not isinstance(value, str):
+        raise ValueError(name)
+    if isinstance(kind, tuple) and value not in kind:
+        raise ValueError(name)
+    if name in ("bf16", "fp16") or name.endswith("_checkpointing") or isinstance(default, bool) or kind is bool:
+        return {"true": True, "false": False}[value.lower()]
     if name in ("max_length", "tokens_per_device_batch") and value != "auto":
         return int(value)
+    if kind in (int, float):
+        return kind(value)
     return value if default is None else type(default)(value)
+
+
+def _check_quickly(args: argparse.Namespace, said: dict) -> None:
+    """ValueError where the full parser would refuse something, or change an argument."""
+    check_numbers(args)
+    if args.template is not None:
+        Template(args.template)
+    batch = 1 if args.tokens_per_device_batch else args.per_device_train_batch_size
+    texts_per_step = batch * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    lora_alone = {"lora_rank", "lora_alpha"} & said.keys() and not args.lora
+    is_unusual = (
+        args.template is not None and args.text_column is not None,
+        args.tokens_per_device_batch not in (None, "auto") and args.tokens_per_device_batch < 2,
+        args.lora and args.model_name_or_path == "demo",
+        args.save_strategy not in ("no", "epoch"),
+        not args.output_dir.strip(),
+        read_texts_per_step(args.output_dir, None) not in (None, texts_per_step),  # a run keeps its own
+        args.bf16 and args.fp16,
+        lora_alone,
+    )
+    if any(is_unusual):
+        raise ValueError
+    check_writable(args.output_dir)
+    check_output_dir(args.output_dir, args.model_name_or_path)
+    if args.deepspeed != "auto":
+        config = read_ds_config(args.deepspeed)
+        check_compiler(config)
+        if set_values(config):
+            raise ValueError

@@ -50,7 +50,7 @@ LENGTH = ("num_train_epochs", "max_steps")
 OVERRIDABLE = (
     *SCHEDULE,
     *LENGTH,
-    *("weight_decay", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "early_stopping_patience"),
+    *("weight_decay", "max_grad_norm", "early_stopping_patience"),
     *("eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps"),
 )
 STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # their state is the rate itself: no new one can be set

@@ -60,9 +60,9 @@ def test_keys_of_open_blocks_are_deepspeeds():
 
 
 def test_command_line_and_file_may_not_differ(train_words):
-    """Trainer's own check: both values are named."""
+    """Both values are named."""
     config = json.loads((ROOT / "ds_configs" / "cpu.json").read_text()) | {"train_micro_batch_size_per_gpu": 3}
-    with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu=3 vs hf per_device_train_batch_size=8"):
+    with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu is 3, but --per_device_train_batch_size 8"):
         train.main([*train_words, "--deepspeed", json.dumps(config)])
 
 

@@ -454,7 +454,7 @@ def test_quick_flags_have_train_pys_defaults():
     unsaid = {"plan": False, "bf16": False, "fp16": False}  # here None: the machine decides
     for name, default in plan.PLAN_FLAGS.items():
         assert said[name] == unsaid.get(name, default), name
-    assert plan.OTHER_FLAGS - {"generation"} <= said.keys()
+    assert plan.OTHER_FLAGS.keys() <= said.keys()
 
 
 def test_plan_answers_without_torch(tmp_path):
@@ -482,6 +482,61 @@ def test_quick_and_full_answers_are_one(train_words, tmp_path, capsys):
     assert (from_recipe.model_name_or_path, from_recipe.max_steps) == ("EleutherAI/gpt-neo-2.7B", 7)
     assert plan.read_quickly(["--plan", "--adam_beta2", "0.99"]) is None
     assert plan.read_quickly(["--plan", "--max_steps", "many"]) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--plan", "false"],
+        ["--plan=true"],
+        ["--plan", "--dataset"],
+        ["--plan", "--dataset", "--max_steps", "3"],
+        ["--plan", "--max_steps", "0"],
+        ["--plan", "--max_steps", "3", "--max_steps", "4"],
+        ["--plan", "--num_train_epochs", "nan"],
+        ["--plan", "--seed", "-1"],
+        ["--plan", "--lr_scheduler_type", "foo"],
+        ["--plan", "--report_to", "foo"],
+        ["--plan", "--eval_strategy", "sometimes"],
+        ["--plan", "--tokens_per_device_batch", "1"],
+        ["--plan", "--lora_rank", "4"],
+        ["--plan", "--lora", "true", "--model_name_or_path", "demo"],
+        ["--plan", "--template", "{a"],
+        ["--plan", "--output_dir", ""],
+        ["--plan", "--output_dir", "/proc/run"],
+        ["--plan", "--use_cpu", "maybe"],
+        ["--plan", "--plan-must_fit", "true"],
+        ["--plan", "--deepspeed", "none.json"],
+        ["--plan", "--deepspeed", '{"gradient_clipping": 0.5}'],
+        ["--plan", "--config", "none.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_the_full_parser_gets_what_the_quick_one_cannot_answer(words):
+    assert plan.read_quickly(words) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["seed: 1\nseed: 2", "max_steps:", "dataset: [a]", "plan: true", "generation: {temperature: 0}", "seed: many"],
+)
+def test_the_full_parser_gets_recipes_that_are_refused(tmp_path, line):
+    (tmp_path / "recipe.yaml").write_text(line)
+    assert plan.read_quickly(["--plan", "--config", str(tmp_path / "recipe.yaml")]) is None
+
+
+def test_quick_values_are_as_typed(tmp_path):
+    lines = ["output-dir: 2024_01", "learning_rate: 1e-4", "max_steps: 010", "generation: {top_k: 5}"]
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines))
+    args = plan.read_quickly(["--plan", "--config", str(tmp_path / "recipe.yaml"), "--local_rank=0"])
+    assert (args.output_dir, args.max_steps) == ("2024_01", 10)
+
+
+def test_plan_false_trains(train_words, tmp_path):
+    words = [*train_words, "--plan", "false", "--max_steps", "1", "--deepspeed", "ds_configs/cpu.json"]
+    run_program(PYTHON, "train.py", *words)
+    assert (tmp_path / "run" / "all_results.json").is_file()
+    assert "error: " in run_program(PYTHON, "train.py", "--plan", "--dataset", expect=2)
 
 
 @pytest.mark.parametrize(

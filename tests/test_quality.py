@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -310,6 +311,7 @@ def record(words: list[str], cache, validation_fraction: float):
     torch.manual_seed(0)
     model = load_model(args.model_name_or_path, tokenizer, torch.float32, sampling)
     run = describe_run(args, model, tokenizer, *data.tokenize_split(texts, tokenizer, 256, cache))
+    os.makedirs(args.output_dir, exist_ok=True)
     save_run(args.output_dir, run)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

@@ -63,8 +63,6 @@ CHANGES = {
     "learning_rate": ["--learning_rate", "1e-9"],
     "seed": ["--seed", "7"],
     "data_seed": ["--data_seed", "7"],
-    "neftune_noise_alpha": ["--neftune_noise_alpha", "5"],
-    "label_smoothing_factor": ["--label_smoothing_factor", "0.1"],
     "weight_decay": ["--weight_decay", "0.5"],
     "max_grad_norm": ["--max_grad_norm", "0.5"],
     "adam_beta2": ["--adam_beta2", "0.95"],
