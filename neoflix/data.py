@@ -18,6 +18,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from neoflix.attention import lay_out_texts
 from neoflix.cache import in_cache, new_path
@@ -247,6 +248,34 @@ def fill_up(dataset: Dataset, multiple: int, bos_token_id: int) -> Dataset:
 
 
 # ---- batch ----------------------------------------------------------------------------------------------
+
+
+class EpochOrder(Sampler[int]):
+    """Texts in an order that depends on the seed and the epoch alone: a resumed run, or another number of processes,
+    has the same one.
+
+    Args:
+        lengths_N: tokens of each text.
+        texts_per_step: of all processes; with `by_length`, these are about equally long.
+        by_length: group texts by length (`--train_sampling_strategy group_by_length`).
+    """
+
+    def __init__(self, lengths_N: np.ndarray, texts_per_step: int, seed: int, by_length: bool):
+        self.lengths_N, self.texts_per_step, self.seed, self.by_length = lengths_N, texts_per_step, seed, by_length
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.by_length:
+            yield from get_length_grouped_indices(self.lengths_N.tolist(), self.texts_per_step, generator=generator)
+        else:
+            yield from torch.randperm(len(self), generator=generator).tolist()
 
 
 class TokenBatches(Sampler[list[int]]):

@@ -235,6 +235,10 @@ class Sampler:
             self._encode(prompt.rstrip(), flag)
 
     def _encode(self, prompt: str, flag: str = "--prompt") -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{flag} {textwrap.shorten(prompt, 40)!r}: is not UTF-8; type it anew") from None
         ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if len(ids) + 2 > self.window:
             raise UserError(

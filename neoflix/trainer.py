@@ -27,7 +27,7 @@ from neoflix.checkpoint import (
 )
 from neoflix.console import say
 from neoflix.consolidation import gather_weights
-from neoflix.data import PackedCollator, PaddedCollator, TokenBatches, count_tokens
+from neoflix.data import EpochOrder, PackedCollator, PaddedCollator, TokenBatches, count_tokens
 from neoflix.distributed import any_rank, ask_main_process, gather
 from neoflix.divergence import diverged, has_finite_weights
 from neoflix.errors import DivergedError, StoppedEarly, UserError
@@ -77,6 +77,13 @@ def peak_host_bytes() -> int:
 def _without_secrets(state: dict) -> dict:
     """What DeepSpeed is about to save, which holds its configuration: a monitor's key may stand there."""
     return state | {"ds_config": redact(state["ds_config"])} if "ds_config" in state else state
+
+
+def with_own_generator(loader):
+    """The loader, which draws its workers' seeds from a generator of its own: from torch's, each new iterator would
+    shift the draws of dropout, and a resumed run makes others than one that was never interrupted."""
+    loader.base_dataloader.generator = torch.Generator()
+    return loader
 
 
 class TokenTrainer(Trainer):
@@ -187,6 +194,8 @@ class TokenTrainer(Trainer):
     def _run_epoch(self, *args, **kwargs):
         """Not one step more where the run that is resumed had come to its end already."""
         self._doing = "training"
+        if hasattr(self._order, "set_epoch"):  # accelerate does not reach it below the batches that a resume skips
+            self._order.set_epoch(kwargs["epoch"])
         keep_gradient_norm(self.model_wrapped)
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
@@ -225,26 +234,49 @@ class TokenTrainer(Trainer):
 
     def get_train_dataloader(self):
         """Trainer's own, or batches by their tokens where `--tokens_per_device_batch` asks for them."""
+        loader = super().get_train_dataloader() if self.args.tokens_per_device_batch is None else self._load_by_tokens()
+        return with_own_generator(loader)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return with_own_generator(super().get_eval_dataloader(eval_dataset))
+
+    def _load_by_tokens(self) -> DataLoader:
         args = self.args
-        if args.tokens_per_device_batch is None:
-            return super().get_train_dataloader()
-        batches = TokenBatches(
+        self._order = TokenBatches(
             count_tokens(self.train_dataset),
             args.tokens_per_device_batch,
             args.gradient_accumulation_steps * args.world_size,
             args.process_index,
             args.world_size,
-            args.seed if args.data_seed is None else args.data_seed,
+            self._data_seed,
         )
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=batches,
+            batch_sampler=self._order,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
         )
         # Not accelerator.prepare: that would deal out once more what is this process's share already.
         return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Trainer's samplers draw from torch's own generator: after a resume their order would be another one."""
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        if strategy in ("random", "group_by_length"):
+            lengths_N, by_length = count_tokens(self.train_dataset), strategy == "group_by_length"
+            self._order = EpochOrder(lengths_N, self.args.texts_per_step, self._data_seed, by_length)
+            return self._order
+        self._order = super()._get_train_sampler(train_dataset)
+        if hasattr(self._order, "seed"):  # batch_rebalance
+            self._order.seed = self._data_seed
+        return self._order
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.stopwatch.start()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import generate
 from neoflix.config import SAMPLING_DEFAULTS
+from neoflix.console import printable
 from neoflix.decoding import Draw, Text, stream_keys
 from neoflix.generation import Sampler
 from neoflix.model import load_model
@@ -151,6 +152,8 @@ def test_window_is_never_passed(sampler):
     assert long.num_tokens + len(sampler.tokenizer(long.prompt)["input_ids"]) + 1 <= 256
     with pytest.raises(ValueError, match=r"--prompt 'word word .*\[\.\.\.\]': [0-9]+ tokens leave no room"):
         sampler.sample(prompts=["A", "word " * 300])
+    with pytest.raises(ValueError, match=r"--prompt 'A .udcff': is not UTF-8"):  # a shell that speaks Latin-1
+        sampler.sample(prompts=["A \udcff"])
 
 
 @pytest.mark.parametrize("bad", [{"temperature": 0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -1}, {"num_samples": 0}])
@@ -240,7 +243,7 @@ def test_stream_prints_each_text_as_it_is_written(run_dir, tmp_path, capsys):
     rows = [json.loads(line)["text"] for line in (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()]
     generate.main([*words, "--stream"])
     printed = capsys.readouterr().out
-    assert "".join(printed.split()) == "".join("".join(rows).split())
+    assert "".join(printed.split()) == "".join(printable("".join(rows)).split())
 
 
 @pytest.fixture

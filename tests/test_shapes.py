@@ -12,7 +12,7 @@ from neoflix import plan
 from neoflix.data import PaddedCollator, TokenBatches
 from neoflix.machine import Machine
 from neoflix.model import build_model
-from neoflix.shapes import HUB_SHAPES, gpt_neo_shape, read_shape
+from neoflix.shapes import HUB_SHAPES, Shape, gpt_neo_shape, read_shape
 
 LLAMA = LlamaConfig(
     vocab_size=512,
@@ -159,6 +159,17 @@ def test_plan_of_a_padded_model_counts_padding(tmp_path):
         assert packed.settings.padding == 1
         per_token = padded.flops / padded.settings.train_tokens / padded.settings.padding
         assert per_token == pytest.approx(6 * shape.num_parameters + 6 * 3 * 64 * texts.mean)
+
+
+def test_memory_of_a_llama_is_what_was_measured():
+    """SmolLM2-135M's shape, ZeRO-0 in fp32 on two Xeon cores, 7,008 texts of at most 51 tokens, 32 at once, GiB."""
+    kept = (793268.0, 1444660.0)
+    shape = Shape(30, 576, 1536, 49152, 134515008, 2048, False, 305280, 210, kept_bytes=kept)
+    texts, machine = plan.Texts(7008, 779, 32.0, 5.0, 51, "given"), Machine(2**40, None, 2)
+    for words, measured in (([], 7.3), (["--lora", "true"], 7.0)):
+        args = plan.read_quickly(["--plan", "--per_device_train_batch_size", "32", *words])
+        settings = plan.read_settings(args, shape, texts, machine, {}, "")
+        assert plan.forecast(shape, texts, settings, machine).host_bytes / 2**30 == pytest.approx(measured, rel=0.1)
 
 
 def test_changes_of_a_padded_run_keep_its_budget(tmp_path):
