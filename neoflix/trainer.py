@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ from neoflix.plan import compare, explain_failure
 from neoflix.redaction import redact
 from neoflix.report import write_report
 from neoflix.resumed_optimizer import apply_hyperparameters, read_hyperparameters, recall_steps
-from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
+from neoflix.run_folder import check_held, giving_way, promote, publish, read_list, rotate, temporary
 from neoflix.runs import Start, check_progress
 from neoflix.universal import check_loadable, convert, needs_conversion
 from neoflix.watchdog import announce_activity
@@ -408,7 +408,9 @@ class TokenTrainer(Trainer):
                 return
             ask_main_process(lambda: rotate(run, self.args.save_total_limit, self._find_best_step()))
             if self.args.push_to_hub:
-                self._push_from_checkpoint(str(run / f"checkpoint-{step}"))
+                checkpoint = run / f"checkpoint-{step}"
+                with giving_way(checkpoint, run) if self.is_world_process_zero() else nullcontext():
+                    self._push_from_checkpoint(str(checkpoint))
 
     def _begin_checkpoint(self, unfinished: Path) -> None:
         check_space(unfinished.parent, self._checkpoint_bytes(), "the next checkpoint takes")
