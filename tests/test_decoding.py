@@ -152,6 +152,14 @@ def test_greedy_on_a_gpu(model_dir, prompts, num_slots):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_slots", [1, 5])
+def test_penalty_on_a_gpu(model_dir, prompts, num_slots):
+    """Nothing of it may be copied from the host while a graph is captured."""
+    expected = theirs(model_dir, prompts, device="cuda", repetition_penalty=1.4)
+    assert ours(load(model_dir, "cuda"), prompts, num_slots, penalty=1.4) == expected
+
+
+@pytest.mark.gpu
 def test_texts_on_a_gpu_are_those_of_the_cpu(model_dir, prompts):
     """Graphs, late reading, and a draw that needs more candidates again and again."""
     draw = Draw(1.5, 0, 0.95, num_candidates=2)
