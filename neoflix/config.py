@@ -40,11 +40,11 @@ from neoflix.flags import check_flags, check_numbers, check_words, check_writabl
 from neoflix.machine import has_gpu
 from neoflix.manifest import find_damage
 from neoflix.optimizer import check_optimizer, check_schedule
+from neoflix.output_dir import check_output_dir
 from neoflix.paths import expand_paths
 from neoflix.plan import LORA_RANK, Plan, plan_run
 from neoflix.recipes import SAMPLING_DEFAULTS, SAMPLING_RULES, check_sampling, nearest, read_recipe
 from neoflix.redaction import is_secret, redact, redact_command
-from neoflix.run_folder import check_output_dir
 from neoflix.runs import check_overrides, find_run, read_run, read_texts_per_step
 from neoflix.template import Template
 

@@ -33,10 +33,10 @@ from neoflix.flags import check_numbers, check_writable
 from neoflix.gpus import PINNED_MEMORY
 from neoflix.hub_copies import find_hub_copy
 from neoflix.machine import Machine, check_machine, read_machine, torch_version
+from neoflix.output_dir import check_output_dir
 from neoflix.paths import expand_paths
 from neoflix.reading import NETFLIX_PATH, default_cache_dir, find_dataset, sample_texts
 from neoflix.recipes import read_recipe
-from neoflix.run_folder import check_output_dir
 from neoflix.runs import read_texts_per_step
 from neoflix.shapes import HUB_SHAPES, Shape, gpt_neo_shape, read_shape
 from neoflix.tables import find_text_files

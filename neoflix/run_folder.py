@@ -18,7 +18,6 @@ from neoflix.checkpoint import (
     ADAPTERS_CONFIG_FILE,
     ADAPTERS_FILE,
     LIVE_SAMPLES_FILE,
-    PICKLED_WEIGHTS_FILES,
     RESULTS_FILE,
     RUN_FILE,
     SETTINGS_FILES,
@@ -30,7 +29,6 @@ from neoflix.checkpoint import (
     find_misplaced,
     list_checkpoints,
     list_model_files,
-    list_numbered,
 )
 from neoflix.console import say
 from neoflix.distributed import ask_main_process
@@ -104,14 +102,14 @@ def claim(output_dir: str) -> None:
     run = Path(output_dir)
     run.mkdir(parents=True, exist_ok=True)
     if read_list(run) is None:
-        write_json(run / LIST_FILE, {"id": uuid.uuid4().hex[:8], "files": _adopt(run)})
+        write_json(run / LIST_FILE, {"id": uuid.uuid4().hex[:8], "files": adopt(run)})
     settle(run)
 
 
-def _adopt(run: Path) -> dict[str, list[str]]:
+def adopt(run: Path) -> dict[str, list[str]]:
     """The files of a run that was begun before there were lists, by what is certain: it wrote nothing after its
     results, and an unfinished one had copied its model from one of its checkpoints."""
-    if not _is_older_run(run):
+    if not is_older_run(run):
         return {}
     results, adopted = run / RESULTS_FILE, {}
     manifests = [read_manifest(checkpoint)["files"] for checkpoint in list_checkpoints(run)]
@@ -125,7 +123,7 @@ def _adopt(run: Path) -> dict[str, list[str]]:
     return adopted
 
 
-def _is_older_run(run: Path) -> bool:
+def is_older_run(run: Path) -> bool:
     """Whether a folder without a list holds a run of this project all the same."""
     try:
         facts = read_run(run)
@@ -136,69 +134,6 @@ def _is_older_run(run: Path) -> bool:
 
 def _is_unchanged(path: Path, checksums: list[str]) -> bool:
     return path.is_file() and hash_file(path)["xxh3_128"] in checksums
-
-
-# ---- whether a run may write here ----------------------------------------------------------------------------
-
-
-def check_output_dir(output_dir: str, model_name_or_path: str) -> None:
-    """UserError where a run in this folder would touch what is not its own: the base model, another model, or any
-    file of the user's. Writes nothing."""
-    run = Path(output_dir)
-    for base in _base_folders(model_name_or_path):
-        _check_apart(run, base)
-    if not run.is_dir():
-        return
-    owned = read_list(run)
-    is_run = owned is not None or _is_older_run(run)
-    files = owned["files"] if owned else _adopt(run)
-    names = [name for name in MODEL_NAMES if name not in files]
-    if not is_run:
-        names += [*RECORD_FILES, *PICKLED_WEIGHTS_FILES]
-    in_the_way = [name for name in names if os.path.lexists(run / name)]
-    if not is_run:
-        in_the_way += sorted(path.name for path in run.iterdir() if re.fullmatch(r"model-\d+-of-\d+\..*", path.name))
-        in_the_way += [path.name for path in list_numbered(run) if find_damage(path) or find_misplaced(path)]
-    if in_the_way:
-        others = f" (and {len(in_the_way) - 1} more)" if len(in_the_way) > 1 else ""
-        raise UserError(
-            f"--output_dir {output_dir}: {in_the_way[0]}{others} there was not written by this run, which would "
-            "replace it; choose another --output_dir, or move it away"
-        )
-
-
-def _base_folders(model_name_or_path: str) -> list[Path]:
-    """The folders that a run reads its weights from: the model's and, where that holds adapters, their base's."""
-    folders, name = [], model_name_or_path
-    while Path(name).is_dir() and Path(name) not in folders:
-        folders.append(Path(name))
-        try:
-            name = json.loads((folders[-1] / ADAPTERS_CONFIG_FILE).read_text(encoding="utf-8"))[
-                "base_model_name_or_path"
-            ]
-        except (OSError, ValueError, KeyError, TypeError):
-            break
-        if not isinstance(name, str):
-            break
-    return folders
-
-
-def _check_apart(run: Path, base: Path) -> None:
-    run, base = Path(os.path.realpath(run)), Path(os.path.realpath(base))
-    above_run = [path for path in (run, *run.parents) if path.exists()]
-    above_base = [base, *base.parents]
-    if run.exists() and os.path.samefile(run, base):
-        relation = "is"
-    elif any(os.path.samefile(path, base) for path in above_run):
-        relation = "lies inside"
-    elif run.exists() and any(os.path.samefile(path, run) for path in above_base):
-        relation = "contains"
-    else:
-        return
-    raise UserError(
-        f"--output_dir {run}: {relation} the base model's folder {base}, which a run leaves as it is; choose another "
-        "--output_dir"
-    )
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -313,6 +248,25 @@ def promote(checkpoint: Path, run: Path) -> None:
             (run / name).unlink()
     sync_folder(run)
     write_json(run / LIST_FILE, {**owned, "files": {name: [checksum] for name, checksum in checksums.items()}})
+
+
+@contextmanager
+def giving_way(checkpoint: Path, run: Path) -> Iterator[None]:
+    """While Trainer itself copies a checkpoint's model to the top, as it does to upload it: what is there makes way
+    first, since a copy onto a hard link would change the checkpoint that it is linked with. One process."""
+    owned, names = read_list(run), {path.name for path in list_model_files(checkpoint)} | {"training_args.bin"}
+    for path in (run / name for name in names if os.path.lexists(run / name)):
+        if _is_unchanged(path, owned["files"].get(path.name, [])):
+            path.unlink()
+        else:
+            set_aside(path)
+    entries = (read_manifest(checkpoint) or {"files": {}})["files"]
+    copies = {name: [entries[name]["xxh3_128"]] for name in names & entries.keys()}
+    write_json(run / LIST_FILE, {**owned, "files": {**owned["files"], **copies}})
+    yield
+    copied = {name: [hash_file(run / name)["xxh3_128"]] for name in names if (run / name).is_file()}
+    share_as_asked(run / name for name in copied)
+    write_json(run / LIST_FILE, {**owned, "files": {**owned["files"], **copied}})
 
 
 def link_or_copy(source: Path, target: Path) -> None:

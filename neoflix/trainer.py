@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from neoflix.consolidation import gather_weights
 from neoflix.data import EpochOrder, PackedCollator, PaddedCollator, TokenBatches, count_tokens
 from neoflix.distributed import any_rank, ask_main_process, gather
 from neoflix.divergence import diverged, has_finite_weights
+from neoflix.ds_config import naming_refused_values
 from neoflix.errors import DivergedError, StoppedEarly, UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
@@ -42,7 +43,7 @@ from neoflix.plan import compare, explain_failure
 from neoflix.redaction import redact
 from neoflix.report import write_report
 from neoflix.resumed_optimizer import apply_hyperparameters, read_hyperparameters, recall_steps
-from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
+from neoflix.run_folder import check_held, giving_way, promote, publish, read_list, rotate, temporary
 from neoflix.runs import Start, check_progress
 from neoflix.universal import check_loadable, convert, needs_conversion
 from neoflix.watchdog import announce_activity
@@ -140,7 +141,8 @@ class TokenTrainer(Trainer):
             say(f"Resuming from {checkpoint}")
             checkpoint = self._fit_to_processes(Path(checkpoint))
         announce_activity(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
-        with self._explaining_full_memory(), without_wildcards(checkpoint) as readable:
+        refusals = naming_refused_values(self.args.deepspeed)
+        with self._explaining_full_memory(), refusals, without_wildcards(checkpoint) as readable:
             output = super().train(readable and str(readable))
         if self._stop.reason:
             step, reason = self.state.global_step, self._stop.reason
@@ -406,7 +408,9 @@ class TokenTrainer(Trainer):
                 return
             ask_main_process(lambda: rotate(run, self.args.save_total_limit, self._find_best_step()))
             if self.args.push_to_hub:
-                self._push_from_checkpoint(str(run / f"checkpoint-{step}"))
+                checkpoint = run / f"checkpoint-{step}"
+                with giving_way(checkpoint, run) if self.is_world_process_zero() else nullcontext():
+                    self._push_from_checkpoint(str(checkpoint))
 
     def _begin_checkpoint(self, unfinished: Path) -> None:
         check_space(unfinished.parent, self._checkpoint_bytes(), "the next checkpoint takes")
