@@ -81,6 +81,7 @@ def ask_main_process(function: Callable, *args) -> Any:
         return answer
     except UserError as caught:
         error = UserError(str(caught))
+        error.exit_code = caught.exit_code
         raise
     except BaseException as caught:  # the others wait, whatever it is
         error = MainProcessError(f"rank 0 failed ({type(caught).__name__}: {caught})")

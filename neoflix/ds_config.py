@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import sysconfig
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from neoflix.console import say
@@ -42,6 +43,28 @@ OPEN_BLOCKS = {
     "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
     "optimizer": ("type", "params", "legacy_fusion"),
 }
+
+
+@contextmanager
+def naming_refused_values(source: dict | str | Path) -> Iterator[None]:
+    """Turns what DeepSpeed, or transformers on its behalf, refuses about a DeepSpeed file's values into a UserError."""
+    from pydantic import ValidationError  # DeepSpeed's; a plan does not need it
+
+    where = f"--deepspeed {source}" if isinstance(source, str | Path) and not is_json(source) else "--deepspeed {...}"
+    try:
+        yield
+    except ValidationError as error:
+        if not error.title.startswith("DeepSpeed"):
+            raise
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: {key!r} is {first['input']!r}; DeepSpeed says: {first['msg']}") from error
+    except ValueError as error:
+        begin, *differences = str(error).splitlines()
+        if not begin.startswith("Please correct the following DeepSpeed config values"):
+            raise
+        values = ", ".join(line.removeprefix("- ") for line in differences[:-1])
+        raise UserError(f'{where}: values differ from the flags ({values}); set them to "auto"') from error
 
 
 def find_ds_config(source: dict | str | Path | None) -> dict | str | Path | None:

@@ -30,6 +30,7 @@ from neoflix.consolidation import gather_weights
 from neoflix.data import EpochOrder, PackedCollator, PaddedCollator, TokenBatches, count_tokens
 from neoflix.distributed import any_rank, ask_main_process, gather
 from neoflix.divergence import diverged, has_finite_weights
+from neoflix.ds_config import naming_refused_values
 from neoflix.errors import DivergedError, StoppedEarly, UserError
 from neoflix.live_samples import ShowSamples
 from neoflix.lora import collect_adapters, has_adapters, save_adapters
@@ -140,7 +141,8 @@ class TokenTrainer(Trainer):
             say(f"Resuming from {checkpoint}")
             checkpoint = self._fit_to_processes(Path(checkpoint))
         announce_activity(lambda: f"{self._doing}, step {self.state.global_step}, {time.strftime('%H:%M:%S')}")
-        with self._explaining_full_memory(), without_wildcards(checkpoint) as readable:
+        refusals = naming_refused_values(self.args.deepspeed)
+        with self._explaining_full_memory(), refusals, without_wildcards(checkpoint) as readable:
             output = super().train(readable and str(readable))
         if self._stop.reason:
             step, reason = self.state.global_step, self._stop.reason

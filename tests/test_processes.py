@@ -102,6 +102,16 @@ except UserError as error:
     assert (codes, said) == ([2, 2], ["caught no such file\nerror: no such file\n", "caught no such file\n"])
 
 
+def test_a_divergence_in_what_rank_0_does_for_all_ends_all_with_its_code(ends):
+    codes, said = ends("""
+from neoflix.errors import DivergedError
+def fail():
+    raise DivergedError("the loss is nan")
+ask_main_process(fail)
+""")
+    assert (codes, said) == ([1, 1], ["error: the loss is nan\n", ""])
+
+
 @pytest.mark.parametrize("error", ["OSError(28, 'No space left')", "RuntimeError('x')", "ValueError('x')"])
 def test_any_exception_in_what_rank_0_does_for_all_ends_all(ends, error):
     codes, said = ends(f"""

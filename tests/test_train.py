@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from conftest import PYTHON, run_program
+from conftest import PYTHON, ROOT, run_program
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
@@ -17,6 +17,7 @@ from neoflix.attention import GPTNeoFastAttention
 from neoflix.checkpoint import find_model, list_checkpoints
 from neoflix.data import PackedCollator, fill_up, split_texts, tokenize_texts
 from neoflix.distributed import exit_code_of
+from neoflix.errors import UserError
 from neoflix.generation import Sampler
 from neoflix.model import load_model
 from neoflix.reading import read_texts
@@ -344,3 +345,20 @@ def test_program_says_one_sentence_and_exits_2(train_words, tmp_path):
     assert "Traceback" not in output
     assert output.splitlines()[-1].startswith("error: --text_column synopsis: not a column")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"zero_optimization": {"stage": "two"}}, r"'stage' is 'two'; DeepSpeed says: Input should be 0, 1"),
+        (
+            {"train_micro_batch_size_per_gpu": 3},
+            r"values differ from the flags .*=3 vs hf .*=8.*; set them to",
+        ),
+    ],
+)
+def test_what_deepspeed_refuses_in_its_file_is_one_sentence(run, tmp_path, changes, sentence):
+    config = json.loads((ROOT / "ds_configs" / "cpu.json").read_text()) | changes
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"^--deepspeed \S+ds.json: {sentence}"):
+        run("run", "--deepspeed", str(tmp_path / "ds.json"))
