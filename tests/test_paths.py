@@ -45,8 +45,10 @@ def test_a_run_knows_home(home, model_dir, catalogue, said):
         "recipe": ["--config", "~/recipe.yaml"],
     }[said]
     (home / "recipe.yaml").write_text("".join(f"{name}: {path}\n" for name, path in flags.items()))
-    args = parse_train_args([*words, "--use_cpu", "true", "--resume_from_checkpoint", "~/run/checkpoint-1"])
-    for name in (*FLAGS, "resume_from_checkpoint"):
+    with pytest.raises(ValueError, match=rf"--resume_from_checkpoint {home}/none: "):
+        parse_train_args([*words, "--use_cpu", "true", "--resume_from_checkpoint", "~/none"])
+    args = parse_train_args([*words, "--use_cpu", "true"])
+    for name in FLAGS:
         assert getattr(args, name).startswith(str(home)), name
     quick = plan.read_quickly(words)
     assert {name: getattr(quick, name) for name in (*FLAGS, "deepspeed")} == {
