@@ -83,3 +83,9 @@ def test_sampling_never_imports_deepspeed():
     """It takes seconds, and a machine that only samples needs no compiler."""
     code = "import generate, sys; sys.exit('deepspeed' in sys.modules)"
     subprocess.run([PYTHON, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_the_plan_never_imports_torch():
+    """`train.py --plan` answers in less time than torch takes to load."""
+    code = "import neoflix.plan, sys; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pandas')))"
+    subprocess.run([PYTHON, "-c", code], cwd=ROOT, check=True, timeout=120)
