@@ -31,7 +31,6 @@ from neoflix.checkpoint import (
     list_model_files,
 )
 from neoflix.console import say
-from neoflix.distributed import ask_main_process
 from neoflix.errors import UserError
 from neoflix.locks import Lock, acquire
 from neoflix.manifest import find_damage, hash_file, read_manifest, share_as_asked, sync_folder, write_json
@@ -64,6 +63,8 @@ def read_list(run: Path) -> dict | None:
 def opened(output_dir: str) -> Iterator[None]:
     """A run's folder, which is this run's alone until the context ends. Collective; comes after `check_output_dir`.
     UserError, in every process, where another run works there."""
+    from neoflix.distributed import ask_main_process  # torch: `--plan` looks at folders without it
+
     run = Path(output_dir)
     is_new = not run.exists()
     ask_main_process(_lock, run)
