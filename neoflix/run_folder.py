@@ -251,25 +251,6 @@ def promote(checkpoint: Path, run: Path) -> None:
     write_json(run / LIST_FILE, {**owned, "files": {name: [checksum] for name, checksum in checksums.items()}})
 
 
-@contextmanager
-def giving_way(checkpoint: Path, run: Path) -> Iterator[None]:
-    """While Trainer itself copies a checkpoint's model to the top, as it does to upload it: what is there makes way
-    first, since a copy onto a hard link would change the checkpoint that it is linked with. One process."""
-    owned, names = read_list(run), {path.name for path in list_model_files(checkpoint)} | {"training_args.bin"}
-    for path in (run / name for name in names if os.path.lexists(run / name)):
-        if _is_unchanged(path, owned["files"].get(path.name, [])):
-            path.unlink()
-        else:
-            set_aside(path)
-    entries = (read_manifest(checkpoint) or {"files": {}})["files"]
-    copies = {name: [entries[name]["xxh3_128"]] for name in names & entries.keys()}
-    write_json(run / LIST_FILE, {**owned, "files": {**owned["files"], **copies}})
-    yield
-    copied = {name: [hash_file(run / name)["xxh3_128"]] for name in names if (run / name).is_file()}
-    share_as_asked(run / name for name in copied)
-    write_json(run / LIST_FILE, {**owned, "files": {**owned["files"], **copied}})
-
-
 def link_or_copy(source: Path, target: Path) -> None:
     """`target`, which must not exist, as a hard link to `source` or, where the file system has none, a copy."""
     try:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import shutil
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ from neoflix.plan import compare, explain_failure
 from neoflix.redaction import redact
 from neoflix.report import write_report
 from neoflix.resumed_optimizer import apply_hyperparameters, read_hyperparameters, recall_steps
-from neoflix.run_folder import check_held, giving_way, promote, publish, read_list, rotate, temporary
+from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
 from neoflix.runs import Start, check_progress
 from neoflix.universal import check_loadable, convert, needs_conversion
 from neoflix.watchdog import announce_activity
@@ -261,6 +261,7 @@ class TokenTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
         )
         # Not accelerator.prepare: that would deal out once more what is this process's share already.
         return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
@@ -408,10 +409,6 @@ class TokenTrainer(Trainer):
                 say(f"warning: {error}; going on without checkpoint-{step}")
                 return
             ask_main_process(lambda: rotate(run, self.args.save_total_limit, self._find_best_step()))
-            if self.args.push_to_hub:
-                checkpoint = run / f"checkpoint-{step}"
-                with giving_way(checkpoint, run) if self.is_world_process_zero() else nullcontext():
-                    self._push_from_checkpoint(str(checkpoint))
 
     def _begin_checkpoint(self, unfinished: Path) -> None:
         check_space(unfinished.parent, self._checkpoint_bytes(), "the next checkpoint takes")

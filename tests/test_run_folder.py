@@ -18,7 +18,6 @@ from neoflix.run_folder import (
     LIST_FILE,
     claim,
     delete,
-    giving_way,
     promote,
     publish,
     read_list,
@@ -304,23 +303,6 @@ def test_a_file_that_was_put_there_or_changed_while_it_trained_is_kept(folder):
     promote(checkpoint(folder, 3), folder)  # has none: theirs stays
     assert (folder / "generation_config.json").read_text() == "changed"
     assert not (folder / "config.json").exists()
-
-
-def test_an_upload_does_not_write_through_a_hard_link_nor_over_a_users_file(folder):
-    """What Trainer does before it uploads: copies a checkpoint's files to the top, and saves its arguments there."""
-    promote(checkpoint(folder, 1, **{"config.json": "{}"}), folder)
-    (folder / "training_args.bin").write_text("the user's")
-    later = checkpoint(folder, 2, **{"config.json": "{ }"})
-    for _ in range(2):
-        with giving_way(later, folder):
-            for name in ("model.safetensors", "config.json"):
-                shutil.copy(later / name, folder / name)
-            (folder / "training_args.bin").write_text("Trainer's")
-    assert (folder / "checkpoint-1" / "model.safetensors").read_text() == "weights of step 1"
-    assert (folder / "model.safetensors").read_text() == "weights of step 2"
-    assert (folder / "training_args.bin.kept").read_text() == "the user's"
-    promote(later, folder)
-    assert not [name for name in names(folder) if name.endswith((".kept", ".kept-2")) and "training_args" not in name]
 
 
 @pytest.mark.parametrize("number", range(1, 9))
