@@ -1,7 +1,10 @@
 """Training that diverged: losses or weights that are NaN or infinite. Such a model is not saved, nor reported."""
 
+from pathlib import Path
+
 import torch
 
+from neoflix.checkpoint import list_checkpoints
 from neoflix.errors import DivergedError
 
 
@@ -17,8 +20,8 @@ def diverged(args, step: int, what: str) -> DivergedError:
     if args.fp16:
         remedy = "use --bf16 true if the GPU has it, --fp16 false (fp32), or a lower --learning_rate"
     else:
-        remedy = f"use a lower --learning_rate than {args.learning_rate:g}, or a lower --max_grad_norm"
-    return DivergedError(
-        f"step {step}: {what}; {remedy}. Checkpoints in {args.output_dir} are whole; resume from one with "
-        "--resume_from_checkpoint"
-    )
+        clipping = "a lower --max_grad_norm" if args.max_grad_norm else "clip gradients (--max_grad_norm 1)"
+        remedy = f"use a lower --learning_rate than {args.learning_rate:g}, or {clipping}"
+    has_checkpoints = bool(list_checkpoints(Path(args.output_dir)))
+    way_back = f". The checkpoints in {args.output_dir} are from before: use --resume_from_checkpoint with one of them"
+    return DivergedError(f"step {step}: {what}; {remedy}{way_back if has_checkpoints else ''}")
