@@ -134,9 +134,11 @@ def test_a_run_may_begin_as_another_ones_result(trained, run, model_dir):  # noq
 
 def test_other_settings_are_another_run(trained):
     *_, words = trained
-    for more in (["--lora_rank", "8"], ["--lora_alpha", "4"], ["--lora", "false"]):
+    start = words.index("--lora")
+    without = words[:start] + words[start + 4 :]  # not --lora_rank 4 either
+    for other in ([*words, "--lora_rank", "8"], [*words, "--lora_alpha", "4"], without):
         with pytest.raises(ValueError, match="another lora"):
-            train.main([*words, "--num_train_epochs", "3", *more])
+            train.main([*other, "--num_train_epochs", "3"])
 
 
 # ---- through DeepSpeed ------------------------------------------------------------------------------------------
@@ -231,9 +233,9 @@ def test_adapters_that_cannot_be_used_are_one_sentence(adapters, model_dir):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model_name_or_path", "demo"], "beside a model that has learnt"),
+        (["--model_name_or_path", "demo"], "--lora needs a pretrained model"),
         (["--lora_rank", "0"], "--lora_rank 0: must be above 0"),
-        (["--lora_alpha", "-1"], "--lora_alpha -1.0: must be above 0"),
+        (["--lora_alpha", "-1"], "--lora_alpha -1: must be above 0"),
     ],
 )
 def test_flags_that_mean_nothing(train_words, words, message):
