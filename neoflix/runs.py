@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from neoflix.checkpoint import RESULTS_FILE, RUN_FILE, STATE_FILE, find_resume_point, list_numbered
 from neoflix.errors import UserError
-from neoflix.manifest import read_manifest, write_json
+from neoflix.manifest import find_damage, read_manifest, write_json
 
 # Arguments that do not change what is learned: paths, logs, speed, memory, rounding. Any other is compared.
 NOT_COMPARED = frozenset(
@@ -241,7 +241,7 @@ def _resume(before: dict, run: dict, checkpoint: str, step: int, override, outpu
     allowed -= set() if _has_free_schedule(before, run) else set(SCHEDULE)
     if refused := [each for each in differences if each.setting not in allowed]:
         raise UserError(_refusal(checkpoint, before, run, refused, step))
-    if differences and (newer := [path for path in list_numbered(Path(output_dir)) if _number(path) > step]):
+    if differences and (newer := _later_checkpoints(output_dir, step)):
         raise UserError(
             f"{checkpoint}: with another {differences[0].setting}, the later {newer[-1].name} in {output_dir} would no "
             "longer belong to this run; choose another --output_dir"
@@ -252,6 +252,12 @@ def _resume(before: dict, run: dict, checkpoint: str, step: int, override, outpu
     arguments = before["arguments"] | {each.setting: each.now for each in differences}
     record = before | {"texts": run["texts"], "arguments": arguments, "changes": [*before["changes"], *changes]}
     return Start(record, checkpoint, step, tuple(changes))
+
+
+def _later_checkpoints(output_dir: str, step: int) -> list[Path]:
+    """The complete ones: a damaged one is passed over, and replaced when the run comes to its step again."""
+    later = [path for path in list_numbered(Path(output_dir)) if _number(path) > step]
+    return [path for path in later if find_damage(path, checksums=True) is None]
 
 
 def rewind(run: dict, step: int) -> dict:

@@ -15,7 +15,6 @@ from neoflix.trainer import TokenTrainer
 WORKERS = ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"]
 FLAGS = {
     "random": [],
-    "random, unseeded by accelerate": ["--accelerator_config", '{"use_seedable_sampler": false}'],
     "random, persistent workers": WORKERS,
     "group_by_length": ["--train_sampling_strategy", "group_by_length", "--data_seed", "7"],
     "batch_rebalance": ["--train_sampling_strategy", "batch_rebalance", "--gradient_accumulation_steps", "2"],
