@@ -303,7 +303,7 @@ BAD_RUNS = {
     "an open quote": (
         {"d.csv": CSV + 'a,"b\nc,d\n'},
         ["--dataset", "d.csv"],
-        "a quote that opens in line 2 is not closed",
+        "opens in line 2 is not closed",
     ),
     "broken JSON": ({"d.jsonl": '{"description": "a"}\n{"desc'}, ["--dataset", "d.jsonl"], "line 2"),
     "numbers": ({"d.csv": CSV + "a,1\nb,2\n"}, ["--dataset", "d.csv"], "holds numbers"),
