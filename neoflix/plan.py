@@ -1154,5 +1154,5 @@ def _check_quickly(args: argparse.Namespace, said: dict) -> None:
     if args.deepspeed != "auto":
         config = read_ds_config(args.deepspeed)
         check_compiler(config)
-        if set_values(config):
+        if any((key, value) != ("bf16.enabled", args.bf16) for key, value in set_values(config).items()):
             raise ValueError
