@@ -297,7 +297,8 @@ def _num_fields(lines: TextIO, separator: str) -> list[int]:
 
 
 def _read_json(file: BinaryIO, columns: list[str] | None, limit: int | None) -> Table:
-    """One object a line or, where the file begins with a bracket, an array of objects."""
+    """One object a line or, where the file begins with a bracket, an array of objects. A string is a row with the
+    column `text`."""
     found, rows, share = {}, [], None
     with _as_text(file, limit) as lines:
         if _first_character(lines) == "[":
@@ -307,8 +308,10 @@ def _read_json(file: BinaryIO, columns: list[str] | None, limit: int | None) -> 
         else:
             items = _parse_lines(lines)
         for place, row in islice(items, limit):
+            if isinstance(row, str):
+                row = {"text": row}
             if not isinstance(row, dict):
-                raise UserError(f"{place} is not a JSON object, {{...}}")
+                raise UserError(f"{place} is not a JSON object, {{...}}, nor a text in quotes")
             found |= dict.fromkeys(row)
             rows.append([row.get(name) for name in columns] if columns else row)
     if rows and len(rows) != limit:  # a key may come first further down

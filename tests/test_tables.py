@@ -149,6 +149,12 @@ ROWS = [{"text": "One.", "n": 1}, {"text": "Two\nlines, 😀."}]
 JSON_LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
+@pytest.mark.parametrize("content", ['["One.", "Two."]', '"One."\n"Two."\n', '["One.", {"text": "Two."}]'])
+def test_json_strings_are_texts(tmp_path, content):
+    (tmp_path / "texts.json").write_text(content)
+    assert read_texts(tmp_path / "texts.json", "text") == ["One.", "Two."]
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "lines.json", "array.jsonl"])
 @pytest.mark.parametrize("packing", ["", ".gz", ".zip"])
 def test_json_and_what_it_is_packed_in(tmp_path, name, packing):
