@@ -29,6 +29,17 @@ def read_hyperparameters(optimizer) -> list[dict]:
     return [{key: group[key] for key in HYPERPARAMETERS if key in group} for group in optimizer.param_groups]
 
 
+def restore_weight_decay(optimizer, hyperparameters: list[dict]) -> None:
+    """Gives each parameter group its own weight decay again.
+
+    DeepSpeed 0.19.8 loads the universal form of a ZeRO-3 checkpoint with the first group's settings in every group
+    (stage3.py, `load_hp_checkpoint_state_from_checkpoint_dir_stage3`): biases and normalization layers would be decayed
+    from there on.
+    """
+    for group, values in zip(optimizer.param_groups, hyperparameters, strict=True):
+        group["weight_decay"] = values["weight_decay"]
+
+
 def apply_hyperparameters(optimizer, scheduler, hyperparameters: list[dict]) -> None:
     """Sets what `read_hyperparameters` read before the checkpoint was loaded, and the rate that the schedule of this
     start has for the step reached.

@@ -42,7 +42,12 @@ from neoflix.paths import without_wildcards
 from neoflix.plan import compare, explain_failure
 from neoflix.redaction import redact
 from neoflix.report import write_report
-from neoflix.resumed_optimizer import apply_hyperparameters, read_hyperparameters, recall_steps
+from neoflix.resumed_optimizer import (
+    apply_hyperparameters,
+    read_hyperparameters,
+    recall_steps,
+    restore_weight_decay,
+)
 from neoflix.run_folder import check_held, promote, publish, read_list, rotate, temporary
 from neoflix.runs import Start, check_progress
 from neoflix.universal import check_loadable, convert, needs_conversion
@@ -105,6 +110,7 @@ class TokenTrainer(Trainer):
         self._last_log = (0, 0.0)
         self._doing = "starting"
         self._losses_are_finite = torch.tensor(True, device=self.args.device)
+        self._hyperparameters: list[dict] = []  # of the optimizer's groups, as this start's arguments set them
         self._saved_step: int | None = None  # of the model at the top of the run's folder
         self._converted: Path | None = None  # a checkpoint's form for this number of processes
         self._stop = StopOnRequest()
@@ -218,17 +224,20 @@ class TokenTrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)
         return trained
 
-    def create_scheduler(self, *args, **kwargs):
+    def create_scheduler(self, num_training_steps, optimizer=None):
         """Trainer's own, called once the optimizer is made and before a checkpoint is loaded."""
-        scheduler = super().create_scheduler(*args, **kwargs)
-        if hasattr(self.optimizer, "param_groups"):  # not a stand-in for the one that DeepSpeed makes
-            self._hyperparameters = read_hyperparameters(self.optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        optimizer = optimizer or self.optimizer
+        if hasattr(optimizer, "param_groups"):  # not a stand-in for the one that DeepSpeed makes
+            # In place: for DeepSpeed's optimizer transformers calls this on a shallow copy of the trainer.
+            self._hyperparameters[:] = read_hyperparameters(optimizer)
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             recall_steps(self.optimizer)
+            restore_weight_decay(self.optimizer, self._hyperparameters)
             if self._changes:
                 apply_hyperparameters(self.optimizer, self.lr_scheduler, self._hyperparameters)
             gather(None)  # all have read it
