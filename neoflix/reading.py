@@ -228,6 +228,11 @@ def choose_column(path: Path, suffix: str | None = None) -> str:
     prose = [name for name, cells in texts.items() if name not in usual and _num_words(cells) >= PROSE]
     choices = usual if len(usual) == 1 and 2 * len(texts[usual[0]]) >= len(head.rows) else usual + prose
     if len(choices) == 1:
+        if _num_words(choices) >= PROSE:
+            raise UserError(
+                f"--text_column is not given, and the column of texts in {path} is named {choices[0]!r}, which looks "
+                "like a text itself; add a header line to the file, or name the column"
+            )
         return choices[0]
     flag = f"--text_column is not given, and {path} has the columns {', '.join(head.names)}"
     if not choices:

@@ -239,6 +239,15 @@ def test_the_one_column_of_texts_is_taken_and_said(tmp_path, capsys):
     assert read_texts(usual) == ["Short.", "Shorter."]
 
 
+def test_a_file_without_a_header_is_refused(tmp_path):
+    """Its first text would be taken for the column's name, and be lost."""
+    path = tmp_path / "texts.csv"
+    path.write_text('"The keeper finds a letter that was never sent.",1\n"A chef returns to the small town.",2\n')
+    with pytest.raises(UserError, match="looks like a text itself; add a header line"):
+        read_texts(path)
+    assert read_texts(path, "The keeper finds a letter that was never sent.") == ["A chef returns to the small town."]
+
+
 def test_where_more_than_one_column_holds_texts_they_are_listed(tmp_path):
     path = write(tmp_path / "two.csv", ROWS | {"review": ROWS["story"][::-1]})
     with pytest.raises(ValueError, match=r"has the columns id, name, story, review; texts are in story .* and review"):
