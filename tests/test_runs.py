@@ -1,6 +1,7 @@
 """What a run records, which starts continue it, and what may change within it."""
 
 import json
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -179,7 +180,8 @@ def test_a_change_is_undone_where_the_run_goes_back_before_it(saved):
 
 def test_a_later_checkpoint_of_the_old_settings_would_be_mistaken_for_one_of_the_new(describe, saved, tmp_path):
     folder, _ = saved
-    (folder / "checkpoint-8").mkdir()
+    shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-8")
+    (folder / "checkpoint-12").mkdir()  # not complete: no one resumes from it
     changed = describe("--output_dir", str(tmp_path / "new"), "--learning_rate", "1e-9")
     with pytest.raises(UserError, match=r"the later checkpoint-8 in .* would no longer belong"):
         find_start(str(folder), str(folder / "checkpoint-4"), changed, ["learning_rate"])
