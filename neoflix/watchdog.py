@@ -134,7 +134,8 @@ class Watchdog:
             return  # rank 0 has never started; so says the process group
         self._connected.set()
         if self._rank_on_machine() == 0 and self._processes_on_machine() < self._num_processes:
-            subprocess.Popen([sys.executable, "-m", "neoflix.watchdog"], cwd=Path(__file__).parent.parent)
+            quiet = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # the store's end is no news: the run has ended
+            subprocess.Popen([sys.executable, "-m", "neoflix.watchdog"], cwd=Path(__file__).parent.parent, env=quiet)
         while not self._left.is_set() and self.failure is None:
             try:
                 self._beat()
