@@ -10,6 +10,7 @@ gives none counts as alive for as long as it computes or reads swapped pages: it
 """
 
 import atexit
+import ctypes
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ GRACE = 3.0  # seconds in which a main thread that has failed as well may end it
 LINGER = 10.0  # seconds at most that rank 0 keeps the store for the others at its end
 LATE_START = 60.0  # the same for those that have not yet given a first sign of life
 FIRST_CONTACT = timedelta(minutes=30)  # for rank 0 to start, as torch.distributed waits
+PR_SET_PDEATHSIG = 1  # prctl.h
 BUSY_TICKS = 5  # hundredths of a second of computing in a beat; a hung process's service threads take less
 
 
@@ -134,7 +136,7 @@ class Watchdog:
             return  # rank 0 has never started; so says the process group
         self._connected.set()
         if self._rank_on_machine() == 0 and self._processes_on_machine() < self._num_processes:
-            quiet = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # the store's end is no news: the run has ended
+            quiet = os.environ | {"TORCH_CPP_LOG_LEVEL": "FATAL"}  # the store's end is no news: the run has ended
             subprocess.Popen([sys.executable, "-m", "neoflix.watchdog"], cwd=Path(__file__).parent.parent, env=quiet)
         while not self._left.is_set() and self.failure is None:
             try:
@@ -330,6 +332,7 @@ def vouch() -> None:
     It ends with the process that started it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a request to stop reaches all processes
         signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it may end while this program waits for the store
     parent, store = os.getppid(), connect(serves=False)
     with suppress(dist.DistError):
         while os.getppid() == parent:
