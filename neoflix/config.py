@@ -258,7 +258,7 @@ class TrainArguments(TrainingArguments):
             )
 
     def check_template(self) -> None:
-        """UserError for a template that is none, or that says something else than another flag."""
+        """Raises UserError if the template is malformed or contradicts --text_column."""
         if self.template is None:
             if self.loss_on_prompt:
                 raise UserError("--loss_on_prompt: without --template there is no prompt; leave it out, or give one")
@@ -580,7 +580,7 @@ def parse_sweep(words: list[str]) -> list[dict]:
 
 
 def check_judging(args: argparse.Namespace) -> None:
-    """UserError for flags that do not go together, and for a share that is none."""
+    """Raises UserError for flags that contradict each other, and for an impossible --validation_fraction."""
     if isinstance(args.judge, str) and (args.sweep or args.novel or args.output):
         other = "--sweep" if args.sweep else "--novel" if args.novel else "--output"
         raise UserError(f"--judge {args.judge}: judges that file and samples nothing; leave out {other} or the file")

@@ -54,7 +54,7 @@ class Template:
     rows: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self):
-        """UserError, in one sentence, for a pattern that is none."""
+        """Raises UserError for a malformed pattern."""
         try:
             pieces = list(Formatter().parse(self.pattern))
         except ValueError as error:
@@ -70,7 +70,7 @@ class Template:
             raise UserError(f"--template {self.pattern!r}: names a column twice")
         if pieces[-1][1] is None:
             raise UserError(
-                f"--template {self.pattern!r}: must end with the column that is learnt; {pieces[-1][0]!r} follows it"
+                f"--template {self.pattern!r}: must end with the column of the texts; {pieces[-1][0]!r} follows it"
             )
         for before, name, _, _ in pieces[1:]:
             if not before.strip() and "\n" not in before:

@@ -149,4 +149,4 @@ def test_the_card_holds_no_path_and_nothing_that_markdown_or_yaml_reads(tmp_path
     assert str(tmp_path) not in card
     assert r"\*base\*" in card
     assert "<b>" not in card
-    assert re.search(r"before each text \(\\`\{title\}\\`", card)
+    assert re.search(r"the template \\`\{title\}\\`", card)
