@@ -47,6 +47,19 @@ def find_misplaced(checkpoint: Path) -> str | None:
     return None if checkpoint.name == f"checkpoint-{step}" else f"its {MANIFEST} is of step {step}: it is a copy"
 
 
+def check_complete(resume_from_checkpoint: str, checksums: bool = False) -> None:
+    """Raises UserError if the checkpoint that `--resume_from_checkpoint` names is not complete.
+
+    Args:
+        checksums: read every file and compare it with its checksum, not only names and sizes.
+    """
+    if damage := find_damage(Path(resume_from_checkpoint), checksums=checksums):
+        raise UserError(
+            f"--resume_from_checkpoint {resume_from_checkpoint}: no complete checkpoint ({damage}); leave the flag out "
+            "to take the newest complete one of the run"
+        )
+
+
 def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, report=print) -> str | None:
     """The checkpoint to go on from: the one asked for, else the newest complete one of the run, else None.
 
@@ -56,11 +69,7 @@ def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, repor
         report: called with a sentence for each checkpoint that is passed over.
     """
     if resume_from_checkpoint:
-        if damage := find_damage(Path(resume_from_checkpoint), checksums=True):
-            raise UserError(
-                f"--resume_from_checkpoint {resume_from_checkpoint}: no complete checkpoint ({damage}); leave the "
-                "flag out to take the newest complete one of the run"
-            )
+        check_complete(resume_from_checkpoint, checksums=True)
         return resume_from_checkpoint
     for checkpoint in reversed(list_numbered(Path(output_dir))):
         damage = find_damage(checkpoint, checksums=True) or find_misplaced(checkpoint)

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from neoflix.checkpoint import RUN_FILE, list_checkpoints
+from neoflix.checkpoint import RUN_FILE, check_complete, list_checkpoints
 from neoflix.console import say
 from neoflix.distributed import ask_main_process
 from neoflix.ds_config import (
@@ -38,7 +38,6 @@ from neoflix.ds_config import (
 from neoflix.errors import UserError
 from neoflix.flags import check_flags, check_numbers, check_words, check_writable
 from neoflix.machine import has_gpu
-from neoflix.manifest import find_damage
 from neoflix.optimizer import check_optimizer, check_schedule
 from neoflix.output_dir import check_output_dir
 from neoflix.paths import expand_paths
@@ -251,11 +250,8 @@ class TrainArguments(TrainingArguments):
             )
         if word in ("true", "latest", "last", "false", ""):
             self.resume_from_checkpoint = None
-        elif self.resume_from_checkpoint and (damage := find_damage(Path(self.resume_from_checkpoint))):
-            raise UserError(
-                f"--resume_from_checkpoint {self.resume_from_checkpoint}: no complete checkpoint ({damage}); leave the "
-                "flag out to take the newest complete one of the run"
-            )
+        elif self.resume_from_checkpoint:
+            check_complete(self.resume_from_checkpoint)
 
     def check_template(self) -> None:
         """Raises UserError if the template is malformed or contradicts --text_column."""
@@ -363,9 +359,9 @@ def _apply_recipe(parser: "_Parser", path: str, recipe: dict) -> list[str]:
         if action.type is string_to_bool and str(value).lower() in ("on", "off"):
             recipe[name] = str(value.lower() == "on")
     # Words cannot say null, nor several values of a flag that takes one or several.
-    unsaid = {name: value for name, value in recipe.items() if value is None or isinstance(value, list)}
-    parser.set_defaults(**unsaid)
-    words = _as_words({name: value for name, value in recipe.items() if name not in unsaid})
+    as_defaults = {name: value for name, value in recipe.items() if value is None or isinstance(value, list)}
+    parser.set_defaults(**as_defaults)
+    words = _as_words({name: value for name, value in recipe.items() if name not in as_defaults})
     try:
         parser.parse_known_args(words)
     except UserError as error:

@@ -61,7 +61,7 @@ def read_table(
     column_flag: str = "--text_column",
     suffix: str | None = None,
 ) -> Table:
-    """Rows of a file or folder as they stand: text where the format has nothing else, None where a value is missing.
+    """Rows of a file or folder, unchanged: text where the format has nothing else, None where a value is missing.
 
     Args:
         columns: the columns to keep, in this order; None: all of them.
