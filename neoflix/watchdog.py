@@ -333,9 +333,9 @@ def vouch() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a request to stop reaches all processes
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it may end while this program waits for the store
-    parent, store = os.getppid(), connect(serves=False)
+    store = connect(serves=False)
     with suppress(dist.DistError):
-        while os.getppid() == parent:
+        while True:
             for rank in range(int(os.environ["WORLD_SIZE"])):
                 sign = json.loads(store.get(f"beat{rank}")) if store.check([f"beat{rank}"]) else {}
                 if sign.get("machine") == _this_machine():
