@@ -241,9 +241,9 @@ def _resume(before: dict, run: dict, checkpoint: str, step: int, override, outpu
     allowed -= set() if _has_free_schedule(before, run) else set(SCHEDULE)
     if refused := [each for each in differences if each.setting not in allowed]:
         raise UserError(_refusal(checkpoint, before, run, refused, step))
-    if differences and (newer := _later_checkpoints(output_dir, step)):
+    if differences and (later := _find_later(output_dir, step)):
         raise UserError(
-            f"{checkpoint}: with another {differences[0].setting}, the later {newer[-1].name} in {output_dir} would no "
+            f"{checkpoint}: with another {differences[0].setting}, the later {later.name} in {output_dir} would no "
             "longer belong to this run; choose another --output_dir"
         )
     changes = [{"from_step": step, **each._asdict()} for each in differences]
@@ -254,10 +254,15 @@ def _resume(before: dict, run: dict, checkpoint: str, step: int, override, outpu
     return Start(record, checkpoint, step, tuple(changes))
 
 
-def _later_checkpoints(output_dir: str, step: int) -> list[Path]:
-    """The complete ones: a damaged one is passed over, and replaced when the run comes to its step again."""
-    later = [path for path in list_numbered(Path(output_dir)) if _number(path) > step]
-    return [path for path in later if find_damage(path, checksums=True) is None]
+def _find_later(output_dir: str, step: int) -> Path | None:
+    """The newest complete checkpoint after a step; None without one.
+
+    A damaged one does not count: it is passed over, and replaced when the run comes to its step again.
+    """
+    for checkpoint in reversed(list_numbered(Path(output_dir))):
+        if _number(checkpoint) > step and find_damage(checkpoint, checksums=True) is None:
+            return checkpoint
+    return None
 
 
 def rewind(run: dict, step: int) -> dict:
