@@ -103,19 +103,22 @@ def train_words(model_dir, catalogue, tmp_path) -> list[str]:
     ]
 
 
+def environment_without_launcher() -> dict[str, str]:
+    """This process's, without what train.main set in it: that would bind a program to this process's port."""
+    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in launcher}
+
+
 def run_program(*words: str, expect: int = 0, env: dict | None = None, timeout: int = 600) -> str:
     """Runs a command in the project's folder; returns stdout and stderr together, checks the exit code.
 
     A command that takes longer than `timeout` seconds is ended with all that it started, and shows what it printed.
     """
-    # What train.main set for itself in this process would bind a program to this process's port.
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {key: value for key, value in os.environ.items() if key not in launcher}
     with tempfile.TemporaryFile("w+") as log:  # not a pipe: a process left behind would hold it open
         program = subprocess.Popen(
             [str(word) for word in words],
             cwd=ROOT,
-            env={**inherited, **(env or {})},
+            env=environment_without_launcher() | (env or {}),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from conftest import environment_without_launcher
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 NODES = ("n1", "n2")
@@ -38,9 +39,9 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         self.config = folder / "slurm.conf"
-        # Neither what train.main set for itself in this process, nor what a job gives that these tests may run in.
-        foreign = ("SLURM", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        # Nor what a job gives that these tests may run in.
+        inherited = environment_without_launcher().items()
+        self.env = {name: value for name, value in inherited if not name.startswith("SLURM")}
         self.env |= {"SLURM_CONF": str(self.config), "NEOFLIX_LOG_DIR": str(folder / "logs")}
         self._daemons: list[subprocess.Popen] = []
 

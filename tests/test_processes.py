@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import PYTHON, ROOT, free_port
+from conftest import PYTHON, ROOT, environment_without_launcher, free_port
 
 PROGRAM = """
 import os, sys, time
@@ -255,10 +255,7 @@ def test_a_program_on_each_machine_vouches_for_a_process_that_holds_pythons_lock
 
 def run_alone(code: str, **env: str) -> subprocess.CompletedProcess:
     words = [PYTHON, "-c", f"from neoflix.distributed import run_and_exit\n{code}\nrun_and_exit(main)"]
-    # A run inside pytest leaves these behind.
-    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    inherited = {name: value for name, value in os.environ.items() if name not in launched}
-    return subprocess.run(words, env=inherited | env, cwd=ROOT, capture_output=True, timeout=120)
+    return subprocess.run(words, env=environment_without_launcher() | env, cwd=ROOT, capture_output=True, timeout=120)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "ascii:strict"])
