@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 from conftest import PYTHON, ROOT, environment_without_launcher, free_port
@@ -251,6 +252,24 @@ def test_a_program_on_each_machine_vouches_for_a_process_that_holds_pythons_lock
         [PYTHON, "-c", code], env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert int(program.stdout) >= 3, program.stderr
+
+
+def test_the_vouching_program_ends_with_the_process_that_started_it():
+    """Here while it waits for the store: what listens at its port never answers."""
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-m', 'neoflix.watchdog']); time.sleep(99)"
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        mute.settimeout(90)
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(mute.getsockname()[1]), "WORLD_SIZE": "2"}
+        starter = subprocess.Popen([PYTHON, "-c", code], env=environment_without_launcher() | where, cwd=ROOT)
+        connection, _ = mute.accept()
+        starter.kill()
+        starter.wait()
+        connection.settimeout(20)
+        with connection, suppress(ConnectionResetError):
+            while connection.recv(1024):  # nothing more comes once the program has ended
+                pass
 
 
 def run_alone(code: str, **env: str) -> subprocess.CompletedProcess:
