@@ -16,6 +16,8 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
 
+from neoflix.plan import PLAN_FLAGS
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 DEEPSPEED = str(Path(PYTHON).with_name("deepspeed"))
@@ -31,6 +33,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(autouse=True)
+def no_run_by_default(monkeypatch):
+    """A plan depends on the run in its folder, and ./launch.sh may have left one in results/."""
+    monkeypatch.setitem(PLAN_FLAGS, "output_dir", "no-run")
 
 
 def free_port() -> str:

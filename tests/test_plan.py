@@ -30,6 +30,7 @@ from neoflix.model import build_model
 from neoflix.reading import find_dataset
 
 GIB = 2**30
+DEFAULTS = dict(plan.PLAN_FLAGS)  # before conftest.no_run_by_default
 SIZES = {name: plan.read_shape(f"EleutherAI/gpt-neo-{name}") for name in ("125M", "1.3B", "2.7B")}
 NETFLIX = plan.Texts(7008, 779, 31.8, 4.4, 64, "given")
 
@@ -452,7 +453,7 @@ def test_sizes():
 def test_quick_flags_have_train_pys_defaults():
     said = vars(_Parser(TrainArguments, allow_abbrev=False).parse_known_args([])[0])
     unsaid = {"plan": False, "bf16": False, "fp16": False}  # here None: the machine decides
-    for name, default in plan.PLAN_FLAGS.items():
+    for name, default in DEFAULTS.items():
         assert said[name] == unsaid.get(name, default), name
     assert plan.OTHER_FLAGS.keys() <= said.keys()
 
@@ -460,8 +461,9 @@ def test_quick_flags_have_train_pys_defaults():
 def test_plan_answers_without_torch(tmp_path):
     tiny_config(
         vocab_size=50257, hidden_size=2560, num_layers=32, num_heads=20, attention_types=[[["global", "local"], 16]]
-    ).save_pretrained(tmp_path)
-    words = ["--plan", "--model_name_or_path", str(tmp_path), "--plan_host_memory", "64GiB"]
+    ).save_pretrained(tmp_path / "model")
+    words = ["--plan", "--model_name_or_path", str(tmp_path / "model"), "--plan_host_memory", "64GiB"]
+    words += ["--output_dir", str(tmp_path / "run")]
     program = [PYTHON, "-X", "importtime", "train.py", *words]
     output = run_program(*program, "--plan_device_memory", "24GiB")
     assert "| torch\n" not in output
