@@ -136,8 +136,7 @@ class Watchdog:
             return  # rank 0 has never started; so says the process group
         self._connected.set()
         if self._rank_on_machine() == 0 and self._processes_on_machine() < self._num_processes:
-            quiet = os.environ | {"TORCH_CPP_LOG_LEVEL": "FATAL"}  # the store's end is no news: the run has ended
-            subprocess.Popen([sys.executable, "-m", "neoflix.watchdog"], cwd=Path(__file__).parent.parent, env=quiet)
+            start_vouching()
         while not self._left.is_set() and self.failure is None:
             try:
                 self._beat()
@@ -327,12 +326,24 @@ def read_pulse(process: int) -> tuple[int, int]:
     return ticks, faults
 
 
-def vouch() -> None:
+def start_vouching() -> None:
+    """Starts `vouch` as a program of its own, which ends with this process."""
+    quiet = os.environ | {"TORCH_CPP_LOG_LEVEL": "FATAL"}  # the store's end is no news: the run has ended
+    words = [sys.executable, "-m", "neoflix.watchdog", str(os.getpid())]
+    subprocess.Popen(words, cwd=Path(__file__).parent.parent, env=quiet)
+
+
+def vouch(parent: int) -> None:
     """A run on several machines has this program on each of them: it tells the others what `read_pulse` finds here.
-    It ends with the process that started it."""
+
+    Args:
+        parent: the process that started it; it ends with that one, which may be before it has imported torch.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a request to stop reaches all processes
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it may end while this program waits for the store
+    if os.getppid() != parent:
+        return
     store = connect(serves=False)
     with suppress(dist.DistError):
         while True:
@@ -344,4 +355,4 @@ def vouch() -> None:
 
 
 if __name__ == "__main__":
-    vouch()
+    vouch(int(sys.argv[1]))

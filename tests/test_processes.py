@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 from conftest import PYTHON, ROOT, environment_without_launcher, free_port
@@ -254,15 +254,22 @@ def test_a_program_on_each_machine_vouches_for_a_process_that_holds_pythons_lock
     assert int(program.stdout) >= 3, program.stderr
 
 
-def test_the_vouching_program_ends_with_the_process_that_started_it():
-    """Here while it waits for the store: what listens at its port never answers."""
-    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-m', 'neoflix.watchdog']); time.sleep(99)"
+@contextmanager
+def mute_store():
+    """(a socket that listens at MASTER_PORT and never answers, the environment of a program that looks there)."""
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         mute.settimeout(90)
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(mute.getsockname()[1]), "WORLD_SIZE": "2"}
-        starter = subprocess.Popen([PYTHON, "-c", code], env=environment_without_launcher() | where, cwd=ROOT)
+        yield mute, environment_without_launcher() | where
+
+
+def test_the_vouching_program_ends_with_the_process_that_started_it():
+    """Here while it waits for the store: what listens at its port never answers."""
+    with mute_store() as (mute, env):
+        code = "import time; from neoflix.watchdog import start_vouching; start_vouching(); time.sleep(99)"
+        starter = subprocess.Popen([PYTHON, "-c", code], env=env, cwd=ROOT)
         connection, _ = mute.accept()
         starter.kill()
         starter.wait()
@@ -270,6 +277,13 @@ def test_the_vouching_program_ends_with_the_process_that_started_it():
         with connection, suppress(ConnectionResetError):
             while connection.recv(1024):  # nothing more comes once the program has ended
                 pass
+
+
+def test_the_vouching_program_ends_where_the_process_that_started_it_has_ended_before_it_began():
+    """As in a run of a few seconds. What it prints to is closed once it has ended."""
+    with mute_store() as (_, env):
+        code = "import os; from neoflix.watchdog import start_vouching; start_vouching(); os._exit(0)"
+        subprocess.run([PYTHON, "-c", code], env=env, cwd=ROOT, capture_output=True, timeout=60)
 
 
 def run_alone(code: str, **env: str) -> subprocess.CompletedProcess:
