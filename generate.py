@@ -5,26 +5,28 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from neoflix import judging
-from neoflix.checkpoint import find_model
-from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args
-from neoflix.console import printable
-from neoflix.distributed import run_and_exit
-from neoflix.environment import keep_freed_memory
-from neoflix.errors import UserError
-from neoflix.generation import PrintableStreamer, Sampler
-from neoflix.reading import read_fields
-from neoflix.samples import describe_job, find_done, save_samples
-from neoflix.tables import read_lines
-from neoflix.template import find_template
-from neoflix.tokenizer import read_tokenizer
+from neoflix.arguments.generate import parse_generate_args
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
+from neoflix.checkpoints.find import find_model
+from neoflix.data.encodings import read_lines
+from neoflix.data.sources import read_fields
+from neoflix.data.template import find_template
+from neoflix.data.tokenizer import read_tokenizer
+from neoflix.judging.judge import Judge, judge_file, read_samples
+from neoflix.judging.sweep import keep_novel, sweep
+from neoflix.runtime.console import printable
+from neoflix.runtime.environment import keep_freed_memory
+from neoflix.runtime.errors import UserError
+from neoflix.runtime.processes import run_and_exit
+from neoflix.sampling.sample_files import describe_job, find_done, save_samples
+from neoflix.sampling.sampler import PrintableStreamer, Sampler
 
 
 def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     args = parse_generate_args(argv)
     if isinstance(args.judge, str):
-        return judging.judge_file(args)
+        return judge_file(args)
     model_dir = find_model(args.model_dir)
     prompts = read_prompts(args, model_dir)
     settings = {name: getattr(args, name) for name in SAMPLING_DEFAULTS}
@@ -32,13 +34,13 @@ def main(argv: list[str] | None = None) -> None:
     done = find_done(args.output, job) if args.output and not args.sweep else 0
 
     # What is judged by comes before the model: a data set that cannot be read costs seconds then.
-    judge = judging.Judge(args) if args.judge or args.novel or args.sweep else None
+    judge = Judge(args) if args.judge or args.novel or args.sweep else None
     sampler = Sampler.load(model_dir, allow_pickle=args.allow_pickle)
     sample = partial(sampler.sample, seed=args.seed, batch_size=args.batch_size, **settings)
     if args.sweep:
-        return judging.sweep(judge, partial(sample, prompts, args.num_samples), args.sweep, args.output)
+        return sweep(judge, partial(sample, prompts, args.num_samples), args.sweep, args.output)
     if args.novel:  # which draws were kept only drawing tells
-        samples = islice(judging.keep_novel(sample, judge.training, prompts, args.num_samples), done, None)
+        samples = islice(keep_novel(sample, judge.training, prompts, args.num_samples), done, None)
     else:
         streamer = PrintableStreamer(sampler.tokenizer) if args.stream else None
         samples = sample(prompts, args.num_samples, skip=done, streamer=streamer)
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{number:>3}. {' '.join(printable(text.whole).split())}", flush=True)
         rows.append(text.to_dict())
     if args.judge:
-        judge.report(judging.read_samples(args.output) if args.output else rows, args.output)
+        judge.report(read_samples(args.output) if args.output else rows, args.output)
 
 
 def read_prompts(args, model_dir: Path) -> list[str] | list[dict]:

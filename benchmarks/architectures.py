@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from neoflix import model
+from neoflix.model import load
 
 VOCAB_SIZE = 50_304  # GPT-Neo's 50,257 tokens and two more special ones, rounded up to a multiple of 64
 LOGITS_DEVIATION = 3.2
@@ -49,7 +49,7 @@ def build_model(architecture: str, dtype: torch.dtype, device: str | torch.devic
     )
     with torch.device(device):
         if side == "ours":
-            return model.build_model(config, dtype)
+            return load.build_model(config, dtype)
         return GPTNeoForCausalLM._from_config(config, attn_implementation="eager", dtype=dtype)
 
 

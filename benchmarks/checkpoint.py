@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import write_line
 
-from neoflix.manifest import Files, find_damage, num_bytes, write_manifest
+from neoflix.checkpoints.manifest import Files, find_damage, num_bytes, write_manifest
 
 
 def main() -> None:

@@ -26,14 +26,14 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import ctranslate2  # noqa: E402
-from architectures import ARCHITECTURES, build_model, spread_logits  # noqa: E402
-from machine import write_line  # noqa: E402
+import ctranslate2
+from architectures import ARCHITECTURES, build_model, spread_logits
+from machine import write_line
 
-from neoflix.config import SAMPLING_DEFAULTS  # noqa: E402
-from neoflix.export import export_gpt2  # noqa: E402
-from neoflix.generation import Sampler  # noqa: E402
-from neoflix.model import set_token_ids  # noqa: E402
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
+from neoflix.export import export_gpt2
+from neoflix.model.vocabulary import set_token_ids
+from neoflix.sampling.sampler import Sampler
 
 WAYS = {"greedy": {"top_k": 1}, "sampled": {"temperature": 0.8, "top_k": 0, "top_p": 0.95}}
 END = 0  # `<|endoftext|>`

@@ -21,11 +21,11 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import run_job, write_line  # noqa: E402
+from machine import run_job, write_line
 
-from neoflix import reading  # noqa: E402
-from neoflix.manifest import read_manifest  # noqa: E402
-from neoflix.tokenizer import train_tokenizer  # noqa: E402
+from neoflix.checkpoints.manifest import read_manifest
+from neoflix.data.sources import find_dataset, read_texts
+from neoflix.data.tokenizer import train_tokenizer
 
 MEASURED = """
 import sys, time
@@ -33,8 +33,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import deepspeed.utils.zero_to_fp32
 import torch
-from neoflix.consolidation import gather_weights
-from neoflix.trainer import peak_host_bytes
+from neoflix.checkpoints.gather import gather_weights
+from neoflix.training.meters import peak_host_bytes
 checkpoint = Path(sys.argv[2])
 before, began = peak_host_bytes(), time.perf_counter()
 if sys.argv[3] == "ours":
@@ -68,7 +68,7 @@ def main() -> None:
 
 def make_checkpoint(folder: Path, num_processes: int) -> Path:
     """A ZeRO-3 checkpoint of a GPT-Neo-125M with fresh weights, after one step, without whole weights."""
-    texts = reading.read_texts(reading.find_dataset("sample"), "description")
+    texts = read_texts(find_dataset("sample"), "description")
     model = GPTNeoForCausalLM(
         GPTNeoConfig(
             vocab_size=50304, hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]]

@@ -31,13 +31,13 @@ from transformers import GenerationConfig, GPTNeoForCausalLM, PreTrainedTokenize
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from architectures import ARCHITECTURES, build_model, spread_logits  # noqa: E402
-from machine import cap_device_memory, copy_bytes_per_second, write_line  # noqa: E402
+from architectures import ARCHITECTURES, build_model, spread_logits
+from machine import cap_device_memory, copy_bytes_per_second, write_line
 
-from neoflix.config import SAMPLING_DEFAULTS  # noqa: E402
-from neoflix.decoding import Text  # noqa: E402
-from neoflix.environment import keep_freed_memory  # noqa: E402
-from neoflix.generation import Sampler  # noqa: E402
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
+from neoflix.runtime.environment import keep_freed_memory
+from neoflix.sampling.decoder import Text
+from neoflix.sampling.sampler import Sampler
 
 TOKENIZER_SIZE = 50_259  # GPT-Neo's tokens and two more special ones; the 45 rows beyond are padding
 

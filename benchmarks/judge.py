@@ -19,11 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import write_line  # noqa: E402
+from machine import write_line
 
-from neoflix.quality import NEAR_TWIN, TrainingTexts, judge  # noqa: E402
-from neoflix.reading import SAMPLE_PATH, read_texts  # noqa: E402
-from neoflix.trainer import peak_host_bytes  # noqa: E402
+from neoflix.data.sources import SAMPLE_PATH, read_texts
+from neoflix.judging.figures import judge
+from neoflix.judging.novelty import NEAR_TWIN, TrainingTexts
+from neoflix.training.meters import peak_host_bytes
 
 
 def main() -> None:

@@ -23,11 +23,13 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from architectures import VOCAB_SIZE, draw_texts  # noqa: E402
-from machine import now, write_line  # noqa: E402
+from architectures import VOCAB_SIZE, draw_texts
+from machine import now, write_line
 
-from neoflix import attention  # noqa: E402
-from neoflix.loss import causal_lm_loss  # noqa: E402
+from neoflix.data.packing import lay_out_texts
+from neoflix.model import attention
+from neoflix.model.attention import GPTNeoFastAttention, takes_varlen
+from neoflix.model.loss import causal_lm_loss
 
 WINDOW = 256
 ROUNDS = 10
@@ -96,7 +98,7 @@ def attentions(lengths: list[int], args: argparse.Namespace) -> dict[str, Callab
     """Each takes no argument and returns the gradients of query, key and value [T, H, D]; a local layer's."""
     shape = (sum(lengths), args.num_heads, args.width // args.num_heads)
     query, key, value = (torch.randn(*shape, dtype=args.dtype).requires_grad_() for _ in range(3))
-    layout = attention.lay_out_texts(lengths)
+    layout = lay_out_texts(lengths)
     text_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place_T = torch.arange(len(text_T))
     distance_TT = place_T.unsqueeze(1) - place_T
@@ -111,7 +113,7 @@ def attentions(lengths: list[int], args: argparse.Namespace) -> dict[str, Callab
         return torch.einsum("hqk,khd->qhd", scores.softmax(-1).to(value.dtype), value)
 
     config = GPTNeoConfig(hidden_size=args.width, num_heads=args.num_heads, window_size=WINDOW)
-    layer = attention.GPTNeoFastAttention(config, "local")
+    layer = GPTNeoFastAttention(config, "local")
 
     def ours(with_varlen: bool):
         with mock.patch.object(attention, "takes_varlen", return_value=with_varlen):
@@ -133,7 +135,7 @@ def attentions(lengths: list[int], args: argparse.Namespace) -> dict[str, Callab
             return compiled(q, k, v, block_mask=blocks, scale=1.0)[0].transpose(0, 1)
 
         functions["flex, compiled"] = flex
-    if attention.takes_varlen(query):
+    if takes_varlen(query):
         functions["ours, variable-length kernel"] = lambda: ours(with_varlen=True)
     weight = torch.randn(*shape, dtype=args.dtype)  # so that no gradient is the same for all tokens
     return {

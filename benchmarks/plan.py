@@ -29,10 +29,14 @@ from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import run_job, write_line  # noqa: E402
+from machine import run_job, write_line
 
-from neoflix import plan  # noqa: E402
-from neoflix.machine import Machine  # noqa: E402
+from neoflix.model.shape import Shape
+from neoflix.planning.forecast import Plan, forecast
+from neoflix.planning.lengths import Texts
+from neoflix.planning.memory import Settings
+from neoflix.planning.plan_run import plan_run, read_quickly
+from neoflix.runtime.hardware import Machine
 
 PLAIN = {
     "optimizer": {
@@ -130,7 +134,7 @@ def compare(name: str, configuration: Configuration, folder: Path) -> dict:
     words += ["--report_to", "none", "--disable_tqdm", "true", *more]
     run_job(str(ROOT / "train.py"), words, num_processes)
     results = json.loads((run / "all_results.json").read_text())
-    found = forecast(words, num_processes)
+    found = forecast_in(words, num_processes)
     figures = {
         "configuration": name,
         "measured_host_bytes": results["train_peak_host_bytes"],
@@ -148,20 +152,20 @@ def forecast_again(file: Path) -> None:
     """Replaces the forecasts in a file of measured runs, and prints both as a table."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     for line in lines:
-        shape, texts = plan.Shape(**line["shape"]), plan.Texts(**line["texts"])
-        found = plan.forecast(shape, texts, plan.Settings(**line["settings"]), Machine(2**50, None, 2))
+        shape, texts = Shape(**line["shape"]), Texts(**line["texts"])
+        found = forecast(shape, texts, Settings(**line["settings"]), Machine(2**50, None, 2))
         line["forecast_host_bytes"], measured = found.host_bytes, line["measured_host_bytes"]
         figures = f"{measured / 2**30:.2f} | {found.host_bytes / 2**30:.2f} | {found.host_bytes / measured - 1:+.1%}"
         print(f"| {line['configuration']} | {figures} |")
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def forecast(words: list[str], num_processes: int) -> plan.Plan:
+def forecast_in(words: list[str], num_processes: int) -> Plan:
     """What train.py forecasts with these words, in as many processes."""
     before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_SIZE")}
     os.environ |= dict.fromkeys(before, str(num_processes))
     try:
-        return plan.plan_run(plan.read_quickly(words))
+        return plan_run(read_quickly(words))
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

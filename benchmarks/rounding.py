@@ -18,12 +18,15 @@ from transformers import GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import write_line  # noqa: E402
+from machine import write_line
 
-from neoflix import data, reading  # noqa: E402
-from neoflix.export import gpt2_config, rewrite  # noqa: E402
-from neoflix.model import build_model  # noqa: E402
-from neoflix.tokenizer import train_tokenizer  # noqa: E402
+from neoflix.data.packing import PackedCollator
+from neoflix.data.sources import SAMPLE_PATH, read_texts
+from neoflix.data.split import split_texts
+from neoflix.data.tokenizer import train_tokenizer
+from neoflix.data.tokens import tokenize_texts
+from neoflix.export import gpt2_config, rewrite
+from neoflix.model.load import build_model
 
 VOCAB_SIZE, EPOCHS, TEXTS_PER_STEP = 2048, 6, 16
 
@@ -33,10 +36,10 @@ def main() -> None:
     parser.add_argument("--output", help="JSON lines file to append to")
     args = parser.parse_args()
     torch.manual_seed(0)
-    split = data.split_texts(reading.read_texts(reading.SAMPLE_PATH, "description"), 0.1)
+    split = split_texts(read_texts(SAMPLE_PATH, "description"), 0.1)
     with tempfile.TemporaryDirectory() as cache:
         tokenizer = train_tokenizer(split.train, VOCAB_SIZE, Path(cache))
-        train, held_out = (data.tokenize_texts(side, tokenizer, 256, Path(cache))[0][:]["input_ids"] for side in split)
+        train, held_out = (tokenize_texts(side, tokenizer, 256, Path(cache))[0][:]["input_ids"] for side in split)
     model = learn(train, len(tokenizer)).eval().to(torch.bfloat16)
     in_bf16 = log_probabilities(model, held_out)
     weights = {name: weight.float() for name, weight in model.state_dict().items()}
@@ -66,7 +69,7 @@ def learn(texts: list[list[int]], vocab_size: int) -> GPTNeoForCausalLM:
         eos_token_id=None,
     )
     model = build_model(config, torch.float32).train()
-    optimizer, collate = torch.optim.AdamW(model.parameters(), lr=1e-3), data.PackedCollator()
+    optimizer, collate = torch.optim.AdamW(model.parameters(), lr=1e-3), PackedCollator()
     for _ in range(EPOCHS):
         for batch in torch.randperm(len(texts)).split(TEXTS_PER_STEP):
             model(**collate([{"input_ids": texts[i], "num_given": 1} for i in batch])).loss.backward()

@@ -35,10 +35,11 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from machine import write_line  # noqa: E402
+from machine import write_line
 
-from neoflix.checkpoint import RESULTS_FILE, STATE_FILE, list_numbered  # noqa: E402
-from neoflix.manifest import find_damage, read_manifest  # noqa: E402
+from neoflix.checkpoints.find import list_numbered
+from neoflix.checkpoints.manifest import find_damage, read_manifest
+from neoflix.checkpoints.names import RESULTS_FILE, STATE_FILE
 
 TARGETS = ("rank 0", "rank 1", "all ranks", "launcher", "command")
 TRAINING_SECONDS = 3.0  # within which a kill outside a save falls, after the first step

@@ -36,14 +36,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from architectures import ARCHITECTURES, PADDED_LENGTH, build_model, draw_texts  # noqa: E402
-from machine import cap_device_memory, now, product_flops_per_second, run_job, write_line  # noqa: E402
+from architectures import ARCHITECTURES, PADDED_LENGTH, build_model, draw_texts
+from machine import cap_device_memory, now, product_flops_per_second, run_job, write_line
 
-from neoflix.config import RECOMPUTING, TrainArguments  # noqa: E402
-from neoflix.environment import prepare_environment  # noqa: E402
-from neoflix.lora import add_adapters  # noqa: E402
-from neoflix.runs import Start  # noqa: E402
-from neoflix.trainer import TokenTrainer, peak_host_bytes  # noqa: E402
+from neoflix.arguments.training import RECOMPUTING, TrainArguments
+from neoflix.checkpoints.runs import Start
+from neoflix.model.lora import add_adapters
+from neoflix.runtime.environment import prepare_environment
+from neoflix.training.meters import peak_host_bytes
+from neoflix.training.trainer import TokenTrainer
 
 SIDES = ("article", "ours", "lora")
 WARM_UP_STEPS, PHASE_STEPS, PROFILED_STEPS = 2, 2, 2

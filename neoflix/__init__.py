@@ -1,1 +1,0 @@
-"""Fine-tune GPT-Neo on short texts with DeepSpeed, and sample from it."""

@@ -9,6 +9,7 @@ such layer; up to 256 tokens there is no difference, so that the export has so m
 Sources: transformers' modeling_gpt_neo.py and modeling_gpt2.py.
 """
 
+import argparse
 import json
 import math
 import shutil
@@ -18,17 +19,43 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPTNeoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GPT2Config,
+    GPTNeoConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.hf_argparser import string_to_bool
 
-from neoflix.checkpoint import find_model, holds_adapters
-from neoflix.config import parse_export_args
-from neoflix.console import progress, say
-from neoflix.consolidation import WEIGHTS, safetensors_header, whole_weights
-from neoflix.distributed import run_and_exit
-from neoflix.errors import UserError
-from neoflix.manifest import HashedFile, free_bytes, share_as_asked, sync_folder
-from neoflix.model import load_pretrained
-from neoflix.tokenizer import read_tokenizer
+from neoflix.arguments.parse import (
+    _PlainParser,
+)
+from neoflix.checkpoints.find import find_model
+from neoflix.checkpoints.gather import WEIGHTS, safetensors_header, whole_weights
+from neoflix.data.tokenizer import read_tokenizer
+from neoflix.model.folder import holds_adapters
+from neoflix.model.load import load_pretrained
+from neoflix.runtime.console import progress, say
+from neoflix.runtime.errors import UserError
+from neoflix.runtime.files import HashedFile, free_bytes, share_as_asked, sync_folder
+from neoflix.runtime.processes import run_and_exit
+
+
+def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of `python -m neoflix.export`."""
+    parser = _PlainParser(prog="python -m neoflix.export", description="Rewrite a model for other engines.")
+    add = parser.add_argument
+    layouts = (
+        "gpt2: GPT-2's, exact up to GPT-Neo's window of 256 tokens; merged: the model's own, LoRA's adapters merged"
+    )
+    add("--to", choices=["gpt2", "merged"], required=True, help=layouts)
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as they were saved)")
+    yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
+    add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")
+    add("run", metavar="RUN", help="a run's folder, or one checkpoint of it")
+    add("out", metavar="OUT", help="the folder to write; must not exist yet, or be empty")
+    return parser.parse_args(argv)
+
 
 README = """---
 library_name: transformers

@@ -16,7 +16,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
 
-from neoflix.plan import PLAN_FLAGS
+from neoflix.arguments.quick import PLAN_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable

@@ -11,15 +11,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import generate
 import train
-from neoflix.architectures import GenerateDecoder, find_decoder, makes_slots
-from neoflix.config import SAMPLING_DEFAULTS
-from neoflix.data import PaddedCollator
-from neoflix.decoding import Decoder, Draw, Text
-from neoflix.distributed import exit_code_of
-from neoflix.errors import UserError
-from neoflix.generation import Sampler
-from neoflix.model import get_window, load_model, load_pretrained
-from neoflix.tokenizer import load_tokenizer
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
+from neoflix.data.packing import PaddedCollator
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.model.load import load_model, load_pretrained
+from neoflix.model.vocabulary import get_window
+from neoflix.runtime.errors import UserError
+from neoflix.runtime.processes import exit_code_of
+from neoflix.sampling.architectures import GenerateDecoder, find_decoder, makes_slots
+from neoflix.sampling.decoder import Decoder, Text
+from neoflix.sampling.draw import Draw
+from neoflix.sampling.sampler import Sampler
 
 SMALL = {
     "vocab_size": 500,

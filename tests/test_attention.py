@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import DynamicCache, GPTNeoForCausalLM, StaticCache
 
-from neoflix import attention
-from neoflix.attention import ATTENTION_NAME, TextLayout, group_by_length, lay_out_texts, register_attention
-from neoflix.data import PackedCollator
-from neoflix.loss import causal_lm_loss
+from neoflix.data.packing import PackedCollator, TextLayout, group_by_length, lay_out_texts
+from neoflix.model import attention
+from neoflix.model.attention import ATTENTION_NAME, register_attention
+from neoflix.model.loss import causal_lm_loss
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 

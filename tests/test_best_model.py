@@ -9,11 +9,11 @@ from test_runs import ON_CPU
 from test_train import results, run  # noqa: F401 - a fixture
 
 import train
-from neoflix.checkpoint import list_checkpoints
-from neoflix.distributed import exit_code_of
-from neoflix.manifest import hash_file, write_json
-from neoflix.record import Record
-from neoflix.trainer import TokenTrainer
+from neoflix.checkpoints.find import list_checkpoints
+from neoflix.reporting.history import Record
+from neoflix.runtime.files import hash_file, write_json
+from neoflix.runtime.processes import exit_code_of
+from neoflix.training.trainer import TokenTrainer
 
 WORDS = [*ON_CPU, "--max_steps", "6", "--num_progress_samples", "0"]
 

@@ -9,10 +9,10 @@ import pytest
 from conftest import PYTHON, ROOT
 from test_manifest import small_disk  # noqa: F401 - a fixture
 
-from neoflix.cache import HOST, in_cache, new_path, remove_orphans
-from neoflix.data import tokenize_texts
-from neoflix.errors import UserError
-from neoflix.tokenizer import load_tokenizer, train_tokenizer
+from neoflix.data.tokenizer import load_tokenizer, train_tokenizer
+from neoflix.data.tokens import tokenize_texts
+from neoflix.runtime.cache import HOST, in_cache, new_path, remove_orphans
+from neoflix.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_only_what_nobody_writes_is_removed(tmp_path):
     for path in (foreign, old, mine):
         path.touch()
     os.utime(old, (0, 0))
-    code = "import sys, time; from pathlib import Path; from neoflix.cache import new_path\n"
+    code = "import sys, time; from pathlib import Path; from neoflix.runtime.cache import new_path\n"
     code += f"with new_path(Path({str(tmp_path)!r}, 'tokens.arrow')):\n print('ready', flush=True)\n time.sleep(600)"
     with subprocess.Popen([PYTHON, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout.readline() == "ready\n"

@@ -4,16 +4,11 @@ import json
 
 import pytest
 
-from neoflix.checkpoint import (
-    RESULTS_FILE,
-    RUN_FILE,
-    check_space,
-    find_model,
-    find_resume_point,
-    list_checkpoints,
-)
-from neoflix.manifest import MANIFEST, write_manifest
-from neoflix.runs import read_texts_per_step
+from neoflix.checkpoints.find import find_model, find_resume_point, list_checkpoints
+from neoflix.checkpoints.manifest import MANIFEST, write_manifest
+from neoflix.checkpoints.names import RESULTS_FILE, RUN_FILE
+from neoflix.checkpoints.runs import read_texts_per_step
+from neoflix.checkpoints.store import check_space
 
 
 @pytest.fixture

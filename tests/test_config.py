@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from neoflix.config import TrainArguments, parse_export_args, parse_generate_args, parse_train_args
-from neoflix.environment import prepare_environment
-from neoflix.errors import UserError
-from neoflix.recipes import SAMPLING_DEFAULTS, read_recipe
+from neoflix.arguments.generate import parse_generate_args
+from neoflix.arguments.parse import parse_train_args
+from neoflix.arguments.recipes import read_recipe
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
+from neoflix.arguments.training import TrainArguments
+from neoflix.export import parse_export_args
+from neoflix.runtime.environment import prepare_environment
+from neoflix.runtime.errors import UserError
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -183,7 +187,7 @@ def test_auto_is_decided_once_and_told_to_all(monkeypatch, model_dir, catalogue,
         asked.append(function(*args))
         return asked[-1]
 
-    monkeypatch.setattr("neoflix.config.ask_main_process", ask)
+    monkeypatch.setattr("neoflix.arguments.parse.ask_main_process", ask)
     words = ["--model_name_or_path", str(model_dir), "--dataset", str(catalogue)]
     args = parse(*words, "--deepspeed", "auto", "--tokens_per_device_batch", "auto")
     (choices,) = asked

@@ -17,11 +17,15 @@ from transformers import AutoModelForCausalLM
 
 import generate
 import train
-from neoflix import consolidation, export
-from neoflix.checkpoint import RESULTS_FILE, RUN_FILE, find_model, has_shards_alone
-from neoflix.consolidation import gather_weights, whole_weights
-from neoflix.distributed import exit_code_of
-from neoflix.manifest import MANIFEST, find_damage, read_manifest, write_manifest
+from neoflix.checkpoints import gather as consolidation
+from neoflix.checkpoints.find import find_model
+from neoflix.checkpoints.gather import _gather, _open_shards, gather_weights, whole_weights
+from neoflix.checkpoints.manifest import MANIFEST, find_damage, read_manifest, write_manifest
+from neoflix.checkpoints.names import RESULTS_FILE, RUN_FILE
+from neoflix.export import main
+from neoflix.model.folder import has_shards_alone
+from neoflix.runtime.files import HashedFile
+from neoflix.runtime.processes import exit_code_of
 
 WEIGHTS = "model.safetensors"
 EVERY_SECOND = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
@@ -34,7 +38,7 @@ import json, shutil, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
 from pathlib import Path
-from neoflix.distributed import ask_main_process, run_and_exit
+from neoflix.runtime.processes import ask_main_process, run_and_exit
 
 def die_after_first_checkpoint(run, copy):
     shutil.copytree(run / "checkpoint-2", copy / "checkpoint-2")
@@ -165,7 +169,7 @@ def test_a_checkpoint_of_shards_is_measured_and_left_as_it_is(runs, unfinished, 
 def test_shards_are_exported_as_if_they_had_been_gathered(runs, unfinished, tmp_path):
     died(runs / "gathered", tmp_path / "gathered")
     for run in (unfinished, tmp_path / "gathered"):
-        export.main(["--to", "gpt2", str(run), str(tmp_path / f"{run.name}-gpt2")])
+        main(["--to", "gpt2", str(run), str(tmp_path / f"{run.name}-gpt2")])
     assert_same_weights(tmp_path / "unfinished-gpt2", tmp_path / "gathered-gpt2")
 
 
@@ -206,7 +210,7 @@ def test_every_other_stage_saves_whole_weights(runs, stage):
 
 def test_shards_are_opened_anew_now_and_then(runs, checkpoint, monkeypatch):
     """Here before every weight: what was read does not stay in memory."""
-    opened, open_shards = [], consolidation._open_shards
+    opened, open_shards = [], _open_shards
     monkeypatch.setattr(consolidation, "MAPPED_BYTES", 0)
     monkeypatch.setattr(consolidation, "_open_shards", lambda folder: opened.append(folder) or open_shards(folder))
     gather_weights(checkpoint)
@@ -215,14 +219,14 @@ def test_shards_are_opened_anew_now_and_then(runs, checkpoint, monkeypatch):
 
 
 def test_an_interrupted_gathering_counts_for_nothing(runs, checkpoint, monkeypatch):
-    write, written = consolidation.HashedFile.write, []
+    write, written = HashedFile.write, []
 
     def die(self, data):
         written.append(write(self, data))
         if len(written) == 9:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(consolidation.HashedFile, "write", die)
+    monkeypatch.setattr(HashedFile, "write", die)
     with pytest.raises(KeyboardInterrupt):
         gather_weights(checkpoint)
     monkeypatch.undo()
@@ -235,7 +239,7 @@ def test_an_interrupted_gathering_counts_for_nothing(runs, checkpoint, monkeypat
 
 
 def test_two_processes_gather_once(checkpoint, monkeypatch):
-    gathered, gather = [], consolidation._gather
+    gathered, gather = [], _gather
     monkeypatch.setattr(consolidation, "_gather", lambda *folders: gathered.append(folders) or gather(*folders))
     with (checkpoint / "latest").open("r+") as lock, ThreadPoolExecutor(2) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)  # both have come so far before one goes on

@@ -10,22 +10,14 @@ import pytest
 import torch
 from conftest import gpt2_tokenizer_dir, netflix_csv
 
-from neoflix import data
-from neoflix.data import (
-    PackedCollator,
-    PaddedCollator,
-    TextSplit,
-    TokenBatches,
-    count_tokens,
-    fill_up,
-    split_texts,
-)
-from neoflix.errors import UserError
-from neoflix.loss import IGNORED
-from neoflix.model import load_model
-from neoflix.reading import read_texts
-from neoflix.template import Template
-from neoflix.tokenizer import load_tokenizer
+from neoflix.data.packing import IGNORED, PackedCollator, PaddedCollator, TokenBatches
+from neoflix.data.sources import read_texts
+from neoflix.data.split import TextSplit, split_texts
+from neoflix.data.template import Template
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.data.tokens import _write_tokens, count_tokens, fill_up, tokenize_split, tokenize_texts
+from neoflix.model.load import load_model
+from neoflix.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +27,7 @@ def tokenizer(model_dir):
 
 @pytest.fixture
 def tokens(titles, tokenizer, tmp_path):
-    return data.tokenize_texts(titles[:40], tokenizer, 256, tmp_path)[0]
+    return tokenize_texts(titles[:40], tokenizer, 256, tmp_path)[0]
 
 
 # ---- split ----------------------------------------------------------------------------------------------
@@ -97,7 +89,7 @@ def test_texts_come_back_between_their_control_tokens(tokens, titles, tokenizer)
 
 def test_control_tokens_inside_a_text_are_text(tokenizer, tmp_path):
     text = "one <|endoftext|> two <|startoftext|> <|pad|>"
-    dataset, *_ = data.tokenize_texts([text], tokenizer, 256, tmp_path)
+    dataset, *_ = tokenize_texts([text], tokenizer, 256, tmp_path)
     ids = dataset[0]["input_ids"]
     assert not {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids[1:-1])
     assert tokenizer.decode(ids[1:-1]) == text
@@ -105,20 +97,20 @@ def test_control_tokens_inside_a_text_are_text(tokenizer, tmp_path):
 
 def test_long_texts_are_cut_before_their_end_and_counted(tokenizer, tmp_path, capsys):
     texts = ["word " * 300, "short", "é" * 300]
-    dataset, num_tokens, num_cut, *_ = data.tokenize_texts(texts, tokenizer, 10, tmp_path)
+    dataset, num_tokens, num_cut, *_ = tokenize_texts(texts, tokenizer, 10, tmp_path)
     assert num_cut == 2
     assert [len(ids) for ids in dataset["input_ids"]][::2] == [10, 10]
     assert num_tokens == sum(len(ids) for ids in dataset["input_ids"])
     for ids, num_chars in zip(dataset["input_ids"], dataset["num_chars"], strict=True):
         assert ids[-1] == tokenizer.eos_token_id
         assert len(tokenizer.decode(ids[1:-1])) == num_chars
-    data.tokenize_split(TextSplit(texts, ["more"]), tokenizer, 10, tmp_path)
+    tokenize_split(TextSplit(texts, ["more"]), tokenizer, 10, tmp_path)
     assert "2 texts longer than 10 tokens were cut" in capsys.readouterr().out
 
 
 def test_cache_is_one_file_for_one_content(titles, tokenizer, model_dir, tmp_path):
     def files(texts=titles, of=tokenizer, max_length=100):
-        data.tokenize_texts(texts, of, max_length, tmp_path)
+        tokenize_texts(texts, of, max_length, tmp_path)
         return {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
     first = files()
@@ -133,7 +125,7 @@ def test_cache_is_one_file_for_one_content(titles, tokenizer, model_dir, tmp_pat
 
 def test_whoever_comes_second_takes_nothing_from_the_first(titles, tokenizer, tmp_path, monkeypatch):
     """Nodes that share a cache write the same file at once: what one has read must never be half of another's."""
-    first = data.tokenize_texts(titles, tokenizer, 100, tmp_path)
+    first = tokenize_texts(titles, tokenizer, 100, tmp_path)
 
     def half(path, text):
         path.write_bytes(text[: len(text) // 2].encode())
@@ -141,14 +133,14 @@ def test_whoever_comes_second_takes_nothing_from_the_first(titles, tokenizer, tm
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="killed here"):
-        data._write_tokens(titles, tokenizer, 100, next(tmp_path.glob("*.arrow")))
-    assert data.tokenize_texts(titles, tokenizer, 100, tmp_path)[1:] == first[1:]
+        _write_tokens(titles, tokenizer, 100, next(tmp_path.glob("*.arrow")))
+    assert tokenize_texts(titles, tokenizer, 100, tmp_path)[1:] == first[1:]
 
 
 def test_tokens_stay_on_disk(tokenizer, tmp_path):
     texts = [f"Text number {i} of many, of some length, and nothing more." for i in range(20_000)]
     before = pa.total_allocated_bytes()
-    dataset, num_tokens, *_ = data.tokenize_texts(texts, tokenizer, 256, tmp_path)
+    dataset, num_tokens, *_ = tokenize_texts(texts, tokenizer, 256, tmp_path)
     filled = fill_up(dataset, 64, tokenizer.bos_token_id)
     assert filled[12_345]["input_ids"] == dataset[12_345]["input_ids"]
     assert num_tokens * 4 > 1_000_000
@@ -167,7 +159,7 @@ def test_real_catalogue_has_247373_tokens(tmp_path):
     assert len(texts) == 7787
     tokenizer = load_tokenizer(str(folder))
     assert len(tokenizer) == 50_259
-    _, num_tokens, num_cut, *_ = data.tokenize_texts(texts, tokenizer, 2048, tmp_path)
+    _, num_tokens, num_cut, *_ = tokenize_texts(texts, tokenizer, 2048, tmp_path)
     assert (num_tokens, num_cut) == (247_373, 0)
 
 
@@ -295,12 +287,12 @@ def crowded(num_long: int, titles) -> list[str]:
 
 def test_texts_without_room_behind_their_prompt_are_left_out_and_counted(titles, tokenizer, tmp_path, capsys):
     texts = crowded(3, titles)
-    train, _ = data.tokenize_split(TextSplit(texts, titles[40:50]), tokenizer, 30, tmp_path)
+    train, _ = tokenize_split(TextSplit(texts, titles[40:50]), tokenizer, 30, tmp_path)
     assert len(train) == 37
     assert "37 texts" in (said := capsys.readouterr().out)
     assert "3 were left out: their prompts fill 30 tokens" in said
     assert min(len(ids) - given - 1 for ids, given in zip(train["input_ids"], train["num_given"], strict=True)) >= 8
-    assert data.tokenize_texts(texts, tokenizer, 30, tmp_path).num_crowded == 3, "known to whoever reads the cache, too"
+    assert tokenize_texts(texts, tokenizer, 30, tmp_path).num_crowded == 3, "known to whoever reads the cache, too"
 
 
 @pytest.mark.parametrize("sides", [(30, 0), (0, 10)])
@@ -309,13 +301,13 @@ def test_too_many_texts_without_room_are_refused(titles, tokenizer, tmp_path, si
     with pytest.raises(
         UserError, match=r"--max_length 30: the prompts of (30 of 40|10 of 50) texts .* use \d+ or more"
     ):
-        data.tokenize_split(split, tokenizer, 30, tmp_path)
+        tokenize_split(split, tokenizer, 30, tmp_path)
 
 
 def test_control_tokens_named_in_texts_are_told(titles, tokenizer, tmp_path, capsys):
     texts = [f"{text}<|endoftext|>" for text in titles[:5]] + titles[5:8]
-    train, _ = data.tokenize_split(TextSplit(texts, titles[8:9]), tokenizer, 64, tmp_path)
+    train, _ = tokenize_split(TextSplit(texts, titles[8:9]), tokenizer, 64, tmp_path)
     assert "warning: 5 of 9 texts hold '<|endoftext|>', which is read as plain text" in capsys.readouterr().out
     assert all(ids.count(tokenizer.eos_token_id) == 1 for ids in train["input_ids"])
-    data.tokenize_split(TextSplit(titles[:5], titles[8:9]), tokenizer, 64, tmp_path)
+    tokenize_split(TextSplit(titles[:5], titles[8:9]), tokenizer, 64, tmp_path)
     assert "warning" not in capsys.readouterr().out

@@ -11,8 +11,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from neoflix import decoding, slot_cache
-from neoflix.decoding import Decoder, Draw, Text, stream_keys
+from neoflix.sampling import cache
+from neoflix.sampling.cache import check_memory, place_bytes
+from neoflix.sampling.decoder import Decoder, Text
+from neoflix.sampling.draw import Draw, stream_keys
+from neoflix.sampling.inference import PackedLinear, quicken
 
 EOS, PAD = 0, 501
 NEW = 32  # tokens at the most
@@ -39,7 +42,7 @@ def theirs(model_dir, prompts: list[list[int]], dtype=torch.float32, device="cpu
 
 def ours(model, prompts, num_slots: int, draw=None, seed=1, penalty=1.0, as_on_cuda=False) -> list[list[int]]:
     texts = [Text(i, prompt, NEW) for i, prompt in enumerate(prompts)]
-    decoding.quicken(model, num_slots)
+    quicken(model, num_slots)
     num_places = max(LENGTHS) + NEW  # whole blocks: a step too many would leave the cache
     decoder = Decoder(model, num_slots, num_places, seed, draw or Draw(1.0, 1, 1.0), penalty, EOS, [])
     if as_on_cuda:
@@ -51,7 +54,7 @@ def ours(model, prompts, num_slots: int, draw=None, seed=1, penalty=1.0, as_on_c
 
 
 def load(model_dir, device="cpu", dtype=torch.float32):
-    from neoflix.model import load_pretrained
+    from neoflix.model.load import load_pretrained
 
     return load_pretrained(str(model_dir), dtype).eval().to(device)
 
@@ -122,8 +125,8 @@ def test_few_candidates_are_no_other_draw(model_dir, prompts, as_on_cuda):
 
 
 def test_packed_layers_are_the_same_layers(model_dir):
-    model, packed = load(model_dir), decoding.quicken(load(model_dir), 20)
-    assert any(isinstance(module, decoding.PackedLinear) for module in packed.modules())
+    model, packed = load(model_dir), quicken(load(model_dir), 20)
+    assert any(isinstance(module, PackedLinear) for module in packed.modules())
     ids = torch.randint(0, 500, (3, 40))
     with torch.inference_mode():
         torch.testing.assert_close(packed(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
@@ -131,15 +134,15 @@ def test_packed_layers_are_the_same_layers(model_dir):
 
 def test_too_little_memory_says_what_fits(model_dir, monkeypatch):
     model = load(model_dir)
-    a_text = 100 * slot_cache.place_bytes(model) + 16 * 500
-    assert slot_cache.place_bytes(model) == 2 * 4 * 32 * 4
-    monkeypatch.setattr(slot_cache, "read_host_memory", lambda: 7 * a_text + 1)
-    slot_cache.check_memory(model, 7, 100)
+    a_text = 100 * place_bytes(model) + 16 * 500
+    assert place_bytes(model) == 2 * 4 * 32 * 4
+    monkeypatch.setattr(cache, "read_host_memory", lambda: 7 * a_text + 1)
+    check_memory(model, 7, 100)
     with pytest.raises(ValueError, match=r"--batch_size 8: texts of up to 100 tokens .* --batch_size 7 would fit"):
-        slot_cache.check_memory(model, 8, 100)
-    monkeypatch.setattr(slot_cache, "read_host_memory", lambda: a_text - 1)
+        check_memory(model, 8, 100)
+    monkeypatch.setattr(cache, "read_host_memory", lambda: a_text - 1)
     with pytest.raises(ValueError, match="lower --max_new_tokens"):
-        slot_cache.check_memory(model, 1, 100)
+        check_memory(model, 1, 100)
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from conftest import DEEPSPEED, free_port, run_program
 from safetensors.torch import load_file
 from test_train import losses, results
 
-from neoflix.generation import Sampler
-from neoflix.record import read_live_samples
+from neoflix.reporting.run_log import read_live_samples
+from neoflix.sampling.sampler import Sampler
 
 
 @pytest.fixture

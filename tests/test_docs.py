@@ -14,8 +14,10 @@ from conftest import ROOT, run_program
 
 import generate
 import train
-from neoflix import report
-from neoflix.config import parse_export_args, parse_generate_args, parse_report_args, parse_train_args
+from neoflix.arguments.generate import parse_generate_args
+from neoflix.arguments.parse import parse_train_args
+from neoflix.export import parse_export_args
+from neoflix.report import main, parse_report_args
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs" / "your-texts").glob("*.md"))]
@@ -128,7 +130,7 @@ def run_command(line: str, env: dict, words: list[str]) -> None:
         case ["python", "-m", "neoflix.report", *runs]:
             for run in runs[1:]:
                 shutil.copytree(runs[0], run)
-            report.main(runs)
+            main(runs)
         case ["python", "-m", module, *rest] if module.startswith("neoflix."):
             importlib.import_module(module).main(rest)
         case ["./launch.sh", *rest] | ["sbatch", *rest]:

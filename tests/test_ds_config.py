@@ -9,7 +9,7 @@ from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from torch.utils.cpp_extension import _get_build_directory
 
 import train
-from neoflix.ds_config import OPEN_BLOCKS, check_compiler, read_ds_config
+from neoflix.arguments.deepspeed_file import OPEN_BLOCKS, check_compiler, read_ds_config
 
 
 def write(path, config):
@@ -92,9 +92,9 @@ def test_missing_headers_name_the_package(monkeypatch, tmp_path):
 
 
 LOAD = """
-from neoflix.environment import prepare_environment
+from neoflix.runtime.environment import prepare_environment
 prepare_environment()
-from neoflix.ds_config import build_operators, leave_out_shared_memory
+from neoflix.training.deepspeed import build_operators, leave_out_shared_memory
 leave_out_shared_memory()
 build_operators({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
 print("loaded")

@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from test_train import losses
 
 import train
-from neoflix.ds_config import read_ds_config
+from neoflix.arguments.deepspeed_file import read_ds_config
 
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 FOLLOWS_TRAINER = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import PYTHON, ROOT
 
-from neoflix.environment import prepare_environment
+from neoflix.runtime.environment import prepare_environment
 
 
 def outcome(code: str, **environment: str) -> int:
@@ -33,7 +33,7 @@ def test_programs_of_this_python_come_first(monkeypatch):
 def test_processes_share_the_cores(num_processes):
     """By the variable too, where there are several: accelerate goes by it, over torch's head."""
     code = (
-        "import os, torch; from neoflix.environment import prepare_environment as p; p(); "
+        "import os, torch; from neoflix.runtime.environment import prepare_environment as p; p(); "
         "threads, told = torch.get_num_threads(), os.environ.get('OMP_NUM_THREADS'); "
         "print(threads if told == str(threads) or os.environ['LOCAL_SIZE'] == '1' else -1)"
     )
@@ -49,7 +49,7 @@ def test_freed_memory_is_kept_for_the_next_step():
     code = """
 import resource, torch
 if {keep}:
-    from neoflix.environment import prepare_environment
+    from neoflix.runtime.environment import prepare_environment
     prepare_environment()
 head = torch.nn.Linear(64, 50_304)
 faults = []

@@ -13,12 +13,13 @@ from conftest import DEEPSPEED, PYTHON, free_port, run_program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from neoflix.checkpoint import RUN_FILE, list_checkpoints
-from neoflix.data import split_texts
-from neoflix.distributed import exit_code_of
-from neoflix.model import load_model
-from neoflix.reading import read_texts
-from neoflix.tokenizer import load_tokenizer
+from neoflix.checkpoints.find import list_checkpoints
+from neoflix.checkpoints.names import RUN_FILE
+from neoflix.data.sources import read_texts
+from neoflix.data.split import split_texts
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.model.load import load_model
+from neoflix.runtime.processes import exit_code_of
 
 
 @pytest.fixture(scope="module")

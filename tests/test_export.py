@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, GPTNeoForCausalLM
 
 from neoflix import export
-from neoflix.checkpoint import RUN_FILE
-from neoflix.config import SAMPLING_DEFAULTS
-from neoflix.distributed import exit_code_of
-from neoflix.generation import Sampler
-from neoflix.model import load_model, load_pretrained
-from neoflix.tokenizer import load_tokenizer
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
+from neoflix.checkpoints.find import find_model
+from neoflix.checkpoints.names import RUN_FILE
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.export import main
+from neoflix.model.load import load_model, load_pretrained
+from neoflix.runtime.processes import exit_code_of
+from neoflix.sampling.sampler import Sampler
 
 WINDOWS = {  # config -> most tokens
     "a window": ({}, 16),
@@ -59,7 +61,7 @@ def run_dir(make_run):
 
 def exported(run: Path, *words: str) -> Path:
     out = run / f"gpt2-{len(list(run.iterdir()))}"
-    export.main(["--to", "gpt2", *words, str(run), str(out)])
+    main(["--to", "gpt2", *words, str(run), str(out)])
     return out
 
 
@@ -174,7 +176,7 @@ def test_a_weight_too_large_for_a_dtype_is_refused(make_run):
     model.transformer.h[0].attn.attention.q_proj.weight.data[0, 0] = 60_000.0
     model.save_pretrained(run)
     with pytest.raises(ValueError, match="float16 cannot; take --dtype bfloat16"):
-        export.main(["--to", "gpt2", "--dtype", "float16", str(run), str(run / "out")])
+        main(["--to", "gpt2", "--dtype", "float16", str(run), str(run / "out")])
     assert not list(run.glob("out*"))
 
 
@@ -230,7 +232,7 @@ def test_an_interrupted_export_leaves_nothing(make_run, monkeypatch):
     before = sorted(run.iterdir())
     monkeypatch.setattr(export, "save_settings", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        export.main(["--to", "gpt2", str(run), str(run / "out")])
+        main(["--to", "gpt2", str(run), str(run / "out")])
     assert sorted(run.iterdir()) == before
 
 
@@ -249,7 +251,7 @@ def test_a_killed_export_is_no_model(make_run):
     (left,) = run.glob("out*")
     assert (left / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="holds no model"):
-        export.find_model(str(left))
+        find_model(str(left))
     exported(run)
 
 
@@ -285,7 +287,7 @@ def refused(run_dir, tmp_path, monkeypatch) -> Path:
 def test_what_it_cannot_do_is_one_sentence_and_exit_code_2(refused, case, capfd):
     words, message = REFUSALS[case]
     before = sorted(refused.rglob("*"))
-    assert exit_code_of(lambda: export.main(["--to", "gpt2", *words])) == 2
+    assert exit_code_of(lambda: main(["--to", "gpt2", *words])) == 2
     (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in said
     assert sorted(refused.rglob("*")) == before

@@ -10,10 +10,11 @@ from test_train import history, results
 from transformers import TrainingArguments
 
 import train
-from neoflix.config import TrainArguments, parse_train_args
-from neoflix.environment import prepare_environment
-from neoflix.errors import UserError
-from neoflix.flags import NEEDS, NUMBER_RULES, REFUSED
+from neoflix.arguments.flags import NEEDS, NUMBER_RULES, REFUSED
+from neoflix.arguments.parse import parse_train_args
+from neoflix.arguments.training import TrainArguments
+from neoflix.runtime.environment import prepare_environment
+from neoflix.runtime.errors import UserError
 
 # A value for flags whose type alone doesn't give one that differs from the default.
 VALUES = {

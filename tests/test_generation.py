@@ -12,12 +12,13 @@ from conftest import PYTHON, ROOT
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import generate
-from neoflix.config import SAMPLING_DEFAULTS
-from neoflix.console import printable
-from neoflix.decoding import Draw, Text, stream_keys
-from neoflix.generation import Sampler
-from neoflix.model import load_model
-from neoflix.tokenizer import load_tokenizer
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.model.load import load_model
+from neoflix.runtime.console import printable
+from neoflix.sampling.decoder import Text
+from neoflix.sampling.draw import Draw, stream_keys
+from neoflix.sampling.sampler import Sampler
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import PYTHON, ROOT
 
-from neoflix.gpus import read_gpus, visible_devices
-from neoflix.machine import has_gpu, read_machine
+from neoflix.runtime.gpus import read_gpus, visible_devices
+from neoflix.runtime.hardware import has_gpu, read_machine
 
 GIB = 2**30
 RTX_3090 = "NVIDIA GeForce RTX 3090|GPU-aa11|24576|24176|86|-1|0"
@@ -23,7 +23,7 @@ UNIFIED = "NVIDIA GB10|GPU-dd55|-|0|121|-1|0"
 
 SHOW = """
 import json, sys
-from neoflix.gpus import read_gpus_by_nvml
+from neoflix.runtime.gpus import read_gpus_by_nvml
 gpus = read_gpus_by_nvml()
 assert "torch" not in sys.modules
 print(json.dumps(gpus and [vars(gpu) for gpu in gpus]))
@@ -101,7 +101,7 @@ def test_visible_devices_as_torch_reads_them(visible, monkeypatch):
 )
 def test_what_only_torch_can_tell(gpus, environment, nvml):
     assert json.loads(nvml(gpus, **environment)) is None
-    asked = "import sys; from neoflix.gpus import read_gpus; print(read_gpus(), 'torch' in sys.modules)"
+    asked = "import sys; from neoflix.runtime.gpus import read_gpus; print(read_gpus(), 'torch' in sys.modules)"
     assert nvml(gpus, asked, **environment).split() == ["[]", "True"]
 
 
@@ -121,7 +121,7 @@ def test_without_a_driver_there_is_no_gpu(nvml):
 
 def test_a_machine_has_its_smallest_gpu(nvml, tmp_path):
     code = (
-        "import json; from neoflix.machine import read_machine; "
+        "import json; from neoflix.runtime.hardware import read_machine; "
         f"print(json.dumps([vars(read_machine({str(tmp_path)!r}, use_cpu)) for use_cpu in (False, True)]))"
     )
     machine, cpu = json.loads(nvml([RTX_3090, SECOND_3090], code))
@@ -135,7 +135,8 @@ def test_a_machine_has_its_smallest_gpu(nvml, tmp_path):
 
 def test_plan_sees_gpus_without_torch_or_nvidia_smi(nvml):
     code = (
-        "import sys; from neoflix.plan import plan_run, plan_table, read_quickly\n"
+        "import sys; from neoflix.planning.plan_run import plan_run, read_quickly\n"
+        "from neoflix.planning.table import plan_table\n"
         "args = read_quickly(['--plan', '--output_dir', 'no-run'])\n"
         "print(plan_table(plan_run(args, must_fit=False)), 'torch' in sys.modules)"
     )
@@ -147,12 +148,14 @@ def test_plan_sees_gpus_without_torch_or_nvidia_smi(nvml):
 @pytest.mark.parametrize("driver", ["570.10.01", "580.95.05"])
 def test_a_gpu_that_torch_cannot_use_is_refused(driver, nvml):
     """Here it is because torch was built without CUDA."""
-    code = "from neoflix.config import parse_train_args as parse; parse(['--dataset', 'sample', '--eval_only'])"
-    code = f"from neoflix.distributed import run_and_exit\ndef main():\n    {code}\nrun_and_exit(main)"
+    code = (
+        "from neoflix.arguments.parse import parse_train_args as parse; parse(['--dataset', 'sample', '--eval_only'])"
+    )
+    code = f"from neoflix.runtime.processes import run_and_exit\ndef main():\n    {code}\nrun_and_exit(main)"
     said = nvml([RTX_3090], code, expect=2, FAKE_DRIVER=driver)
     assert "error: NVIDIA GeForce RTX 3090: this torch was built without CUDA" in said
     assert "--use_cpu true" in said
-    used = "from neoflix.machine import has_gpu; print(has_gpu())"
+    used = "from neoflix.runtime.hardware import has_gpu; print(has_gpu())"
     assert nvml([RTX_3090], used, CUDA_VISIBLE_DEVICES="").strip() == "False"
 
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-from neoflix.data import PackedCollator, _rank, fill_up, name_tokens, split_texts, tokenize_texts
-from neoflix.decoding import gumbel_noise, stream_keys
-from neoflix.model import find_tokenizer
-from neoflix.reading import find_dataset, read_texts
-from neoflix.template import Template, parts
-from neoflix.words import split_words
+from neoflix.data.packing import PackedCollator
+from neoflix.data.sources import find_dataset, read_texts
+from neoflix.data.split import _rank, split_texts
+from neoflix.data.template import Template, parts
+from neoflix.data.tokens import fill_up, name_tokens, tokenize_texts
+from neoflix.data.words import split_words
+from neoflix.model.load import find_tokenizer
+from neoflix.sampling.draw import gumbel_noise, stream_keys
 
 PAGE = " ".join((ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8").split())
 

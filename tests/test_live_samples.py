@@ -10,14 +10,15 @@ from conftest import ROOT
 from test_train import assert_same_weights, history, losses
 
 import train
-from neoflix.callbacks import Progress
-from neoflix.checkpoint import list_checkpoints
-from neoflix.console import printable
-from neoflix.distributed import exit_code_of
-from neoflix.generation import Sampler
-from neoflix.model import load_for_reading
-from neoflix.record import LIVE_SAMPLES_FILE, read_live_samples
-from neoflix.tokenizer import read_tokenizer
+from neoflix.checkpoints.find import list_checkpoints
+from neoflix.checkpoints.names import LIVE_SAMPLES_FILE
+from neoflix.data.tokenizer import read_tokenizer
+from neoflix.model.load import load_for_reading
+from neoflix.reporting.run_log import read_live_samples
+from neoflix.runtime.console import printable
+from neoflix.runtime.processes import exit_code_of
+from neoflix.sampling.sampler import Sampler
+from neoflix.training.callbacks import Progress
 
 PLAIN = ["--deepspeed", str(ROOT / "ds_configs" / "cpu.json")]
 

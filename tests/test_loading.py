@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import generate
 import train
-from neoflix.distributed import exit_code_of
-from neoflix.model import check_reachable, find_tokenizer, load_pretrained
-from neoflix.tokenizer import load_tokenizer
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.model.load import find_tokenizer, load_pretrained
+from neoflix.model.source import check_reachable
+from neoflix.runtime.processes import exit_code_of
 
 
 class PickleBomb:
@@ -110,7 +111,7 @@ def test_a_repository_of_the_hub_with_pickles_alone_is_refused(pickled_dir, tmp_
     shutil.copytree(pickled_dir, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    code = "import torch; from neoflix.model import load_pretrained; load_pretrained('somebody/model', torch.float32{})"
+    code = "import torch; from neoflix.model.load import load_pretrained as f; f('somebody/model', torch.float32{})"
     env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     said = run_program(PYTHON, "-c", code.format(""), env=env, expect=1)
     assert "somebody/model: its weights are in pytorch_model.bin, a pickle" in said
@@ -163,9 +164,9 @@ def test_a_checkpoint_from_elsewhere_is_not_resumed(train_words, tmp_path, capsy
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(model_dir, monkeypatch):
     """Before its library begins to try; whoever answers, with whatever, can be reached."""
-    monkeypatch.setattr("neoflix.model.is_offline_mode", lambda: False)  # as outside of these tests
+    monkeypatch.setattr("neoflix.model.source.is_offline_mode", lambda: False)  # as outside of these tests
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # it knows no HEAD: 501
-        monkeypatch.setattr("neoflix.model.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr("neoflix.model.source.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         thread = Thread(target=server.handle_request)
         thread.start()
         check_reachable("somebody/something")

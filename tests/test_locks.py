@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 from conftest import PYTHON, ROOT, run_program
 
-from neoflix import locks
-from neoflix.distributed import exit_code_of
-from neoflix.locks import _describe_this_process, acquire, locked
-from neoflix.run_folder import LIST_FILE, LOCK_FILE, opened
+from neoflix.checkpoints.names import LIST_FILE, LOCK_FILE
+from neoflix.checkpoints.ownership import opened
+from neoflix.runtime import locks
+from neoflix.runtime.locks import _describe_this_process, acquire, locked
+from neoflix.runtime.processes import exit_code_of
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from neoflix.locks import acquire
+from neoflix.runtime.locks import acquire
 lock = acquire(Path(sys.argv[1]), "{owner}")
 print("held", flush=True)
 time.sleep(600)

@@ -14,12 +14,16 @@ from test_train import losses, results, run  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
 import train
-from neoflix import evaluation, export, plan
-from neoflix.checkpoint import ADAPTERS_CONFIG_FILE, ADAPTERS_FILE, find_model, list_checkpoints
-from neoflix.data import PackedCollator
-from neoflix.generation import Sampler
-from neoflix.model import load_model, load_pretrained
-from neoflix.tokenizer import load_tokenizer
+from neoflix.checkpoints.find import find_model, list_checkpoints
+from neoflix.data.packing import PackedCollator
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.export import main
+from neoflix.model.folder import ADAPTERS_CONFIG_FILE, ADAPTERS_FILE
+from neoflix.model.load import load_model, load_pretrained
+from neoflix.model.shape import read_shape
+from neoflix.planning.remedies import smallest_changes
+from neoflix.sampling.sampler import Sampler
+from neoflix.training import evaluation
 
 LORA = ["--lora", "true", "--lora_rank", "4", "--learning_rate", "1e-2"]
 STEPS = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3", "--eval_strategy", "no"]
@@ -101,7 +105,7 @@ def test_what_is_loaded_is_what_was_trained(trained, model_dir):
 @pytest.mark.parametrize("layout", ["gpt2", "merged"])
 def test_exports_give_the_same_logits(trained, tmp_path, layout):
     folder, _, _ = trained
-    export.main(["--to", layout, str(folder), str(tmp_path / "out")])
+    main(["--to", layout, str(folder), str(tmp_path / "out")])
     rows = len(load_tokenizer(str(folder)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert model.config.model_type == {"gpt2": "gpt2", "merged": "gpt_neo"}[layout]
@@ -247,7 +251,7 @@ def test_flags_that_mean_nothing(train_words, words, message):
 
 
 def test_forecast_counts_adapters_as_they_are(model_dir):
-    shape = plan.read_shape(str(model_dir))
+    shape = read_shape(str(model_dir))
     model = load_base(model_dir, lora={"rank": 4, "alpha": 8})
     assert 4 * shape.adapted == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
@@ -256,7 +260,7 @@ def test_forecast_counts_adapters_as_they_are(model_dir):
 def test_short_host_memory_is_answered_with_lora(size, gib, host):
     whole = forecast(size, card(gib, host))
     assert [what for what, *_ in whole.misfits()] == ["host memory"]
-    changes = dict(plan.smallest_changes(whole))
+    changes = dict(smallest_changes(whole))
     assert "--lora true" in changes
     adapted = changes["--lora true"]
     assert adapted.host_bytes < 0.4 * whole.host_bytes

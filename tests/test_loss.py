@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neoflix import loss
-from neoflix.loss import IGNORED, causal_lm_loss
+from neoflix.data.packing import IGNORED
+from neoflix.model import loss
+from neoflix.model.loss import causal_lm_loss
 
 NUM_TOKENS, WIDTH, VOCAB_SIZE = 37, 16, 101
 

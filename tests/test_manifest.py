@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from neoflix.manifest import MANIFEST, Files, find_damage, hash_file, num_bytes, write_manifest
+from neoflix.checkpoints.manifest import MANIFEST, Files, find_damage, num_bytes, write_manifest
+from neoflix.runtime.files import hash_file
 
 
 @pytest.fixture

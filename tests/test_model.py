@@ -13,13 +13,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from neoflix.attention import ATTENTION_NAME
-from neoflix.checkpoint import ADAPTERS_FILE
-from neoflix.config import SAMPLING_DEFAULTS
-from neoflix.errors import UserError
-from neoflix.lora import check_spare_rows, collect_adapters, save_adapters
-from neoflix.model import build_demo_model, get_window, keeps_texts_apart, load_model, load_pretrained
-from neoflix.tokenizer import load_tokenizer, read_tokenizer
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
+from neoflix.data.tokenizer import load_tokenizer, read_tokenizer
+from neoflix.model.attention import ATTENTION_NAME
+from neoflix.model.folder import ADAPTERS_FILE
+from neoflix.model.load import build_demo_model, load_model, load_pretrained
+from neoflix.model.lora import check_spare_rows, collect_adapters, save_adapters
+from neoflix.model.vocabulary import get_window, keeps_texts_apart
+from neoflix.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from test_train import losses, weights
 
 import train
-from neoflix.checkpoint import list_checkpoints
-from neoflix.ds_config import read_ds_config
-from neoflix.errors import UserError
-from neoflix.manifest import read_manifest
-from neoflix.model import load_model
-from neoflix.optimizer import check_groups, group_parameters
-from neoflix.tokenizer import load_tokenizer
+from neoflix.arguments.deepspeed_file import read_ds_config
+from neoflix.checkpoints.find import list_checkpoints
+from neoflix.checkpoints.manifest import read_manifest
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.model.load import load_model
+from neoflix.runtime.errors import UserError
+from neoflix.training.optimizer import check_groups, group_parameters
 
 # A schedule with a warm-up, and enough decay for a decayed bias or LayerNorm to show.
 STEPS = ["--max_steps", "20", "--weight_decay", "0.5", "--warmup_steps", "5", "--learning_rate", "1e-3"]
@@ -27,10 +27,12 @@ import json, sys
 from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
-from neoflix.data import PackedCollator, fill_up, split_texts, tokenize_texts
-from neoflix.model import load_model
-from neoflix.reading import read_texts
-from neoflix.tokenizer import load_tokenizer
+from neoflix.data.packing import PackedCollator
+from neoflix.data.tokens import fill_up, tokenize_texts
+from neoflix.data.split import split_texts
+from neoflix.model.load import load_model
+from neoflix.data.sources import read_texts
+from neoflix.data.tokenizer import load_tokenizer
 
 model_dir, catalogue, lora, out = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4])
 set_seed(42)  # LoRA draws its matrices by it

@@ -9,8 +9,8 @@ import torch
 from test_runs import ON_CPU
 from test_train import assert_same_weights, losses, run  # noqa: F401 - a fixture
 
-from neoflix.data import EpochOrder
-from neoflix.trainer import TokenTrainer
+from neoflix.data.packing import EpochOrder
+from neoflix.training.trainer import TokenTrainer
 
 WORKERS = ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"]
 FLAGS = {

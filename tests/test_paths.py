@@ -8,12 +8,15 @@ import pytest
 from test_train import losses, results, run  # noqa: F401 - a fixture
 
 import generate
-from neoflix import plan
-from neoflix.checkpoint import list_checkpoints
-from neoflix.config import parse_export_args, parse_generate_args, parse_report_args, parse_train_args
-from neoflix.export import export_merged
-from neoflix.paths import expand_paths, without_wildcards
-from neoflix.universal import convert
+from neoflix.arguments.generate import parse_generate_args
+from neoflix.arguments.parse import parse_train_args
+from neoflix.arguments.paths import expand_paths
+from neoflix.checkpoints.find import list_checkpoints
+from neoflix.checkpoints.world_size import convert
+from neoflix.export import export_merged, parse_export_args
+from neoflix.planning.plan_run import read_quickly
+from neoflix.report import parse_report_args
+from neoflix.runtime.files import without_wildcards
 
 ODD = "run [1]*? {x} ~"
 
@@ -50,7 +53,7 @@ def test_a_run_knows_home(home, model_dir, catalogue, said):
     args = parse_train_args([*words, "--use_cpu", "true"])
     for name in FLAGS:
         assert getattr(args, name).startswith(str(home)), name
-    quick = plan.read_quickly(words)
+    quick = read_quickly(words)
     assert {name: getattr(quick, name) for name in (*FLAGS, "deepspeed")} == {
         name: path.replace("~", str(home)) for name, path in flags.items()
     }

@@ -10,29 +10,29 @@ import torch
 from conftest import DEEPSPEED, PYTHON, ROOT, free_port, run_program, tiny_config
 
 import train
-from neoflix import plan
-from neoflix.config import TrainArguments, _Parser, parse_train_args
-from neoflix.data import PackedCollator
-from neoflix.ds_config import read_ds_config
-from neoflix.gpus import PINNED_MEMORY
-from neoflix.hub_copies import find_hub_copy, hub_copy_file
-from neoflix.lora import add_adapters
-from neoflix.machine import (
-    Machine,
-    check_gpu,
-    check_locked_memory,
-    check_nvme,
-    check_shared_memory,
-    read_host_memory,
-    read_machine,
-)
-from neoflix.model import build_model
-from neoflix.reading import find_dataset
+from neoflix.arguments.deepspeed_file import read_ds_config
+from neoflix.arguments.parse import _Parser, parse_train_args
+from neoflix.arguments.quick import OTHER_FLAGS, PLAN_FLAGS
+from neoflix.arguments.training import TrainArguments
+from neoflix.data.hub_copies import find_hub_copy, hub_copy_file
+from neoflix.data.packing import PackedCollator
+from neoflix.data.sources import find_dataset
+from neoflix.model.load import build_model
+from neoflix.model.lora import add_adapters
+from neoflix.model.shape import Shape, read_shape
+from neoflix.planning.forecast import Plan, forecast, read_settings, rounds_pinned
+from neoflix.planning.lengths import CHARS_PER_TOKEN, Texts, count_texts, estimate_texts, remember_counts
+from neoflix.planning.memory import CPU_PROCESS, Settings, activation_bytes
+from neoflix.planning.plan_run import choose_batch, choose_ds_config, parse_bytes, plan_run, read_quickly
+from neoflix.planning.preflight import check_gpu, check_locked_memory, check_nvme, check_shared_memory
+from neoflix.planning.remedies import explain, explain_failure, set_ups, smallest_changes
+from neoflix.runtime.gpus import PINNED_MEMORY
+from neoflix.runtime.hardware import Machine, read_host_memory, read_machine
 
 GIB = 2**30
-DEFAULTS = dict(plan.PLAN_FLAGS)  # before conftest.no_run_by_default
-SIZES = {name: plan.read_shape(f"EleutherAI/gpt-neo-{name}") for name in ("125M", "1.3B", "2.7B")}
-NETFLIX = plan.Texts(7008, 779, 31.8, 4.4, 64, "given")
+DEFAULTS = dict(PLAN_FLAGS)  # before conftest.no_run_by_default
+SIZES = {name: read_shape(f"EleutherAI/gpt-neo-{name}") for name in ("125M", "1.3B", "2.7B")}
+NETFLIX = Texts(7008, 779, 31.8, 4.4, 64, "given")
 
 
 def card(gib: float, host: float = 512, **more) -> Machine:
@@ -42,7 +42,7 @@ def card(gib: float, host: float = 512, **more) -> Machine:
 
 
 def arguments(*words: str):
-    return plan.read_quickly(["--plan", *words])
+    return read_quickly(["--plan", *words])
 
 
 @pytest.fixture
@@ -57,11 +57,11 @@ def processes(monkeypatch):
     return set_processes
 
 
-def forecast(size: str, machine: Machine, *words: str, deepspeed: str = "ds_config.json") -> plan.Plan:
+def forecast_of(size: str, machine: Machine, *words: str, deepspeed: str = "ds_config.json") -> Plan:
     config = read_ds_config(deepspeed)
     shape = SIZES[size]
-    settings = plan.read_settings(arguments(*words), shape, NETFLIX, machine, config, deepspeed)
-    return plan.forecast(shape, NETFLIX, settings, machine)
+    settings = read_settings(arguments(*words), shape, NETFLIX, machine, config, deepspeed)
+    return forecast(shape, NETFLIX, settings, machine)
 
 
 # ---- formulas ------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_parameters_are_counted_right(tmp_path):
     for overrides in ({}, {"num_layers": 6, "hidden_size": 64, "attention_types": [[["global", "local"], 3]]}):
         config = tiny_config(vocab_size=512, **overrides)  # a multiple of 64, as `model.py` makes it
         config.save_pretrained(tmp_path)
-        assert plan.read_shape(str(tmp_path)).num_parameters == build_model(config, torch.float32).num_parameters()
+        assert read_shape(str(tmp_path)).num_parameters == build_model(config, torch.float32).num_parameters()
     assert SIZES["2.7B"].num_parameters == pytest.approx(2.65e9, rel=0.01)
     assert SIZES["1.3B"].num_parameters == pytest.approx(1.32e9, rel=0.01)
     assert SIZES["125M"].num_parameters == pytest.approx(0.125e9, rel=0.01)
@@ -106,20 +106,18 @@ def test_activations_are_those_that_autograd_keeps(num_layers, width, recomputes
         model(**PackedCollator()([{"input_ids": list(range(1, length + 1)), "num_given": 1} for length in lengths]))
     logits = sum(lengths) * 512 * 4
     counted = sum(storage.nbytes() for storage in kept.values()) - logits
-    settings = plan.read_settings(arguments(), SIZES["125M"], NETFLIX, Machine(0, 0, 1), {}, "")
+    settings = read_settings(arguments(), SIZES["125M"], NETFLIX, Machine(0, 0, 1), {}, "")
     settings = replace(settings, recomputes=recomputes, lora_rank=lora_rank)
     shape = replace(SIZES["125M"], num_layers=num_layers, width=width, inner=4 * width, vocab_size=512)
     shape = replace(shape, num_linear=6 * num_layers)
-    expected = plan.activation_bytes(shape, settings, sum(lengths))
+    expected = activation_bytes(shape, settings, sum(lengths))
     if recomputes:  # the layer that is worked out again is kept only while it is
-        expected -= plan.activation_bytes(
-            replace(shape, num_layers=0), replace(settings, recomputes=True), sum(lengths)
-        )
+        expected -= activation_bytes(replace(shape, num_layers=0), replace(settings, recomputes=True), sum(lengths))
         expected += sum(lengths) * 4 * 2 * width
     assert counted == pytest.approx(expected, rel=0.04)
 
 
-def states(forecast: plan.Plan) -> float:
+def states(forecast: Plan) -> float:
     """Weights, optimizer, gradients and buckets on one device, GB."""
     parts = forecast.device_phases["step"]
     return sum(parts[part] for part in ("weights", "optimizer", "gradients", "gradients' fp32 copies", "buffers")) / 1e9
@@ -127,16 +125,16 @@ def states(forecast: plan.Plan) -> float:
 
 def test_states_are_those_of_the_zero_papers(processes):
     """Bytes a parameter, by the arithmetic that ds_configs/*.md works out: 18 alone; 2 + 16 / N on several."""
-    alone = forecast("2.7B", card(80), deepspeed="ds_configs/no_offload.json")
+    alone = forecast_of("2.7B", card(80), deepspeed="ds_configs/no_offload.json")
     assert states(alone) == pytest.approx(2.65 * 18 + 0.4, rel=0.005)
     for num_processes, gigabytes in {2: 27.3, 3: 20.2, 4: 16.7, 8: 11.4}.items():
         processes(num_processes)
-        several = forecast("2.7B", card(80), deepspeed="ds_configs/multi_gpu.json")
+        several = forecast_of("2.7B", card(80), deepspeed="ds_configs/multi_gpu.json")
         assert states(several) == pytest.approx(gigabytes, rel=0.005)
     processes(4)
-    zero_1 = forecast("2.7B", card(80), deepspeed="ds_configs/multi_gpu_zero1.json")
+    zero_1 = forecast_of("2.7B", card(80), deepspeed="ds_configs/multi_gpu_zero1.json")
     assert states(zero_1) == pytest.approx(2.65 * (2 + 2 + (12 + 2 + 4) / 4) + 0.8, rel=0.005)
-    zero_3 = forecast("2.7B", card(80), deepspeed="ds_configs/zero3_offload.json")
+    zero_3 = forecast_of("2.7B", card(80), deepspeed="ds_configs/zero3_offload.json")
     assert zero_3.device["optimizer"] == zero_3.device["weights"] == 0
 
 
@@ -146,8 +144,8 @@ def test_host_memory_of_the_offloads(processes):
     shape = SIZES["2.7B"]
 
     def held(name: str, machine: Machine = card(24), **more) -> float:  # noqa: B008
-        found = forecast("2.7B", machine, deepspeed=name)
-        found = plan.forecast(shape, NETFLIX, replace(found.settings, **more), machine)
+        found = forecast_of("2.7B", machine, deepspeed=name)
+        found = forecast(shape, NETFLIX, replace(found.settings, **more), machine)
         phase = found.host_phases["train"]
         return sum(phase.values()) - phase["Python, torch, DeepSpeed"]
 
@@ -169,7 +167,7 @@ def test_host_memory_of_the_offloads(processes):
     processes(4)
     assert held("ds_config.json", **plain) == pytest.approx((one - embedding) / 4 + embedding, rel=1e-6)
     processes(4, on_a_node=2)
-    halves = forecast("2.7B", card(24))
+    halves = forecast_of("2.7B", card(24))
     assert halves.host_bytes == 2 * sum(halves.host.values()), "a node holds its own processes only"
 
 
@@ -184,27 +182,27 @@ ALLOCATED = [
 
 @pytest.mark.parametrize(("size", "deepspeed", "words", "gib"), ALLOCATED)
 def test_device_memory_is_what_a_stand_in_allocated(size, deepspeed, words, gib, processes):
-    planned = forecast(size, card(80), *words, deepspeed=deepspeed)
+    planned = forecast_of(size, card(80), *words, deepspeed=deepspeed)
     assert planned.allocated_bytes / GIB == pytest.approx(gib, rel=0.02)
 
 
 def test_a_small_card_is_refused_for_deepspeeds_start(processes):
     """Weights and their flat copy take more than training with activation checkpointing does."""
-    planned = forecast("2.7B", card(10), "--activation_checkpointing", "true")
+    planned = forecast_of("2.7B", card(10), "--activation_checkpointing", "true")
     assert not planned.fits
     assert planned.device["weights, flattened"] == planned.device["weights"]
     processes(2)
-    shared = forecast("2.7B", card(10), "--activation_checkpointing", "true").device_phases["start"]
+    shared = forecast_of("2.7B", card(10), "--activation_checkpointing", "true").device_phases["start"]
     assert shared["weights, flattened"] == shared["weights"] // 2
 
 
 def test_fp32_gradients_are_there_at_the_first_reduction(processes):
     """All of them, while most activations still are; gradients in bf16 come one by one."""
-    wide = forecast("2.7B", card(80), deepspeed="ds_configs/no_offload.json")
+    wide = forecast_of("2.7B", card(80), deepspeed="ds_configs/no_offload.json")
     assert wide.device == wide.device_phases["first reduction"]
     config = read_ds_config("ds_configs/no_offload.json")
     del config["data_types"]
-    narrow = plan.forecast(wide.shape, NETFLIX, replace(wide.settings, ds_config=config), card(80))
+    narrow = forecast(wide.shape, NETFLIX, replace(wide.settings, ds_config=config), card(80))
     assert "first reduction" not in narrow.device_phases
 
 
@@ -214,31 +212,31 @@ def test_pinned_memory_is_neither_rounded_nor_cached_beyond_one_limit(monkeypatc
     assert len(set(limits.values())) == 1, "torch 2.13 hands a cached buffer out that is too small"
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", PINNED_MEMORY)
-    assert not plan.rounds_pinned()
+    assert not rounds_pinned()
 
 
 def test_memory_follows_what_it_depends_on():
-    usual = forecast("2.7B", card(24))
-    recomputed = forecast("2.7B", card(24), "--activation_checkpointing", "true")
-    halved = forecast("2.7B", card(24), "--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "2")
+    usual = forecast_of("2.7B", card(24))
+    recomputed = forecast_of("2.7B", card(24), "--activation_checkpointing", "true")
+    halved = forecast_of("2.7B", card(24), "--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "2")
     assert recomputed.device_bytes < usual.device_bytes - 6 * GIB
     assert recomputed.flops == pytest.approx(usual.flops * 4 / 3)
     assert halved.device_bytes < usual.device_bytes - 3 * GIB
     assert (halved.settings.num_steps, halved.flops) == (usual.settings.num_steps, usual.flops)
-    in_fp32 = forecast("2.7B", card(24), "--bf16", "false", "--fp16", "false")
+    in_fp32 = forecast_of("2.7B", card(24), "--bf16", "false", "--fp16", "false")
     assert in_fp32.device["weights"] == 2 * usual.device["weights"]
     assert usual.settings.num_steps == 5 * 110
-    assert forecast("2.7B", card(24), "--save_strategy", "no").run_bytes == 2 * SIZES["2.7B"].num_parameters
+    assert forecast_of("2.7B", card(24), "--save_strategy", "no").run_bytes == 2 * SIZES["2.7B"].num_parameters
 
 
 MEASURED = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "plan-cpu.jsonl").read_text().splitlines()]
 
 
-def reforecast(line: dict) -> plan.Plan:
+def reforecast(line: dict) -> Plan:
     """The forecast, by the formulas as they stand, for a run that was measured."""
-    shape, texts = plan.Shape(**line["shape"]), plan.Texts(**line["texts"])
-    settings = plan.Settings(**line["settings"])
-    return plan.forecast(shape, texts, settings, Machine(2**50, 2**50, 2))
+    shape, texts = Shape(**line["shape"]), Texts(**line["texts"])
+    settings = Settings(**line["settings"])
+    return forecast(shape, texts, settings, Machine(2**50, 2**50, 2))
 
 
 @pytest.mark.parametrize("line", MEASURED, ids=[line["configuration"] for line in MEASURED])
@@ -335,33 +333,33 @@ CHOICES = [
 def test_auto_takes_the_fastest_that_fits(size, gib, host, cards, linked, expected, processes):
     processes(cards)
     machine = card(gib, host, num_devices=cards, is_linked=linked)
-    chosen, passed_over = plan.choose_ds_config(arguments(), SIZES[size], NETFLIX, machine)
+    chosen, passed_over = choose_ds_config(arguments(), SIZES[size], NETFLIX, machine)
     assert chosen == expected
-    assert forecast(size, machine, deepspeed=chosen).fits
-    order = plan.set_ups(machine, cards)
+    assert forecast_of(size, machine, deepspeed=chosen).fits
+    order = set_ups(machine, cards)
     assert len(passed_over) == order.index(chosen), "a line for each that is faster and does not fit"
     for name, line in zip(order, passed_over, strict=False):
-        assert not forecast(size, machine, deepspeed=name).fits
+        assert not forecast_of(size, machine, deepspeed=name).fits
         assert line.startswith(f"passed over {name}: needs ")
 
 
 def test_auto_on_a_cpu_and_where_nothing_fits(processes):
-    chosen, _ = plan.choose_ds_config(arguments(), SIZES["125M"], NETFLIX, Machine(16 * GIB, None, 2))
+    chosen, _ = choose_ds_config(arguments(), SIZES["125M"], NETFLIX, Machine(16 * GIB, None, 2))
     assert chosen == "ds_configs/cpu.json"
     with pytest.raises(ValueError, match="none fits"):
-        plan.choose_ds_config(arguments(), SIZES["2.7B"], NETFLIX, card(4, 8))
+        choose_ds_config(arguments(), SIZES["2.7B"], NETFLIX, card(4, 8))
 
 
 def test_auto_batch_is_the_largest_that_fits(processes):
     config = read_ds_config("ds_config.json")
 
     def fits(tokens: int) -> bool:
-        return forecast("2.7B", card(16), "--tokens_per_device_batch", str(tokens)).fits
+        return forecast_of("2.7B", card(16), "--tokens_per_device_batch", str(tokens)).fits
 
-    tight = plan.choose_batch(arguments(), SIZES["2.7B"], NETFLIX, card(16), config)
+    tight = choose_batch(arguments(), SIZES["2.7B"], NETFLIX, card(16), config)
     assert fits(tight)
     assert not fits(tight + 64)
-    roomy = plan.choose_batch(arguments(), SIZES["125M"], NETFLIX, card(80), config)
+    roomy = choose_batch(arguments(), SIZES["125M"], NETFLIX, card(80), config)
     assert roomy == int(7008 * 31.8 / 50) // 64 * 64, "an epoch keeps 50 steps"
 
 
@@ -375,19 +373,19 @@ def test_every_change_it_names_makes_the_run_fit(size, gib, host, processes, mon
     """The words, given to train.py, lead to the very forecast that stands beside them."""
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     machine = card(gib, host)
-    misfit = forecast(size, machine)
+    misfit = forecast_of(size, machine)
     assert not misfit.fits
-    text = plan.explain(misfit)
+    text = explain(misfit)
     assert "too large" in text
-    changes = plan.smallest_changes(misfit)
+    changes = smallest_changes(misfit)
     assert len(changes) == 3
     for words, changed in changes:
         assert words in text
         args = arguments(*words.split())
-        shape = plan.read_shape(args.model_name_or_path) if "--model" in words else SIZES[size]
+        shape = read_shape(args.model_name_or_path) if "--model" in words else SIZES[size]
         config = read_ds_config(args.deepspeed)
-        settings = plan.read_settings(args, shape, NETFLIX, machine, config, args.deepspeed)
-        again = plan.forecast(shape, NETFLIX, settings, machine)
+        settings = read_settings(args, shape, NETFLIX, machine, config, args.deepspeed)
+        again = forecast(shape, NETFLIX, settings, machine)
         assert again.fits
         assert again.host_bytes == changed.host_bytes
         assert again.device_bytes == pytest.approx(changed.device_bytes, rel=0.01)
@@ -395,10 +393,10 @@ def test_every_change_it_names_makes_the_run_fit(size, gib, host, processes, mon
 
 def test_memory_that_gpu_and_host_share_is_counted_once():
     apart, shared = card(24, 60), replace(card(60, 60), shares_memory=True)
-    assert forecast("2.7B", apart).fits
-    ((what, needed, there, _),) = forecast("2.7B", shared).misfits()
+    assert forecast_of("2.7B", apart).fits
+    ((what, needed, there, _),) = forecast_of("2.7B", shared).misfits()
     assert (what, there) == ("memory that GPU and host share", 60 * GIB)
-    assert needed == forecast("2.7B", apart).device_bytes + forecast("2.7B", apart).host_bytes
+    assert needed == forecast_of("2.7B", apart).device_bytes + forecast_of("2.7B", apart).host_bytes
 
 
 def test_bad_fit_is_refused_before_weights_are_read(tmp_path, catalogue, capsys):
@@ -442,9 +440,9 @@ def test_flags_of_the_plan_are_checked(words, message, train_words):
 
 
 def test_sizes():
-    assert plan.parse_bytes("24GiB", "x") == 24 * GIB == plan.parse_bytes("24", "x") == plan.parse_bytes("24 G", "x")
-    assert plan.parse_bytes("24GB", "x") == 24e9
-    assert plan.parse_bytes("512 MiB", "x") == GIB / 2
+    assert parse_bytes("24GiB", "x") == 24 * GIB == parse_bytes("24", "x") == parse_bytes("24 G", "x")
+    assert parse_bytes("24GB", "x") == 24e9
+    assert parse_bytes("512 MiB", "x") == GIB / 2
 
 
 # ---- train.py ----------------------------------------------------------------------------------------------------
@@ -455,7 +453,7 @@ def test_quick_flags_have_train_pys_defaults():
     unsaid = {"plan": False, "bf16": False, "fp16": False}  # here None: the machine decides
     for name, default in DEFAULTS.items():
         assert said[name] == unsaid.get(name, default), name
-    assert plan.OTHER_FLAGS.keys() <= said.keys()
+    assert OTHER_FLAGS.keys() <= said.keys()
 
 
 def test_plan_answers_without_torch(tmp_path):
@@ -480,10 +478,10 @@ def test_quick_and_full_answers_are_one(train_words, tmp_path, capsys):
     assert quick.strip() in capsys.readouterr().out  # DeepSpeed adds what it has to say of the machine
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model_name_or_path: EleutherAI/gpt-neo-2.7B\nlearning_rate: 1.0e-5\n")
-    from_recipe = plan.read_quickly(["--plan", "--config", str(recipe), "--max_steps=7"])
+    from_recipe = read_quickly(["--plan", "--config", str(recipe), "--max_steps=7"])
     assert (from_recipe.model_name_or_path, from_recipe.max_steps) == ("EleutherAI/gpt-neo-2.7B", 7)
-    assert plan.read_quickly(["--plan", "--adam_beta2", "0.99"]) is None
-    assert plan.read_quickly(["--plan", "--max_steps", "many"]) is None
+    assert read_quickly(["--plan", "--adam_beta2", "0.99"]) is None
+    assert read_quickly(["--plan", "--max_steps", "many"]) is None
 
 
 @pytest.mark.parametrize(
@@ -515,7 +513,7 @@ def test_quick_and_full_answers_are_one(train_words, tmp_path, capsys):
     ids=" ".join,
 )
 def test_the_full_parser_gets_what_the_quick_one_cannot_answer(words):
-    assert plan.read_quickly(words) is None
+    assert read_quickly(words) is None
 
 
 @pytest.mark.parametrize(
@@ -524,13 +522,13 @@ def test_the_full_parser_gets_what_the_quick_one_cannot_answer(words):
 )
 def test_the_full_parser_gets_recipes_that_are_refused(tmp_path, line):
     (tmp_path / "recipe.yaml").write_text(line)
-    assert plan.read_quickly(["--plan", "--config", str(tmp_path / "recipe.yaml")]) is None
+    assert read_quickly(["--plan", "--config", str(tmp_path / "recipe.yaml")]) is None
 
 
 def test_quick_values_are_as_typed(tmp_path):
     lines = ["output-dir: 2024_01", "learning_rate: 1e-4", "max_steps: 010", "generation: {top_k: 5}"]
     (tmp_path / "recipe.yaml").write_text("\n".join(lines))
-    args = plan.read_quickly(["--plan", "--config", str(tmp_path / "recipe.yaml"), "--local_rank=0"])
+    args = read_quickly(["--plan", "--config", str(tmp_path / "recipe.yaml"), "--local_rank=0"])
     assert (args.output_dir, args.max_steps) == ("2024_01", 10)
 
 
@@ -554,25 +552,25 @@ def test_plan_false_trains(train_words, tmp_path):
 def test_precision_is_planned_as_it_will_be(words, weight_bytes, train_words):
     """By the quick path and by the full parser, which turns what was not set into false."""
     words = [*train_words[:-2], *words, "--deepspeed", "ds_configs/cpu.json", "--plan", "--plan_device_memory", "24GiB"]
-    quick = plan.plan_run(plan.read_quickly(words))
+    quick = plan_run(read_quickly(words))
     full = parse_train_args([*words, "--adam_beta2", "0.99"]).forecast
     assert quick.settings.weight_bytes == full.settings.weight_bytes == weight_bytes
 
 
 def test_counts_are_estimated_then_remembered(train_words, catalogue, tmp_path):
-    args = plan.read_quickly(train_words)
-    shape = plan.read_shape(args.model_name_or_path)
-    guessed = plan.count_texts(args, shape)
+    args = read_quickly(train_words)
+    shape = read_shape(args.model_name_or_path)
+    guessed = count_texts(args, shape)
     assert guessed.source.startswith("estimated by its tokenizer")
     lengths = np.array([len(line) for line in ["x" * 20, "x" * 40]])
-    plan.remember_counts(args, shape.window, lengths, 1)
-    counted = plan.count_texts(args, shape)
+    remember_counts(args, shape.window, lengths, 1)
+    counted = count_texts(args, shape)
     assert (counted.num_train, counted.mean, counted.longest, counted.source) == (
         *(2, 30.0, 40),
         "counted by an earlier run",
     )
     catalogue.write_text(catalogue.read_text() + "One more,A text that nobody counted.\n")
-    assert plan.count_texts(args, shape).source.startswith("estimated")
+    assert count_texts(args, shape).source.startswith("estimated")
 
 
 def test_data_sets_of_the_hub_are_found_in_the_cache(model_dir, tmp_path, titles):
@@ -585,24 +583,24 @@ def test_data_sets_of_the_hub_are_found_in_the_cache(model_dir, tmp_path, titles
 
     def read(name: str):
         args = arguments("--dataset", name, "--cache_dir", str(cache), "--model_name_or_path", str(model_dir))
-        return args, plan.read_shape(str(model_dir))
+        return args, read_shape(str(model_dir))
 
     train, test = f"hf:{hub}", f"hf:{hub}:test"
-    assert plan.count_texts(*read(train)).source.startswith(f"a guess: {train} is not on this machine yet")
+    assert count_texts(*read(train)).source.startswith(f"a guess: {train} is not on this machine yet")
     copy = find_dataset(train, cache)
-    assert plan.count_texts(*read(test)).source.startswith("a guess"), "another split"
+    assert count_texts(*read(test)).source.startswith("a guess"), "another split"
     find_dataset(test, cache)
     for name, num_texts in ((train, len(titles)), (f"{train}:train", len(titles)), (test, 7)):
-        sampled = plan.count_texts(*read(name))
+        sampled = count_texts(*read(name))
         assert sampled.source.startswith("estimated by its tokenizer")
         assert sampled.num_train + sampled.num_validation == num_texts
     args, shape = read(train)
-    plan.remember_counts(args, shape.window, np.array([20, 40]), 1)
-    assert plan.count_texts(args, shape).source == "counted by an earlier run"
-    assert plan.count_texts(*read(test)).source.startswith("estimated")
+    remember_counts(args, shape.window, np.array([20, 40]), 1)
+    assert count_texts(args, shape).source == "counted by an earlier run"
+    assert count_texts(*read(test)).source.startswith("estimated")
     newer = copy.with_name(copy.name.replace(copy.stem[-16:], "0123456789abcdef"))
     newer.write_bytes(copy.read_bytes())
-    assert plan.count_texts(args, shape).source.startswith("estimated"), "another revision"
+    assert count_texts(args, shape).source.startswith("estimated"), "another revision"
 
 
 def test_copies_of_similar_names_are_kept_apart(tmp_path):
@@ -622,10 +620,10 @@ def test_counts_of_a_folder_are_those_of_its_files(tmp_path):
     for number in range(3):
         (folder / "more" / f"{number}.txt").write_text(f"Text {number}.")
     args = arguments("--dataset", str(folder), "--cache_dir", str(tmp_path / "cache"))
-    plan.remember_counts(args, 2048, np.array([20, 40]), 1)
-    assert plan.count_texts(args, SIZES["125M"]).source == "counted by an earlier run"
+    remember_counts(args, 2048, np.array([20, 40]), 1)
+    assert count_texts(args, SIZES["125M"]).source == "counted by an earlier run"
     (folder / "more" / "1.txt").write_text("Another text, and a longer one.")
-    assert plan.count_texts(args, SIZES["125M"]).source.startswith("estimated")
+    assert count_texts(args, SIZES["125M"]).source.startswith("estimated")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -639,18 +637,18 @@ def test_estimate_reads_every_kind_of_file(suffix, tmp_path, titles):
         table.to_parquet(path)
     else:
         table.to_csv(path, index=False, sep="\t" if suffix == ".tsv" else ",")
-    found = plan.estimate_texts(path, arguments(), 2048)
+    found = estimate_texts(path, arguments(), 2048)
     assert found.num_train + found.num_validation == pytest.approx(len(table), rel=0.02)
     characters = sum(map(len, titles)) / len(titles)
-    assert found.mean == pytest.approx(characters / plan.CHARS_PER_TOKEN + 2, rel=0.1)
+    assert found.mean == pytest.approx(characters / CHARS_PER_TOKEN + 2, rel=0.1)
 
 
 def test_estimate_reads_folders_and_templates(tmp_path, titles):
     for number, text in enumerate(titles[:100]):
         (tmp_path / f"{number}.txt").write_text(text)
-    found = plan.estimate_texts(tmp_path, arguments(), 2048)
+    found = estimate_texts(tmp_path, arguments(), 2048)
     assert found.num_train + found.num_validation == 100
-    prompted = plan.estimate_texts(tmp_path, arguments("--template", "{name} is a long word: {text}"), 2048)
+    prompted = estimate_texts(tmp_path, arguments("--template", "{name} is a long word: {text}"), 2048)
     assert prompted.mean > found.mean + 3
 
 
@@ -664,7 +662,7 @@ def test_run_compares_its_plan_with_what_it_took(train_words, tmp_path, capsys):
     assert "--tokens_per_device_batch auto: " in said
     assert said.count("plan: host") == 1
     results = json.loads((run / "all_results.json").read_text())
-    assert results["plan_host_bytes"] > plan.CPU_PROCESS[4]
+    assert results["plan_host_bytes"] > CPU_PROCESS[4]
     measured = f"measured {results['train_peak_host_bytes'] / GIB:.1f} GiB"
     assert measured in said
     assert any(Path(tmp_path, "cache").glob("counts-*.json"))
@@ -677,7 +675,7 @@ def test_out_of_memory_shows_the_plan(train_words, tmp_path, monkeypatch):
         train.main([*train_words, "--eval_strategy", "no", "--eval_on_start", "false"])
     for part in ("this process had", "host memory", "Python, torch, DeepSpeed", "would take less"):
         assert part in str(caught.value)
-    message = plan.explain_failure(forecast("2.7B", card(24)), "CUDA out of memory", 22 * GIB, 23 * GIB, 40 * GIB)
+    message = explain_failure(forecast_of("2.7B", card(24)), "CUDA out of memory", 22 * GIB, 23 * GIB, 40 * GIB)
     assert "torch handed out 22.0 GiB at the peak and held 23.0 GiB; this process had 40.0 GiB" in message
     changes = message.partition("what would take less:\n")[2].splitlines()
     assert len(changes) == 3
@@ -716,7 +714,7 @@ def test_processes_with_other_texts_are_refused(train_words, tmp_path, catalogue
         "words = [word for word in sys.argv[1:] if not word.startswith('--local_rank')]\n"
         f"words += ['--dataset', {str(other)!r}] if os.environ['RANK'] == '1' else []\n"
         "import train\n"
-        "from neoflix.distributed import run_and_exit\n"
+        "from neoflix.runtime.processes import run_and_exit\n"
         "run_and_exit(lambda: train.main(words))\n"
     )
     launcher = [DEEPSPEED, "--num_accelerators", "2", "--master_port", free_port()]

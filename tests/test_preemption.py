@@ -9,7 +9,9 @@ import psutil
 import pytest
 from conftest import PYTHON, ROOT
 
-RANK = "from neoflix.preemption import catch_stop_requests as c; c(); print('listening', flush=True); input()"
+RANK = (
+    "from neoflix.runtime.stop_requests import catch_stop_requests as c; c(); print('listening', flush=True); input()"
+)
 LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}])"
 
 

@@ -14,9 +14,9 @@ from conftest import PYTHON, ROOT, environment_without_launcher, free_port
 PROGRAM = """
 import os, sys, time
 import torch.distributed as dist
-from neoflix import watchdog
-from neoflix.distributed import ask_main_process, gather, main_process_first, run_and_exit
-from neoflix.errors import StoppedEarly, UserError
+from neoflix.runtime import watchdog
+from neoflix.runtime.processes import ask_main_process, gather, main_process_first, run_and_exit
+from neoflix.runtime.errors import StoppedEarly, UserError
 watchdog.GRACE = 8.0  # a busy machine starts one of the two processes seconds after the other
 RANK = int(os.environ["RANK"])
 def connect_processes():
@@ -106,7 +106,7 @@ except UserError as error:
 
 def test_a_divergence_in_what_rank_0_does_for_all_ends_all_with_its_code(ends):
     codes, said = ends("""
-from neoflix.errors import DivergedError
+from neoflix.runtime.errors import DivergedError
 def fail():
     raise DivergedError("the loss is nan")
 ask_main_process(fail)
@@ -217,7 +217,7 @@ def test_the_port_is_taken(ends):
         other.listen()
         port = other.getsockname()[1]
         programs = subprocess.run(
-            [PYTHON, "-c", "from neoflix.distributed import run_and_exit; run_and_exit(print)"],
+            [PYTHON, "-c", "from neoflix.runtime.processes import run_and_exit; run_and_exit(print)"],
             env={**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
             cwd=ROOT,
             capture_output=True,
@@ -246,7 +246,7 @@ os._exit(0)
 
 
 def test_a_program_on_each_machine_vouches_for_a_process_that_holds_pythons_lock():
-    code = "import os, time\nfrom neoflix import watchdog\n" + HELPED
+    code = "import os, time\nfrom neoflix.runtime import watchdog\n" + HELPED
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     program = subprocess.run(
         [PYTHON, "-c", code], env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -268,7 +268,7 @@ def mute_store():
 def test_the_vouching_program_ends_with_the_process_that_started_it():
     """Here while it waits for the store: what listens at its port never answers."""
     with mute_store() as (mute, env):
-        code = "import time; from neoflix.watchdog import start_vouching; start_vouching(); time.sleep(99)"
+        code = "import time; from neoflix.runtime.vouching import start_vouching; start_vouching(); time.sleep(99)"
         starter = subprocess.Popen([PYTHON, "-c", code], env=env, cwd=ROOT)
         connection, _ = mute.accept()
         starter.kill()
@@ -282,12 +282,12 @@ def test_the_vouching_program_ends_with_the_process_that_started_it():
 def test_the_vouching_program_ends_where_the_process_that_started_it_has_ended_before_it_began():
     """As in a run of a few seconds. What it prints to is closed once it has ended."""
     with mute_store() as (_, env):
-        code = "import os; from neoflix.watchdog import start_vouching; start_vouching(); os._exit(0)"
+        code = "import os; from neoflix.runtime.vouching import start_vouching; start_vouching(); os._exit(0)"
         subprocess.run([PYTHON, "-c", code], env=env, cwd=ROOT, capture_output=True, timeout=60)
 
 
 def run_alone(code: str, **env: str) -> subprocess.CompletedProcess:
-    words = [PYTHON, "-c", f"from neoflix.distributed import run_and_exit\n{code}\nrun_and_exit(main)"]
+    words = [PYTHON, "-c", f"from neoflix.runtime.processes import run_and_exit\n{code}\nrun_and_exit(main)"]
     return subprocess.run(words, env=environment_without_launcher() | env, cwd=ROOT, capture_output=True, timeout=120)
 
 
@@ -296,7 +296,7 @@ def test_no_terminal_ends_a_program(encoding):
     """Japanese, an emoji, and half a surrogate pair, on both streams and from the error's sentence."""
     code = r"""
 import sys
-from neoflix.errors import UserError
+from neoflix.runtime.errors import UserError
 text = "\u3042 \U0001f600 \ud83d"
 def main():
     print(text)
@@ -318,7 +318,7 @@ def test_a_bug_keeps_its_traceback(error):
 
 
 def test_traceback_of_a_user_error_on_request():
-    code = "from neoflix.errors import UserError\ndef main():\n    raise UserError('no such file')"
+    code = "from neoflix.runtime.errors import UserError\ndef main():\n    raise UserError('no such file')"
     program = run_alone(code, NEOFLIX_TRACEBACK="1")
     assert program.returncode == 2
     assert b"Traceback (most recent call last)" in program.stderr

@@ -16,30 +16,25 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 import generate
-from neoflix import data, judging
-from neoflix.config import SAMPLING_DEFAULTS, parse_generate_args, parse_train_args
-from neoflix.environment import prepare_environment
-from neoflix.errors import UserError
-from neoflix.generation import Sampler
-from neoflix.model import load_model
-from neoflix.quality import (
-    NEAR_TWIN,
-    TrainingTexts,
-    distinct,
-    draw_sweep,
-    jaccard,
-    judge,
-    judgement_table,
-    self_bleu,
-    some,
-    sweep_header,
-    sweep_line,
-    word_trigrams,
-)
-from neoflix.reading import read_dataset
-from neoflix.runs import describe_run, find_start, save_results, save_run
-from neoflix.tokenizer import load_tokenizer
-from neoflix.words import split_words
+from neoflix.arguments.generate import parse_generate_args
+from neoflix.arguments.parse import parse_train_args
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
+from neoflix.checkpoints.runs import describe_run, find_start, save_results, save_run
+from neoflix.data.sources import read_dataset
+from neoflix.data.split import split_texts
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.data.tokens import tokenize_split
+from neoflix.data.words import split_words
+from neoflix.judging.base_model import BaseModel, find_base_model
+from neoflix.judging.figures import judge, judgement_table
+from neoflix.judging.judge import read_training_texts
+from neoflix.judging.novelty import NEAR_TWIN, TrainingTexts, jaccard, some, word_trigrams
+from neoflix.judging.sweep import draw_sweep, keep_novel, sweep_header, sweep_line
+from neoflix.judging.variety import distinct, self_bleu
+from neoflix.model.load import load_model
+from neoflix.runtime.environment import prepare_environment
+from neoflix.runtime.errors import UserError
+from neoflix.sampling.sampler import Sampler
 
 TWELVE = "a retired pilot finds one last letter under the ice and flies"
 
@@ -266,7 +261,7 @@ def test_nothing_to_judge():
 
 def test_perplexity_is_the_models_own(model_dir, titles):
     """One text at a time through plain transformers, in eager attention; the longest is cut at the window of 256."""
-    base = judging.BaseModel.load(str(model_dir))
+    base = BaseModel.load(str(model_dir))
     texts = ["One.", *titles[:11], "", " ".join(titles[:20])]
     model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager").eval().to(base.model.device)
     losses = []
@@ -305,12 +300,12 @@ def learnt(model_dir, titles, tmp_path_factory):
 def record(words: list[str], cache, validation_fraction: float):
     """What train.py does, but for the training."""
     args = parse_train_args([*words, "--validation_fraction", str(validation_fraction)])
-    texts = data.split_texts(read_dataset(args), validation_fraction)
+    texts = split_texts(read_dataset(args), validation_fraction)
     tokenizer = load_tokenizer(args.model_name_or_path)
     sampling = SAMPLING_DEFAULTS | {"max_new_tokens": 24}
     torch.manual_seed(0)
     model = load_model(args.model_name_or_path, tokenizer, torch.float32, sampling)
-    run = describe_run(args, model, tokenizer, *data.tokenize_split(texts, tokenizer, 256, cache))
+    run = describe_run(args, model, tokenizer, *tokenize_split(texts, tokenizer, 256, cache))
     os.makedirs(args.output_dir, exist_ok=True)
     save_run(args.output_dir, run)
     model.save_pretrained(args.output_dir)
@@ -334,14 +329,14 @@ def read_rows(path) -> list[dict]:
 
 def test_training_texts_are_the_runs_own_side(learnt, titles, tmp_path):
     def read(*words):
-        return judging.read_training_texts(parse_generate_args(list(map(str, words))))
+        return read_training_texts(parse_generate_args(list(map(str, words))))
 
-    assert read("--model_dir", learnt) == data.split_texts(titles[:100], 0.2).train
+    assert read("--model_dir", learnt) == split_texts(titles[:100], 0.2).train
     (learnt / "checkpoint-3").mkdir(exist_ok=True)
-    assert read("--model_dir", learnt / "checkpoint-3") == data.split_texts(titles[:100], 0.2).train
+    assert read("--model_dir", learnt / "checkpoint-3") == split_texts(titles[:100], 0.2).train
     other = ("--dataset", "sample", "--text_column", "description")
-    assert read("--model_dir", learnt, *other) == data.split_texts(titles, 0.2).train
-    assert read("--model_dir", tmp_path, *other) == data.split_texts(titles, 0.1).train
+    assert read("--model_dir", learnt, *other) == split_texts(titles, 0.2).train
+    assert read("--model_dir", tmp_path, *other) == split_texts(titles, 0.1).train
     assert read("--model_dir", tmp_path, "--dataset", "sample", "--validation_fraction", 0) == titles
 
 
@@ -361,9 +356,9 @@ def test_samples_just_made_are_judged_beside_their_file(learnt, model_dir, title
     judged = json.loads((tmp_path / "samples.judged.json").read_text())
     rows = read_rows(output)
     assert judged["samples"]["num_texts"] == judged["texts"]["num_texts"] == len(rows) == 4
-    assert judged["num_training_texts"] == len(data.split_texts(titles[:100], 0.2).train)
+    assert judged["num_training_texts"] == len(split_texts(titles[:100], 0.2).train)
     assert judged["base_model"] == str(model_dir)
-    base = judging.BaseModel.load(str(model_dir))
+    base = BaseModel.load(str(model_dir))
     assert judged["samples"]["perplexity"] == pytest.approx(base.perplexity([row["text"] for row in rows]))
     assert f"perplexity under {model_dir}" in table
     assert re.search(r"novel: neither +100.0%", table)
@@ -388,9 +383,9 @@ def test_a_base_that_cannot_be_had_is_said_in_words(learnt, tmp_path, capsys):
     run = json.loads((learnt / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(run | {"model": "demo"}))
     args = parse_generate_args(["--model_dir", str(tmp_path), "--judge"])
-    assert judging.find_base_model(args) == (None, "the run began from scratch; name another model with --base_model")
+    assert find_base_model(args) == (None, "the run began from scratch; name another model with --base_model")
     (tmp_path / "run.json").unlink()
-    assert "nothing in" in judging.find_base_model(args)[1]
+    assert "nothing in" in find_base_model(args)[1]
 
 
 def test_novel_samples_are_the_same_ones_and_later_ones(sampler):
@@ -402,7 +397,7 @@ def test_novel_samples_are_the_same_ones_and_later_ones(sampler):
     training = TrainingTexts(["Nothing like it.", eight[1], twin])
     assert [i for i, text in enumerate(eight) if not training.is_novel(text)] == sorted([1, longest])
     later = [one.text for one in sample(["A"], num_samples=2, first_index=8)]
-    kept = list(judging.keep_novel(sample, training, ["A ", "The "], 4))
+    kept = list(keep_novel(sample, training, ["A ", "The "], 4))
     assert [one.text for one in kept] == [text for i, text in enumerate(eight) if i not in (1, longest)] + later
     assert Counter(one.prompt for one in kept) == {"A": 4, "The": 4}
 
@@ -411,7 +406,7 @@ def test_a_model_that_only_repeats_gives_up(sampler):
     sample = partial(sampler.sample, seed=7, top_k=1, max_new_tokens=30)
     training = TrainingTexts([next(sample()).text])
     with pytest.raises(ValueError, match="--novel: 40 texts were drawn and 0 of the 2 asked for are new"):
-        list(judging.keep_novel(sample, training, [""], 2))
+        list(keep_novel(sample, training, [""], 2))
 
 
 def test_first_index_goes_on_where_another_call_ended(sampler):

@@ -12,14 +12,21 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from neoflix import reading
-from neoflix.errors import UserError
-from neoflix.reading import read_fields, read_texts, sample_texts
-from neoflix.template import Template, parts
+from neoflix.data.sources import (
+    SAMPLE_PATH,
+    default_cache_dir,
+    download_netflix,
+    find_dataset,
+    read_fields,
+    read_texts,
+    sample_texts,
+)
+from neoflix.data.template import Template, parts
+from neoflix.runtime.errors import UserError
 
 
 def test_sample_catalogue_has_the_shape_it_promises(titles):
-    frame = pd.read_csv(reading.SAMPLE_PATH, keep_default_na=False)
+    frame = pd.read_csv(SAMPLE_PATH, keep_default_na=False)
     assert len(frame) >= 300
     assert (
         list(frame.columns)
@@ -29,7 +36,7 @@ def test_sample_catalogue_has_the_shape_it_promises(titles):
     )
     assert frame["title"].is_unique
     assert frame["description"].is_unique
-    assert read_texts(reading.SAMPLE_PATH, "description") == [text.strip() for text in titles]
+    assert read_texts(SAMPLE_PATH, "description") == [text.strip() for text in titles]
 
 
 TEXTS = ["Plain.", 'Two,  "quoted" fields; and a\nline.', "  trimmed  ", "", "NA", "Café — naïve"]
@@ -114,10 +121,10 @@ def test_bad_files_are_told_in_one_sentence(tmp_path, name):
 
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        reading.find_dataset(str(tmp_path / "none.csv"))
+        find_dataset(str(tmp_path / "none.csv"))
     (tmp_path / "notes.md").write_text("no text file")
     with pytest.raises(ValueError, match=r"a folder without a \.txt file"):
-        reading.find_dataset(str(tmp_path))
+        find_dataset(str(tmp_path))
 
 
 # ---- download -------------------------------------------------------------------------------------------
@@ -151,7 +158,7 @@ def web():
 def test_download_is_whole_and_checked(web, tmp_path):
     path = tmp_path / "data" / "netflix_titles.csv"
     web.body = b"title,description\r\n" + b"".join(b"t,text %d.\r\n" % i for i in range(1500))
-    reading.download_netflix(path, web.url)
+    download_netflix(path, web.url)
     assert len(read_texts(path, "description")) == 1500
     assert list(path.parent.iterdir()) == [path]
 
@@ -167,7 +174,7 @@ def test_failed_download_says_where_to_put_the_file(web, tmp_path, case):
     else:
         url = "http://127.0.0.1:9/netflix_titles.csv"  # the discard port: nobody listens
     with pytest.raises(ValueError, match="save that file as") as error:
-        reading.download_netflix(path, url)
+        download_netflix(path, url)
     assert str(path) in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -191,7 +198,7 @@ def test_each_file_of_a_folder_is_a_text(tmp_path):
         ("n.md", "No."),
     ):
         (tmp_path / name).write_text(text, encoding="utf-8")
-    found = reading.find_dataset(str(tmp_path))
+    found = find_dataset(str(tmp_path))
     assert read_texts(found) == ["The first.", "The second.", "The third."]
     assert read_texts(found, template=Template("{name}: {text}"))[2] == "old/c: The third."
     (tmp_path / "d.txt").write_bytes("é".encode("latin-1"))
@@ -207,13 +214,13 @@ def test_a_data_set_of_the_hub_is_a_table(tmp_path, monkeypatch):
         Dataset.from_dict({"text": texts, "label": [1] * len(texts)}).to_parquet(
             folder / f"{split}-00000-of-00001.parquet"
         )
-    assert read_texts(reading.find_dataset(f"hf:{folder}", tmp_path / "cache"), "text") == ["One.", "Two."]
-    again = reading.find_dataset(f"hf:{folder}:test", tmp_path / "cache")
+    assert read_texts(find_dataset(f"hf:{folder}", tmp_path / "cache"), "text") == ["One.", "Two."]
+    again = find_dataset(f"hf:{folder}:test", tmp_path / "cache")
     assert read_texts(again, "text") == ["Three."]
-    assert reading.find_dataset(f"hf:{folder}:test", tmp_path / "cache") == again
+    assert find_dataset(f"hf:{folder}:test", tmp_path / "cache") == again
     for name in (f"hf:{folder}:none", f"hf:{tmp_path / 'nowhere'}", "hf:"):
         with pytest.raises(ValueError, match="--dataset hf:") as error:
-            reading.find_dataset(name, tmp_path / "cache")
+            find_dataset(name, tmp_path / "cache")
         assert "\n" not in str(error.value)
 
 
@@ -318,9 +325,9 @@ def test_a_folder_of_caches_is_that_of_datasets(monkeypatch, tmp_path):
 
     for name in ("HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         assert name not in os.environ or str(config.HF_DATASETS_CACHE).startswith(os.environ[name])
-    assert reading.default_cache_dir() == Path(config.HF_DATASETS_CACHE) / "neoflix"
+    assert default_cache_dir() == Path(config.HF_DATASETS_CACHE) / "neoflix"
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert reading.default_cache_dir() == tmp_path / "datasets" / "neoflix"
+    assert default_cache_dir() == tmp_path / "datasets" / "neoflix"
 
 
 def test_no_data_set_is_no_folder(tmp_path, monkeypatch):
@@ -328,8 +335,8 @@ def test_no_data_set_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("", " "):
         with pytest.raises(UserError, match="--dataset is empty"):
-            reading.find_dataset(name)
-    assert read_texts(reading.find_dataset(".")) == ["Notes."]
+            find_dataset(name)
+    assert read_texts(find_dataset(".")) == ["Notes."]
 
 
 # ---- templates ------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 import pytest
 from conftest import PYTHON, run_program
 
-from neoflix.config import parse_generate_args, parse_train_args
-from neoflix.environment import prepare_environment
-from neoflix.errors import UserError
-from neoflix.recipes import read_recipe
+from neoflix.arguments.generate import parse_generate_args
+from neoflix.arguments.parse import parse_train_args
+from neoflix.arguments.recipes import read_recipe
+from neoflix.runtime.environment import prepare_environment
+from neoflix.runtime.errors import UserError
 
 DEMO = "model_name_or_path: demo\ndataset: sample\ndeepspeed: ds_configs/cpu.json\n"
 

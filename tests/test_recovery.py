@@ -14,11 +14,11 @@ from test_manifest import small_disk  # noqa: F401 - a fixture
 from test_train import losses, results, run  # noqa: F401 - a fixture
 
 import train
-from neoflix.callbacks import StopOnRequest
-from neoflix.checkpoint import list_checkpoints, list_numbered
-from neoflix.distributed import exit_code_of
-from neoflix.errors import RUN_ME_AGAIN, StoppedEarly
-from neoflix.trainer import TokenTrainer
+from neoflix.checkpoints.find import list_checkpoints, list_numbered
+from neoflix.runtime.errors import RUN_ME_AGAIN, StoppedEarly
+from neoflix.runtime.processes import exit_code_of
+from neoflix.training.callbacks import StopOnRequest
+from neoflix.training.trainer import TokenTrainer
 
 # Dropout, so that random states count; an evaluation within each of three epochs of seven steps and at its end.
 RESTLESS = ["--model_name_or_path", "demo", "--num_train_epochs", "3", "--early_stopping_patience", "1"]
@@ -107,7 +107,7 @@ def test_a_stop_file_from_before_the_start_means_nothing(run, tmp_path):  # noqa
 
 
 def test_asked_to_stop_before_the_first_step_it_takes_none(run, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("neoflix.preemption._requests", ["SIGUSR1"])
+    monkeypatch.setattr("neoflix.runtime.stop_requests._requests", ["SIGUSR1"])
     with pytest.raises(StoppedEarly, match=r"before a step was taken \(SIGUSR1\)"):
         run("run")
     assert list_numbered(tmp_path / "run") == []
@@ -225,7 +225,7 @@ def driver(tmp_path, code: str) -> str:
     script = tmp_path / "driver.py"
     script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\nimport train\n")
     with script.open("a") as file:
-        file.write("from neoflix.distributed import run_and_exit\nrun_and_exit(train.main)\n")
+        file.write("from neoflix.runtime.processes import run_and_exit\nrun_and_exit(train.main)\n")
     return str(script)
 
 
@@ -233,7 +233,7 @@ def test_a_rank_that_fails_ends_the_job_in_its_own_words(train_words, tmp_path):
     script = driver(
         tmp_path,
         """
-from neoflix.callbacks import StopOnRequest
+from neoflix.training.callbacks import StopOnRequest
 def fail(self, args, state, control, **kwargs):
     if state.global_step == 3 and os.environ["RANK"] == "1":
         raise ZeroDivisionError("of our own making")
@@ -254,7 +254,7 @@ def test_a_full_disk_ends_two_processes_with_one_sentence(train_words, small_dis
         tmp_path,
         f"""
 import shutil
-from neoflix.trainer import TokenTrainer
+from neoflix.training.trainer import TokenTrainer
 begin = TokenTrainer._begin_checkpoint
 def begin_and_fill(self, unfinished):
     begin(self, unfinished)

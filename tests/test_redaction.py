@@ -9,10 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from neoflix.config import parse_train_args
-from neoflix.record import Record
-from neoflix.redaction import HIDDEN, is_secret, redact, redact_command, redact_text
-from neoflix.report import _without_folders, model_card
+from neoflix.arguments.parse import parse_train_args
+from neoflix.reporting.card import _without_folders, model_card
+from neoflix.reporting.history import Record
+from neoflix.runtime.redaction import HIDDEN, is_secret, redact, redact_command, redact_text
 
 SECRET = "hf_" + "SeCrEt" * 5
 OTHER = "0123456789abcdef"  # a secret by its name alone

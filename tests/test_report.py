@@ -13,9 +13,15 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 
 import train
-from neoflix.quality import TrainingTexts, judge
-from neoflix.record import LIVE_SAMPLES_FILE, Record, note_start, read_json
-from neoflix.report import REPORT_FILE, close_run, main, write_report
+from neoflix.checkpoints.names import LIVE_SAMPLES_FILE
+from neoflix.judging.figures import judge
+from neoflix.judging.novelty import TrainingTexts
+from neoflix.report import main
+from neoflix.reporting.history import Record
+from neoflix.reporting.pages import REPORT_FILE
+from neoflix.reporting.run_log import note_start
+from neoflix.reporting.write import close_run, write_report
+from neoflix.runtime.files import read_json
 
 EVIL = "</style><script>alert(1)</script> & <b>|`*x*`"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

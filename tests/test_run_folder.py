@@ -9,22 +9,15 @@ import pytest
 from test_train import run  # noqa: F401 - a fixture
 
 import train
-from neoflix.checkpoint import RESULTS_FILE, RUN_FILE, UNIVERSAL, find_resume_point, list_checkpoints
-from neoflix.distributed import exit_code_of
+from neoflix.checkpoints.find import find_resume_point, list_checkpoints
+from neoflix.checkpoints.manifest import read_manifest, write_manifest
+from neoflix.checkpoints.names import LIST_FILE, RESULTS_FILE, RUN_FILE, UNIVERSAL
+from neoflix.checkpoints.output_dir import check_output_dir
+from neoflix.checkpoints.ownership import claim
+from neoflix.checkpoints.store import delete, promote, publish, read_list, rotate, settle, temporary
 from neoflix.export import export_gpt2, export_merged
-from neoflix.manifest import read_manifest, write_json, write_manifest
-from neoflix.output_dir import check_output_dir
-from neoflix.run_folder import (
-    LIST_FILE,
-    claim,
-    delete,
-    promote,
-    publish,
-    read_list,
-    rotate,
-    settle,
-    temporary,
-)
+from neoflix.runtime.files import write_json
+from neoflix.runtime.processes import exit_code_of
 
 OTHER = "EleutherAI/gpt-neo-125m"  # a base model that is no folder
 OLDER_RUN = {"model": "demo", "architecture": {}, "tokenizer": "1", "data": "2"}
@@ -266,7 +259,7 @@ def test_an_interrupted_deletion_leaves_nothing_under_the_name(folder, monkeypat
     def die(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neoflix.run_folder.shutil.rmtree", die)
+    monkeypatch.setattr("neoflix.checkpoints.store.shutil.rmtree", die)
     with pytest.raises(KeyboardInterrupt):
         delete(checkpoint(folder, 1))
     monkeypatch.undo()

@@ -8,26 +8,19 @@ import pytest
 import torch
 from test_train import losses, results, run  # noqa: F401 - a fixture
 
-from neoflix import data
-from neoflix.checkpoint import list_checkpoints
-from neoflix.config import TrainArguments, parse_train_args
-from neoflix.environment import prepare_environment
-from neoflix.errors import UserError
-from neoflix.manifest import write_manifest
-from neoflix.model import find_tokenizer, load_model
-from neoflix.reading import read_dataset
-from neoflix.runs import (
-    NOT_COMPARED,
-    OVERRIDABLE,
-    RECORDED_ELSEWHERE,
-    describe_deepspeed,
-    describe_run,
-    find_differences,
-    find_start,
-    rewind,
-    save_run,
-)
-from neoflix.trainer import TokenTrainer
+from neoflix.arguments.parse import parse_train_args
+from neoflix.arguments.training import TrainArguments
+from neoflix.checkpoints.find import list_checkpoints
+from neoflix.checkpoints.manifest import write_manifest
+from neoflix.checkpoints.runs import describe_deepspeed, describe_run, find_start, rewind, save_run
+from neoflix.checkpoints.same_run import NOT_COMPARED, OVERRIDABLE, RECORDED_ELSEWHERE, find_differences
+from neoflix.data.sources import read_dataset
+from neoflix.data.split import split_texts
+from neoflix.data.tokens import tokenize_split
+from neoflix.model.load import find_tokenizer, load_model
+from neoflix.runtime.environment import prepare_environment
+from neoflix.runtime.errors import UserError
+from neoflix.training.trainer import TokenTrainer
 
 ON_CPU = ["--deepspeed", "ds_configs/cpu.json"]
 
@@ -39,10 +32,10 @@ def describe(train_words, tmp_path):
 
     def describe(*words: str) -> dict:
         args = parse_train_args([*train_words, *ON_CPU, *words])
-        texts = data.split_texts(read_dataset(args), args.validation_fraction)
+        texts = split_texts(read_dataset(args), args.validation_fraction)
         tokenizer = find_tokenizer(args.model_name_or_path, texts.train, tmp_path, args.text_template)
         model = load_model(args.model_name_or_path, tokenizer, torch.float32, args.generation, lora=args.lora_settings)
-        tokens = data.tokenize_split(texts, tokenizer, args.max_length or 256, tmp_path, args.loss_on_prompt)
+        tokens = tokenize_split(texts, tokenizer, args.max_length or 256, tmp_path, args.loss_on_prompt)
         return describe_run(args, model, tokenizer, *tokens)
 
     return describe

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from neoflix.judging import Judge
-from neoflix.samples import describe_job, find_done, save_samples
+from neoflix.judging.judge import Judge
+from neoflix.sampling.sample_files import describe_job, find_done, save_samples
 
 
 @dataclass

@@ -8,11 +8,16 @@ import torch
 from conftest import tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-from neoflix import plan
-from neoflix.data import PaddedCollator, TokenBatches
-from neoflix.machine import Machine
-from neoflix.model import build_model
-from neoflix.shapes import HUB_SHAPES, Shape, gpt_neo_shape, read_shape
+from neoflix.data.packing import PaddedCollator, TokenBatches
+from neoflix.model.load import build_model
+from neoflix.model.shape import HUB_SHAPES, Shape, gpt_neo_shape, read_shape
+from neoflix.planning.forecast import Plan, forecast, read_settings
+from neoflix.planning.lengths import Texts
+from neoflix.planning.memory import Settings, activation_bytes
+from neoflix.planning.plan_run import read_quickly
+from neoflix.planning.remedies import smallest_changes
+from neoflix.planning.table import plan_table
+from neoflix.runtime.hardware import Machine
 
 LLAMA = LlamaConfig(
     vocab_size=512,
@@ -86,16 +91,16 @@ def test_activations_of_other_architectures(other, recomputes):
         model.train()(input_ids=ids, attention_mask=ids, use_cache=False)
     counted = sum(storage.nbytes() for storage in kept.values())
     settings = make_settings(shape, 32.0, recomputes)
-    expected = plan.activation_bytes(shape, settings, ids.numel())
+    expected = activation_bytes(shape, settings, ids.numel())
     if recomputes:  # the layer that is computed again is there only while it is
         expected -= ids.numel() * shape.kept_bytes[1] / shape.num_layers
     assert counted == pytest.approx(expected, rel=0.25)
 
 
-def make_settings(shape, mean: float, recomputes: bool = False) -> plan.Settings:
-    texts = plan.Texts(100, 10, mean, 5.0, 64, "given")
+def make_settings(shape, mean: float, recomputes: bool = False) -> Settings:
+    texts = Texts(100, 10, mean, 5.0, 64, "given")
     words = ["--plan", "--activation_checkpointing", str(recomputes).lower()]
-    return plan.read_settings(plan.read_quickly(words), shape, texts, Machine(2**40, None, 2), {}, "")
+    return read_settings(read_quickly(words), shape, texts, Machine(2**40, None, 2), {}, "")
 
 
 # ---- padding ---------------------------------------------------------------------------------------------------------
@@ -115,8 +120,8 @@ def measure(batches, lengths_N) -> tuple[int, float]:
     return max(sizes), sum(sizes) / lengths_N.sum()
 
 
-def texts_of(lengths_N) -> plan.Texts:
-    return plan.Texts(len(lengths_N), 0, lengths_N.mean(), lengths_N.std(), int(lengths_N.max()), "given")
+def texts_of(lengths_N) -> Texts:
+    return Texts(len(lengths_N), 0, lengths_N.mean(), lengths_N.std(), int(lengths_N.max()), "given")
 
 
 @pytest.mark.parametrize("num_texts", [1, 4, 16, 64])
@@ -142,17 +147,17 @@ def test_padding_of_a_budget_of_tokens(budget, lengths_N):
 
 def test_plan_of_a_padded_model_counts_padding(tmp_path):
     LLAMA.save_pretrained(tmp_path)
-    shape, texts = read_shape(str(tmp_path)), plan.Texts(7008, 779, 32.0, 5.0, 51, "given")
+    shape, texts = read_shape(str(tmp_path)), Texts(7008, 779, 32.0, 5.0, 51, "given")
     machine = Machine(2**40, None, 2)
 
-    def forecast(*words: str, of=shape) -> plan.Plan:
-        settings = plan.read_settings(plan.read_quickly(["--plan", *words]), of, texts, machine, {}, "")
-        return plan.forecast(of, texts, settings, machine)
+    def forecast(*words: str, of=shape) -> Plan:
+        settings = read_settings(read_quickly(["--plan", *words]), of, texts, machine, {}, "")
+        return forecast(of, texts, settings, machine)
 
     by_budget = forecast("--tokens_per_device_batch", "640")
     assert by_budget.settings.batch_tokens == 20 * 51
     assert by_budget.settings.train_tokens < by_budget.settings.num_steps * 641, "real tokens, as a run reports them"
-    assert "at most 1,020 tokens at once, padding included" in plan.plan_table(by_budget)
+    assert "at most 1,020 tokens at once, padding included" in plan_table(by_budget)
     for words in (("--tokens_per_device_batch", "640"), ("--per_device_train_batch_size", "16")):
         padded, packed = forecast(*words), forecast(*words, of=gpt_neo_shape({"num_layers": 3, "hidden_size": 64}))
         assert 1.2 < padded.settings.padding < 1.5
@@ -165,23 +170,23 @@ def test_memory_of_a_llama_is_what_was_measured():
     """SmolLM2-135M's shape, ZeRO-0 in fp32 on two Xeon cores, 7,008 texts of at most 51 tokens, 32 at once, GiB."""
     kept = (793268.0, 1444660.0)
     shape = Shape(30, 576, 1536, 49152, 134515008, 2048, False, 305280, 210, kept_bytes=kept)
-    texts, machine = plan.Texts(7008, 779, 32.0, 5.0, 51, "given"), Machine(2**40, None, 2)
+    texts, machine = Texts(7008, 779, 32.0, 5.0, 51, "given"), Machine(2**40, None, 2)
     for words, measured in (([], 7.3), (["--lora", "true"], 7.0)):
-        args = plan.read_quickly(["--plan", "--per_device_train_batch_size", "32", *words])
-        settings = plan.read_settings(args, shape, texts, machine, {}, "")
-        assert plan.forecast(shape, texts, settings, machine).host_bytes / 2**30 == pytest.approx(measured, rel=0.1)
+        args = read_quickly(["--plan", "--per_device_train_batch_size", "32", *words])
+        settings = read_settings(args, shape, texts, machine, {}, "")
+        assert forecast(shape, texts, settings, machine).host_bytes / 2**30 == pytest.approx(measured, rel=0.1)
 
 
 def test_changes_of_a_padded_run_keep_its_budget(tmp_path):
     LLAMA.save_pretrained(tmp_path)
-    shape, texts = read_shape(str(tmp_path)), plan.Texts(7008, 779, 32.0, 5.0, 51, "given")
-    args = plan.read_quickly(["--plan", "--tokens_per_device_batch", "6400"])
+    shape, texts = read_shape(str(tmp_path)), Texts(7008, 779, 32.0, 5.0, 51, "given")
+    args = read_quickly(["--plan", "--tokens_per_device_batch", "6400"])
     roomy = Machine(2**40, None, 2)
-    whole = plan.forecast(shape, texts, plan.read_settings(args, shape, texts, roomy, {}, ""), roomy)
+    whole = forecast(shape, texts, read_settings(args, shape, texts, roomy, {}, ""), roomy)
     tight = Machine(int(whole.host_bytes * 0.9), None, 2)
-    words, changed = plan.smallest_changes(
-        plan.forecast(shape, texts, plan.read_settings(args, shape, texts, tight, {}, ""), tight)
-    )[0]
+    words, changed = smallest_changes(forecast(shape, texts, read_settings(args, shape, texts, tight, {}, ""), tight))[
+        0
+    ]
     assert words == "--tokens_per_device_batch 3200 --gradient_accumulation_steps 2"
-    again = plan.read_settings(plan.read_quickly(["--plan", *words.split()]), shape, texts, tight, {}, "")
+    again = read_settings(read_quickly(["--plan", *words.split()]), shape, texts, tight, {}, "")
     assert again.batch_tokens == changed.settings.batch_tokens

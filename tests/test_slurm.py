@@ -11,7 +11,7 @@ from conftest import ROOT
 from slurm_cluster import Cluster, why_not
 from soak import compare, fingerprint, role
 
-from neoflix.checkpoint import list_checkpoints
+from neoflix.checkpoints.find import list_checkpoints
 
 SECONDS = 180  # for a start on a machine that has other things to do
 

@@ -15,12 +15,14 @@ import pandas as pd
 import pytest
 from conftest import PYTHON, ROOT
 
-from neoflix.errors import UserError
-from neoflix.judging import read_samples
-from neoflix.reading import read_fields, read_texts
-from neoflix.record import LIVE_SAMPLES_FILE, read_live_samples, write_live_samples
-from neoflix.tables import find_text_files, read_lines, read_table
-from neoflix.template import Template, parts
+from neoflix.checkpoints.names import LIVE_SAMPLES_FILE
+from neoflix.data.encodings import read_lines
+from neoflix.data.sources import read_fields, read_texts
+from neoflix.data.tables import find_text_files, read_table
+from neoflix.data.template import Template, parts
+from neoflix.judging.judge import read_samples
+from neoflix.reporting.run_log import read_live_samples, write_live_samples
+from neoflix.runtime.errors import UserError
 
 # All that str.splitlines takes for a line's end and a file does not.
 NOT_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
@@ -209,5 +211,5 @@ def test_the_text_files_of_a_folder(tmp_path):
 
 
 def test_reading_needs_no_torch():
-    code = "import neoflix.reading, sys; sys.exit(any(name in sys.modules for name in ('torch', 'pandas', 'datasets')))"
+    code = "import neoflix.data.sources, sys; sys.exit(bool({'torch', 'pandas', 'datasets'} & sys.modules.keys()))"
     subprocess.run([PYTHON, "-c", code], cwd=ROOT, check=True, timeout=120)

@@ -11,14 +11,15 @@ from conftest import ROOT
 
 import generate
 import train
-from neoflix import data, judging
-from neoflix.config import parse_generate_args
-from neoflix.data import PackedCollator, PaddedCollator
-from neoflix.generation import Sampler
-from neoflix.loss import IGNORED
-from neoflix.reading import read_texts
-from neoflix.template import Template, attach_template, find_template, parts
-from neoflix.tokenizer import load_tokenizer
+from neoflix.arguments.generate import parse_generate_args
+from neoflix.data.packing import IGNORED, PackedCollator, PaddedCollator
+from neoflix.data.sources import read_texts
+from neoflix.data.split import split_texts
+from neoflix.data.template import Template, attach_template, find_template, parts
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.data.tokens import FEWEST_TOKENS, tokenize_texts
+from neoflix.judging.judge import read_training_texts
+from neoflix.sampling.sampler import Sampler
 
 PATTERN = "{type} | {listed_in} | {title}: {description}"
 ROW = {"type": "Movie", "listed_in": "Crime | Drama", "title": "Alien: Again", "description": "It is: back | again."}
@@ -106,7 +107,7 @@ def test_tokenizer_carries_the_template(tokenizer, model_dir, tmp_path):
 def test_loss_is_on_the_text_alone_unless_prompts_are_learnt(tokenizer, tmp_path, learn_prompt):
     hostile = {"type": "<|endoftext|>", "listed_in": "", "title": "x", "description": "Short."}
     texts = [Template(PATTERN).fill(row) for row in (ROW, hostile)]
-    tokens, num_tokens, num_cut, *_ = data.tokenize_texts(texts, tokenizer, 64, tmp_path, learn_prompt)
+    tokens, num_tokens, num_cut, *_ = tokenize_texts(texts, tokenizer, 64, tmp_path, learn_prompt)
     assert num_cut == 0
     assert num_tokens == sum(map(len, tokens["input_ids"]))
     for ids, num_chars, text in zip(tokens["input_ids"], tokens["num_chars"], texts, strict=True):
@@ -122,11 +123,11 @@ def test_loss_is_on_the_text_alone_unless_prompts_are_learnt(tokenizer, tmp_path
 @pytest.mark.parametrize("learn_prompt", [False, True])
 def test_long_prompts_and_texts_are_cut(tokenizer, tmp_path, learn_prompt):
     text = Template("{title}: {description}").fill({"title": "A title", "description": "Many words follow it here."})
-    whole = data.tokenize_texts([text], tokenizer, 64, tmp_path, learn_prompt)[0][0]
+    whole = tokenize_texts([text], tokenizer, 64, tmp_path, learn_prompt)[0][0]
     for max_length in range(3, len(whole["input_ids"]) + 1):
-        tokens, _, num_cut, num_crowded, _ = data.tokenize_texts([text], tokenizer, max_length, tmp_path, learn_prompt)
+        tokens, _, num_cut, num_crowded, _ = tokenize_texts([text], tokenizer, max_length, tmp_path, learn_prompt)
         if num_crowded:
-            assert max_length < whole["num_given"] + 1 + data.FEWEST_TOKENS or learn_prompt
+            assert max_length < whole["num_given"] + 1 + FEWEST_TOKENS or learn_prompt
             assert len(tokens) == 0
             continue
         ids = tokens[0]["input_ids"]
@@ -140,8 +141,8 @@ def test_long_prompts_and_texts_are_cut(tokenizer, tmp_path, learn_prompt):
 
 def test_prompts_do_not_move_the_split(titles):
     texts = [Template("{title}: {description}").fill({"title": str(i), "description": t}) for i, t in enumerate(titles)]
-    split = data.split_texts(texts, 0.2)
-    assert [parts(text)[1].strip() for text in split.validation] == data.split_texts(titles, 0.2).validation
+    split = split_texts(texts, 0.2)
+    assert [parts(text)[1].strip() for text in split.validation] == split_texts(titles, 0.2).validation
 
 
 # ---- a model that was told the genre --------------------------------------------------------------------
@@ -265,13 +266,13 @@ def test_a_model_without_a_template_knows_no_fields(told, tokenizer):
 def test_samples_are_judged_as_texts_without_prompts(told, catalogue):
     args = parse_generate_args(["--model_dir", str(told)])
     texts = pd.read_csv(catalogue)["plot"].tolist()
-    assert judging.read_training_texts(args) == data.split_texts(texts, 0.1).train
+    assert read_training_texts(args) == split_texts(texts, 0.1).train
 
 
 def test_loss_of_a_run_is_that_of_what_it_learns(told, sampler, catalogue, tmp_path):
     template, tokenizer = find_template(sampler.tokenizer), sampler.tokenizer
-    texts = data.split_texts(read_texts(catalogue, template=template), 0.1).validation
-    tokens, *_ = data.tokenize_texts(texts, tokenizer, 256, tmp_path, template.learns_prompt)
+    texts = split_texts(read_texts(catalogue, template=template), 0.1).validation
+    tokens, *_ = tokenize_texts(texts, tokenizer, 256, tmp_path, template.learns_prompt)
     losses = []
     for row in tokens:
         ids = torch.tensor([row["input_ids"]])

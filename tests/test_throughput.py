@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from conftest import tiny_config
 
-from neoflix.plan import plan_run, read_quickly
-from neoflix.throughput import PEAK_TFLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
+from neoflix.planning.plan_run import plan_run, read_quickly
+from neoflix.planning.throughput import PEAK_TFLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
 
 
 @pytest.mark.parametrize(

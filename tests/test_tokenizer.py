@@ -3,7 +3,7 @@ import shutil
 import pytest
 from conftest import gpt2_tokenizer_dir
 
-from neoflix.tokenizer import BOS, EOS, PAD, load_tokenizer, train_tokenizer
+from neoflix.data.tokenizer import BOS, EOS, PAD, load_tokenizer, train_tokenizer
 
 
 def test_gpt_neo_gets_a_beginning_and_a_padding_token(model_dir):

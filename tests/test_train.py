@@ -13,15 +13,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import train
-from neoflix.attention import GPTNeoFastAttention
-from neoflix.checkpoint import find_model, list_checkpoints
-from neoflix.data import PackedCollator, fill_up, split_texts, tokenize_texts
-from neoflix.distributed import exit_code_of
-from neoflix.errors import UserError
-from neoflix.generation import Sampler
-from neoflix.model import load_model
-from neoflix.reading import read_texts
-from neoflix.tokenizer import load_tokenizer
+from neoflix.checkpoints.find import find_model, list_checkpoints
+from neoflix.data.packing import PackedCollator
+from neoflix.data.sources import read_texts
+from neoflix.data.split import split_texts
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.data.tokens import fill_up, tokenize_texts
+from neoflix.model.attention import GPTNeoFastAttention
+from neoflix.model.load import load_model
+from neoflix.runtime.errors import UserError
+from neoflix.runtime.processes import exit_code_of
+from neoflix.sampling.sampler import Sampler
 
 
 def history(run: Path) -> list[dict]:

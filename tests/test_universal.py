@@ -9,9 +9,10 @@ from test_manifest import small_disk  # noqa: F401 - a fixture
 from test_train import assert_same_weights, losses, results, run  # noqa: F401 - a fixture
 
 import train
-from neoflix.checkpoint import UNIVERSAL, list_checkpoints, list_numbered
-from neoflix.manifest import find_damage
-from neoflix.universal import check_loadable, convert
+from neoflix.checkpoints.find import list_checkpoints, list_numbered
+from neoflix.checkpoints.manifest import find_damage
+from neoflix.checkpoints.names import UNIVERSAL
+from neoflix.checkpoints.world_size import check_loadable, convert
 
 # An epoch has seven steps; no checkpoint but the last falls at its end.
 WORDS = ["--max_steps", "12", "--save_strategy", "steps", "--save_steps", "4", "--save_total_limit", "9"]

@@ -7,8 +7,8 @@ import unicodedata
 import pytest
 from conftest import netflix_csv
 
-from neoflix.data import split_texts
-from neoflix.words import is_character, split_words
+from neoflix.data.split import split_texts
+from neoflix.data.words import is_character, split_words
 
 HINDI = "एक युवा पुलिस अधिकारी मुंबई की गलियों में हिन्दी फ़िल्में ढूँढता है।"
 # (text, its words)

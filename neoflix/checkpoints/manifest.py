@@ -1,0 +1,135 @@
+"""Complete or not: a folder counts when its manifest, written last, names every file with size and checksum. A leaf.
+
+The checksums (XXH3, 128 bits) find what a full disk, a crash or a bad cable did. They are no signature: whoever can
+write into the folder can write a manifest too.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from neoflix.runtime.files import (
+    HashedFile,
+    hash_file,
+    share_as_asked,
+    sync_folder,
+    write_json,
+)
+
+MANIFEST = "manifest.json"
+
+
+class Files:
+    """What this process writes of a checkpoint: an entry for each file, and what went wrong.
+
+    A failed write is remembered, not raised: the other processes wait in the same save's barriers, and one that
+    left would hang them. Who saved asks for `error` at the end.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.entries: dict[str, dict] = {}
+        self.error: str | None = None
+
+    @contextmanager
+    def remembering_errors(self):
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error.strerror or str(error)
+        except SafetensorError as error:
+            self.error = self.error or str(error)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # the file of torch.save that fails when a write fails
+                raise
+            self.error = self.error or "PyTorch's writer failed: the disk is full or gone"
+
+    def save(self, state_dict, path: str | Path) -> None:
+        """`torch.save`, hashed; called by DeepSpeed, in the place of its own writer.
+
+        The archive's own checksums, which `torch.load` never looks at, are left out: they take longer than ours
+        (0.8 GB: 0.96 s with them alone, 0.68 s with ours alone; 2 CPU cores).
+        """
+        import torch  # here, because `--plan` reads manifests in a fraction of the time that torch takes to load
+
+        with self.remembering_errors():
+            file = HashedFile(path)
+            torch.serialization.set_crc32_options(False)
+            try:
+                torch.save(state_dict, file)
+            except RuntimeError as error:  # what torch makes of an OSError in the middle of its archive
+                raise _os_error_behind(error) from error
+            finally:
+                torch.serialization.set_crc32_options(True)
+                file.close()
+            self.entries[str(Path(path).relative_to(self.folder))] = file.entry()
+
+
+def _os_error_behind(error: BaseException) -> BaseException:
+    """The OSError that another error was raised from, else the error itself."""
+    cause = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def write_manifest(folder: Path, facts: dict, entries: dict[str, dict]) -> None:
+    """Makes a folder complete: every file under it on disk and named, with what `entries` does not know read now.
+
+    Args:
+        facts: what else a reader should know before any other file is opened (step, number of processes).
+        entries: of the files that were hashed as they were written, by path in the folder.
+    """
+    share_as_asked([folder, *folder.rglob("*")])
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {str(path.relative_to(folder)): path for path in paths}
+    with ThreadPoolExecutor(4) as pool:
+        unknown = [name for name in names if name not in entries]
+        read = dict(zip(unknown, pool.map(lambda name: hash_file(names[name], sync=True), unknown), strict=True))
+    manifest = facts | {"files": {name: entries.get(name) or read[name] for name in names}}
+    write_json(folder / MANIFEST, manifest)
+    for inner in [path for path in folder.rglob("*") if path.is_dir()] + [folder]:
+        sync_folder(inner)
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest, or None where there is none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+
+
+def find_damage(folder: Path, checksums: bool = False) -> str | None:
+    """Why a folder is not complete, in a few words; None where it is.
+
+    Args:
+        checksums: read every file, not only its size: a 2.7B checkpoint takes as long as reading its 42 GB.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"it has no {MANIFEST}: its save was interrupted"
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}"
+    if checksums:
+        names = list(manifest["files"])
+        with ThreadPoolExecutor(4) as pool:
+            for name, entry in zip(names, pool.map(lambda name: hash_file(folder / name), names), strict=True):
+                if entry != manifest["files"][name]:
+                    return f"{name} does not match its checksum"
+    return None
+
+
+def num_bytes(folder: Path) -> int:
+    """Size of a complete folder's files, by its manifest."""
+    return sum(entry["bytes"] for entry in (read_manifest(folder) or {"files": {}})["files"].values())

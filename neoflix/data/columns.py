@@ -1,0 +1,83 @@
+"""Which column of a table holds the texts, and which of its values are texts."""
+
+import re
+import textwrap
+from pathlib import Path
+
+from neoflix.data.tables import read_table
+from neoflix.runtime.errors import UserError
+
+USUAL_COLUMNS = ("description", "text")  # that hold the texts, where nobody says which column does
+
+
+PROSE = 5  # words that the texts of a column have on average, at least; names, dates and lists of genres have fewer
+
+
+WITHOUT_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # Thai to Chinese
+
+
+def choose_column(path: Path, suffix: str | None = None) -> str:
+    """The column that holds the texts, where nobody says: the only one named 'description' or 'text' (in any letter
+    case) unless most of its rows are empty, else the only one that looks like texts.
+
+    Raises:
+        UserError: with the columns to choose from, where there is none, or more than one.
+    """
+    head = read_table(path, limit=HEAD, suffix=suffix)
+    texts = {name: list(filter(_is_text, head.column(name))) for name in head.names}
+    usual = [name for name in texts if name.strip().lower() in USUAL_COLUMNS and texts[name]]
+    prose = [name for name, cells in texts.items() if name not in usual and _num_words(cells) >= PROSE]
+    choices = usual if len(usual) == 1 and 2 * len(texts[usual[0]]) >= len(head.rows) else usual + prose
+    if len(choices) == 1:
+        if _num_words(choices) >= PROSE:
+            raise UserError(
+                f"--text_column is not given, and the column of texts in {path} is named {choices[0]!r}, which looks "
+                "like a text itself; add a header line to the file, or name the column"
+            )
+        return choices[0]
+    flag = f"--text_column is not given, and {path} has the columns {', '.join(head.names)}"
+    if not choices:
+        raise UserError(f"{flag}, none of which holds texts of {PROSE} words or more; name one")
+    counts = [f"{name} ({len(texts[name]):,} of {len(head.rows):,} rows)" for name in choices]
+    raise UserError(f"{flag}; texts are in {' and '.join(counts)}: name one")
+
+
+def _is_text(cell) -> bool:
+    return isinstance(cell, str) and bool(cell.strip())
+
+
+def _num_words(cells: list[str]) -> float:
+    """Words a text has on average; where a script has no spaces, two letters count as a word."""
+    num_words = sum(len(cell.split()) + len(WITHOUT_SPACES.findall(cell)) / 2 for cell in cells)
+    return num_words / max(len(cells), 1)
+
+
+def _clean(cells: list, path: Path, column: str) -> list[str]:
+    """Each row's text, trimmed, or "" where it has none. UserError for a column that holds something else."""
+    values = ["" if _is_missing(cell) else cell for cell in cells]
+    texts = [value.strip() if isinstance(value, str) else value for value in values]
+    filled = [text for text in texts if text != ""]
+    if not filled:
+        raise UserError(f"--text_column {column}: every row of {path} is empty there")
+    if all(map(_is_number, filled)):
+        raise UserError(f"--text_column {column}: holds numbers in {path}; name a column of texts")
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            shown = textwrap.shorten(repr(text), 40)
+            raise UserError(f"--text_column {column}: row {number} of {path} holds {shown}, which is not text; mend it")
+    return texts
+
+
+def _is_number(value) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+HEAD = 1000  # rows that the column is chosen by
+
+
+def _is_missing(cell) -> bool:
+    return cell is None or cell != cell  # NaN, as pandas writes it

@@ -1,0 +1,172 @@
+"""From tokens to batches: order, packing, padding, labels."""
+
+import heapq
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from neoflix.runtime.errors import UserError
+
+SHORTEST_GROUP = 16  # texts up to this length share a group: below it padding costs less than another kernel
+
+
+class TextLayout(torch.Tensor):
+    """Long [1, 1, N, L]: the place in its row of each token of each text; beyond its end a text repeats its last.
+
+    A model takes it as its `attention_mask`. Its type, which `.to()`, pinned memory and worker processes keep, tells it
+    from every mask. It has four dimensions because transformers hands such a mask on as it is: to find the texts by
+    itself it would have the host wait for the device, in every forward pass.
+    """
+
+
+def lay_out_texts(lengths: list[int]) -> TextLayout:
+    """The layout of texts of these lengths in the row that holds them end to end."""
+    lengths_N1 = torch.tensor(lengths).unsqueeze(1)
+    starts_N1 = lengths_N1.cumsum(0) - lengths_N1
+    return (starts_N1 + torch.arange(max(lengths)).minimum(lengths_N1 - 1))[None, None].as_subclass(TextLayout)
+
+
+def group_by_length(layout_NL: torch.Tensor) -> list[torch.Tensor]:
+    """Takes a layout apart, a piece [N, L] for each power-of-two length class, so that little of it is padding."""
+    lengths_N = layout_NL[:, -1] - layout_NL[:, 0] + 1
+    class_N = lengths_N.clamp(min=SHORTEST_GROUP).sub(1).log2().floor()
+    groups = [class_N == length_class for length_class in class_N.unique()]
+    return [layout_NL[group, : int(lengths_N[group].max())] for group in groups]
+
+
+IGNORED = -100  # label of a token that no loss counts, by torch's and Hugging Face's convention
+
+
+MOST_CROWDED = 0.1  # share of the texts that may be left out for want of room
+
+
+class EpochOrder(Sampler[int]):
+    """Texts in an order that depends on the seed and the epoch alone: a resumed run, or another number of processes,
+    has the same one.
+
+    Args:
+        lengths_N: tokens of each text.
+        texts_per_step: of all processes; with `by_length`, these are about equally long.
+        by_length: group texts by length (`--train_sampling_strategy group_by_length`).
+    """
+
+    def __init__(self, lengths_N: np.ndarray, texts_per_step: int, seed: int, by_length: bool):
+        self.lengths_N, self.texts_per_step, self.seed, self.by_length = lengths_N, texts_per_step, seed, by_length
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.by_length:
+            yield from get_length_grouped_indices(self.lengths_N.tolist(), self.texts_per_step, generator=generator)
+        else:
+            yield from torch.randperm(len(self), generator=generator).tolist()
+
+
+class TokenBatches(Sampler[list[int]]):
+    """Batches of about equal numbers of tokens, none above a budget; of these, one process's.
+
+    Texts go, longest first, each to the batch that is emptiest so far (Graham's longest-processing-time rule, 1969:
+    at most a third above the best there is, and next to it where texts are many): no process waits for another.
+    Which of the texts of one length comes where, and the batches' order, is drawn anew each epoch; the batches'
+    sizes and their number, a multiple of what a step takes, are the same in every epoch.
+
+    Args:
+        lengths_N: tokens of each text; as many texts as a step takes batches, or a multiple (`fill_up`).
+        budget: most tokens a batch may have.
+        batches_per_step: processes times accumulated batches.
+        rank, world_size: this process takes every `world_size`-th batch, from the `rank`-th on.
+
+    Raises:
+        UserError: where a single text is longer than the budget.
+    """
+
+    def __init__(
+        self, lengths_N: np.ndarray, budget: int, batches_per_step: int, rank: int, world_size: int, seed: int
+    ):
+        if (longest := lengths_N.max()) > budget:
+            raise UserError(
+                f"--tokens_per_device_batch {budget}: the longest text has {longest} tokens; raise it to that, "
+                f"or cut texts with --max_length {budget}"
+            )
+        self.lengths_N, self.rank, self.world_size, self.seed, self.epoch = lengths_N, rank, world_size, seed, 0
+        descending = (-np.sort(-lengths_N)).tolist()
+        num_batches = -(-sum(descending) // budget)
+        while True:
+            num_batches = min(-(-num_batches // batches_per_step) * batches_per_step, len(descending))
+            self.ranks_of_batches, fullest = self._deal(descending, num_batches)
+            if fullest <= budget:
+                break
+            num_batches += 1 + num_batches // 100
+
+    @staticmethod
+    def _deal(descending: list[int], num_batches: int) -> tuple[list[list[int]], int]:
+        """(which texts, counted from the longest, each batch gets; tokens of the fullest)"""
+        batches = [[] for _ in range(num_batches)]
+        emptiest_first = [(0, batch) for batch in range(num_batches)]
+        for rank, length in enumerate(descending):
+            num_tokens, batch = emptiest_first[0]
+            heapq.heapreplace(emptiest_first, (num_tokens + length, batch))
+            batches[batch].append(rank)
+        return batches, max(emptiest_first)[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.ranks_of_batches) // self.world_size
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        shuffled_N = rng.permutation(len(self.lengths_N))
+        longest_first_N = shuffled_N[np.argsort(-self.lengths_N[shuffled_N], kind="stable")]
+        for batch in rng.permutation(len(self.ranks_of_batches))[self.rank :: self.world_size]:
+            yield longest_first_N[self.ranks_of_batches[batch]].tolist()
+
+
+class PackedCollator:
+    """Lays texts end to end in one row: nothing is padding, and attention keeps the texts apart.
+
+    Labels are the tokens themselves (the model shifts them), but for those that are given, a prompt's and the first of
+    each text: no text is asked to foresee the next one. `use_cache` is off because training has no use for one.
+    """
+
+    def __call__(self, examples: list[dict]) -> dict:
+        """-> input_ids, position_ids, labels: long [1, T]; attention_mask: the texts' layout; use_cache: False."""
+        lengths = [len(example["input_ids"]) for example in examples]
+        input_ids = torch.tensor([i for example in examples for i in example["input_ids"]]).unsqueeze(0)
+        position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+        num_given = [example["num_given"] for example in examples]
+        num_given_1T = torch.tensor(num_given).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "attention_mask": lay_out_texts(lengths),
+            "labels": input_ids.masked_fill(position_ids < num_given_1T, IGNORED),
+            "use_cache": False,
+        }
+
+
+class PaddedCollator:
+    """Pads texts to the longest, on the right: for models whose attention does not keep texts apart."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: list[dict]) -> dict:
+        """-> input_ids, attention_mask, labels: long [B, T]; padding is never a label, nor what is given."""
+        rows = [torch.tensor(example["input_ids"]) for example in examples]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
+        is_real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        num_given_B1 = torch.tensor([[example["num_given"]] for example in examples])
+        is_given = torch.arange(input_ids.shape[1]) < num_given_B1
+        labels = input_ids.masked_fill((is_real == 0) | is_given, IGNORED)
+        return {"input_ids": input_ids, "attention_mask": is_real, "labels": labels}

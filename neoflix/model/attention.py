@@ -1,0 +1,161 @@
+"""GPT-Neo's attention on torch's fast kernels.
+
+The same function as transformers' eager attention (no 1/sqrt(d) scaling; every other layer sees only the
+last `window_size` tokens), without its [B, H, T, T] fp32 matrix and without its position-squared `bias`
+buffer (4 MB a layer at 2,048 positions).
+
+A row that holds several texts end to end is attended to text by text: exact, and linear in the number of texts
+where a block-diagonal mask would be quadratic. On CUDA that is one kernel, torch's variable-length flash attention;
+elsewhere the texts are taken apart by length and each group goes through `scaled_dot_product_attention`.
+
+Every mask that transformers takes works: of two dimensions, or of four as bool, float or integer, with any cache.
+
+Shapes: B rows, T tokens a row, Q queries, K keys, H heads, D dimensions a head, N texts, L tokens of the
+longest text (in a group).
+"""
+
+import torch
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES
+
+from neoflix.data.packing import TextLayout, group_by_length
+
+ATTENTION_NAME = "neoflix"  # not "sdpa": transformers refuses that word for GPT-Neo
+
+
+class GPTNeoFastAttention(nn.Module):
+    """Takes the place of transformers' `GPTNeoSelfAttention`: same weights, same call, same result.
+
+    `attention_mask` may also be the layout of the texts in one packed row (`lay_out_texts`). Attention weights are not
+    offered: the kernels do not keep them.
+    """
+
+    def __init__(self, config, attention_type: str, layer_id: int | None = None):
+        super().__init__()
+        self.layer_id = layer_id
+        self.window = config.window_size if attention_type == "local" else None
+        self.num_heads = config.num_heads
+        self.attention_dropout = float(config.attention_dropout)
+        self.resid_dropout = nn.Dropout(float(config.resid_dropout))
+        if config.hidden_size % config.num_heads:
+            raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}")
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
+
+    def forward(self, hidden_states, attention_mask=None, layer_past=None, output_attentions=False, **kwargs):
+        """hidden_states [B, T, H * D] -> (output [B, T, H * D], None)."""
+        if output_attentions:
+            raise ValueError('output_attentions=True needs a model loaded with attn_implementation="eager"')
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_heads, -1))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if isinstance(attention_mask, TextLayout):
+            output = self._attend_by_text(query[0], key[0], value[0], attention_mask)
+        else:
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            if attention_mask is not None:  # before the update, which moves a static cache's offset
+                places = _find_start(layer_past, self.layer_id) + torch.arange(
+                    query.shape[2], device=query.device
+                ).unsqueeze(1)
+                attention_mask = self._complete(attention_mask, places, query.dtype)
+            if layer_past is not None:
+                key, value = layer_past.update(key, value, self.layer_id)
+            output = self._attend(query, key, value, attention_mask).transpose(1, 2)
+        return self.resid_dropout(self.out_proj(output.reshape(hidden_states.shape))), None
+
+    def _complete(self, mask, place_Q1, dtype):
+        """A mask as `scaled_dot_product_attention` takes it, without keys after each query or outside its window.
+
+        Args:
+            mask: broadcast to [B, H, Q, K]. Bool: True attends. Float: added to the scores. Integer: 1 attends, 0 does
+                not; without any positive number it is added to the scores.
+            place_Q1: each query's place among the keys; with our own cache [B, 1, 1, 1].
+        """
+        num_queries, num_keys = place_Q1.shape[-2], mask.shape[-1]
+        lowest = torch.finfo(dtype).min  # not -inf: a row without any visible key would be NaN
+        if mask.dtype != torch.bool:
+            if not mask.is_floating_point():
+                shown = torch.where(mask > 0, 0.0, lowest)
+                mask = torch.where((mask > 0).any(), shown, mask.to(shown.dtype))
+            mask = mask.to(dtype).clamp(min=lowest)
+        is_windowed = self.window is not None and num_keys > self.window
+        if num_queries == 1 and not is_windowed:  # one new token, which sees all of the cache
+            return mask
+        keys_K = torch.arange(num_keys, device=mask.device)
+        is_near = keys_K <= place_Q1
+        if is_windowed:
+            is_near &= keys_K > place_Q1 - self.window
+        return mask & is_near if mask.dtype == torch.bool else mask.masked_fill(~is_near, -torch.inf)
+
+    @torch.compiler.disable  # its shapes change with every batch
+    def _attend_by_text(self, query_THD, key_THD, value_THD, layout_11NL):
+        layout_NL = layout_11NL.as_subclass(torch.Tensor)[0, 0]
+        dropout = self.attention_dropout if self.training else 0.0
+        if not dropout and takes_varlen(query_THD):
+            num_tokens, longest = len(query_THD), layout_NL.shape[1]
+            bounds = pad(layout_NL[:, 0], (0, 1), value=num_tokens).int()
+            window = (-1 if self.window is None else self.window - 1, 0)
+            return varlen_attn(
+                query_THD, key_THD, value_THD, bounds, bounds, longest, longest, scale=1.0, window_size=window
+            )
+        output_THD = torch.empty_like(query_THD)
+        for group_NL in group_by_length(layout_NL):
+            query, key, value = (x[group_NL].transpose(1, 2) for x in (query_THD, key_THD, value_THD))
+            is_real_NL = torch.arange(group_NL.shape[1], device=group_NL.device) <= group_NL[:, -1:] - group_NL[:, :1]
+            output_THD[group_NL[is_real_NL]] = self._attend(query, key, value, None).transpose(1, 2)[is_real_NL]
+        return output_THD
+
+    def _attend(self, query_BHQD, key_BHKD, value_BHKD, mask):
+        num_queries = query_BHQD.shape[2]
+        if mask is None and num_queries == 1:  # one new token that sees all of the cache
+            if self.window is not None:
+                key_BHKD, value_BHKD = key_BHKD[:, :, -self.window :], value_BHKD[:, :, -self.window :]
+        elif mask is None:  # nothing cached yet: a static cache has empty places beyond the queries
+            key_BHKD, value_BHKD = key_BHKD[:, :, :num_queries], value_BHKD[:, :, :num_queries]
+            if self.window is not None and num_queries > self.window:
+                mask = _band(num_queries, self.window, query_BHQD.device)
+        return scaled_dot_product_attention(
+            query_BHQD,
+            key_BHKD,
+            value_BHKD,
+            attn_mask=mask,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            is_causal=mask is None and num_queries > 1,
+            scale=1.0,
+        )
+
+
+def _find_start(cache, layer: int | None):
+    """The first query's place among the keys: an integer or a tensor; with a `SlotCache` one for each row."""
+    if cache is None:
+        return 0
+    places_B = getattr(cache, "places_B", None)
+    return cache.get_query_offset(layer) if places_B is None else places_B[:, None, None, None]
+
+
+def takes_varlen(query: torch.Tensor) -> bool:
+    """Flash attention: half precision, on NVIDIA's Ampere and later."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _band(length: int, window: int, device) -> torch.Tensor:
+    """bool [length, length]: each token sees itself and the window - 1 tokens before it."""
+    full = torch.ones(length, length, dtype=torch.bool, device=device)
+    return full.tril().triu(1 - window)
+
+
+def register_attention() -> None:
+    """Makes `attn_implementation="neoflix"` known to transformers; may be called again."""
+    GPT_NEO_ATTENTION_CLASSES[ATTENTION_NAME] = GPTNeoFastAttention
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
+    # Only so that the name passes transformers' check: GPT-Neo builds its layers from the table above.
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, scaled_dot_product_attention)

@@ -1,0 +1,199 @@
+"""Load or build the model, with room for its special tokens and with our attention."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import (
+    GENERATION_CONFIG_NAME,
+    logging,
+)
+
+from neoflix.data.template import Template, attach_template
+from neoflix.data.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
+from neoflix.model.attention import ATTENTION_NAME, register_attention
+from neoflix.model.folder import holds_adapters
+from neoflix.model.lora import add_adapters, merge_adapters, read_adapters
+from neoflix.model.loss import causal_lm_loss
+from neoflix.model.source import _in_one_sentence, check_architecture, check_reachable, find_pickle
+from neoflix.model.vocabulary import _padded, make_room_for_tokens, set_token_ids
+from neoflix.runtime.errors import UserError
+from neoflix.runtime.hardware import has_gpu
+from neoflix.sampling.architectures import find_decoder
+
+DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
+
+
+DEMO_VOCAB_SIZE = 4096
+
+
+def build_demo_model(vocab_size: int) -> PreTrainedModel:
+    """A GPT-Neo of 4 layers and width 256 with fresh weights: seconds to build, minutes to train on a CPU."""
+    config = GPTNeoConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        num_layers=4,
+        num_heads=4,
+        attention_types=[[["global", "local"], 2]],
+        max_position_embeddings=512,
+        embed_dropout=0.1,
+        resid_dropout=0.1,
+        attention_dropout=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return build_model(config, torch.float32)
+
+
+def build_model(config: GPTNeoConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A GPT-Neo with fresh weights, our attention and our loss."""
+    register_attention()
+    model = GPTNeoForCausalLM._from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
+    model.loss_function = causal_lm_loss
+    return model
+
+
+def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pickle: bool = False) -> PreTrainedModel:
+    """Loads a causal language model from a folder or the hub; GPT-Neo comes with our attention and loss.
+
+    Weights come from safetensors, and no code of the model's own is run (docs/loading.md). Of a folder with LoRA
+    adapters: their base model, with room for the folder's tokens and the adapters merged into it.
+
+    Args:
+        dtype: of the weights in memory; "auto": as they were saved.
+        allow_pickle: where there is no safetensors file, take weights from pytorch_model.bin. torch then reads it
+            with `weights_only=True`.
+
+    UserError, in one sentence, where there is no such model, or no weights, or only pickled ones.
+    """
+    if holds_adapters(model_name_or_path):
+        return _load_adapted(Path(model_name_or_path), dtype, allow_pickle)
+    check_reachable(model_name_or_path)
+    register_attention()
+    logging.disable_progress_bar()  # of every process; a download has its own
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a bot of the hub's converts, and we load that
+    if is_deepspeed_zero3_enabled():  # weights are sharded as they load: DeepSpeed must know the other processes
+        import deepspeed
+
+        deepspeed.init_distributed()
+    with _in_one_sentence(model_name_or_path):
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+    check_architecture(config, f"--model_name_or_path {model_name_or_path}")
+    with _in_one_sentence(model_name_or_path):
+        pickled = find_pickle(model_name_or_path, config)
+    if pickled and not allow_pickle:
+        raise UserError(
+            f"--model_name_or_path {model_name_or_path}: its weights are in {pickled}, a pickle, which can run code as "
+            "it is read; take a model with safetensors or, if you trust who made this one, say --allow_pickle true"
+        )
+    options = {"attn_implementation": ATTENTION_NAME} if config.model_type == "gpt_neo" else {}
+    with _in_one_sentence(model_name_or_path):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path,
+            dtype=dtype,
+            use_safetensors=None if pickled else True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(
+            f"--model_name_or_path {model_name_or_path}: its weights lack {len(missing)} that config.json asks for, "
+            f"{missing[0]} among them; weights and config.json are not of one model"
+        )
+    if config.model_type == "gpt_neo":
+        model.loss_function = causal_lm_loss
+    return model
+
+
+def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) -> PreTrainedModel:
+    """A base model as its adapters saw it, rounded as it was then, with the adapters merged into it in `dtype`."""
+    if is_deepspeed_zero3_enabled():  # a share of each weight is here: nothing to merge adapters into
+        raise UserError(
+            f"--model_name_or_path {folder}: holds LoRA adapters, which ZeRO-3 cannot merge; write the whole model "
+            f"first (python -m neoflix.export --to merged {folder} OUT), or take a --deepspeed file of another stage"
+        )
+    base, trained_dtype, fills_spare_rows = read_adapters(folder)
+    tokenizer = read_tokenizer(folder, f"--model_name_or_path {folder}")
+    try:
+        model = load_pretrained(base, trained_dtype, allow_pickle)
+    except ValueError as error:
+        raise UserError(f"{folder} holds LoRA adapters, and the model they belong to did not load: {error}") from error
+    make_room_for_tokens(model, tokenizer, base, fills_spare_rows)
+    set_token_ids(model, tokenizer, {})
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return merge_adapters(model if dtype == "auto" else model.to(dtype), folder)
+
+
+def load_for_reading(model_name_or_path: str, device: str | None = None, allow_pickle: bool = False) -> PreTrainedModel:
+    """Loads a model that is not to be trained: on CUDA in bf16 (fp16 before Ampere), else on the CPU in fp32.
+
+    UserError as `load_pretrained`, and where the GPU has no room for the weights.
+    """
+    device = device or ("cuda" if has_gpu() else "cpu")
+    dtype = torch.float32
+    if device.startswith("cuda"):
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    model = load_pretrained(model_name_or_path, dtype, allow_pickle)
+    try:
+        return model.eval().to(device)
+    except torch.OutOfMemoryError as error:
+        need, free = model.get_memory_footprint() / 2**30, torch.cuda.mem_get_info()[0] / 2**30
+        raise UserError(
+            f"{model_name_or_path}: its weights take {need:.1f} GiB, and {free:.1f} of the GPU are free; end what else "
+            "runs there, or set CUDA_VISIBLE_DEVICES= to sample on the CPU"
+        ) from error
+
+
+def load_model(
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    sampling: dict,
+    allow_pickle: bool = False,
+    lora: dict | None = None,
+) -> PreTrainedModel:
+    """The model to train: loaded or built, fitted to the tokenizer, with generation settings to be saved.
+
+    Args:
+        dtype: of the weights in memory. DeepSpeed keeps its own fp32 copy for the optimizer.
+        sampling: temperature, top_k, top_p, repetition_penalty, max_new_tokens.
+        allow_pickle: see `load_pretrained`.
+        lora: rank and alpha of adapters to be trained in the model's stead, which it is then wrapped in.
+
+    UserError as `load_pretrained`, and for a model that could not be sampled once it is trained.
+    """
+    if model_name_or_path == DEMO:
+        model = build_demo_model(_padded(len(tokenizer)))
+    else:
+        model = load_pretrained(model_name_or_path, dtype, allow_pickle)
+        if not is_deepspeed_zero3_enabled():  # no process has whole weights there: found at the first evaluation
+            find_decoder(model)
+        make_room_for_tokens(model, tokenizer, model_name_or_path)
+    set_token_ids(model, tokenizer, sampling)
+    return add_adapters(model, base=model_name_or_path, **lora) if lora else model
+
+
+def find_tokenizer(
+    model_name_or_path: str, texts: list[str], cache_dir: Path, template: Template | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which carries the template, if there is one; the demo's is trained on `texts`, and kept in
+    `cache_dir`."""
+    if model_name_or_path == DEMO:
+        tokenizer = train_tokenizer(texts, DEMO_VOCAB_SIZE, cache_dir)
+    else:
+        check_reachable(model_name_or_path)
+        tokenizer = load_tokenizer(model_name_or_path)
+    attach_template(tokenizer, template and template.with_rows(texts))
+    return tokenizer

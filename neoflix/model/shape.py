@@ -1,0 +1,160 @@
+"""A model's shape by its config.json, before any weight is read: what memory and arithmetic depend on.
+
+GPT-Neo's is worked out by hand, without torch, whose import takes longer than `--plan` may. Any other architecture is
+built from its config as fake tensors (shapes without values) and run once, which needs torch.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from neoflix.model.folder import ADAPTERS_CONFIG_FILE
+
+DEMO_SHAPE = {"num_layers": 4, "hidden_size": 256, "vocab_size": 4096, "max_position_embeddings": 512}
+
+
+# config.json of the three GPT-Neos, so that their plan needs no network (Hugging Face hub, EleutherAI).
+HUB_SHAPES = {
+    f"EleutherAI/gpt-neo-{size}": {"num_layers": num_layers, "hidden_size": width}
+    for size, num_layers, width in (("125M", 12, 768), ("1.3B", 24, 2048), ("2.7B", 32, 2560))
+}
+
+
+COUNTED_TEXTS, COUNTED_TOKENS = 2, 64  # of the batch with which activations are counted
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's shape, by its config.json."""
+
+    num_layers: int
+    width: int
+    inner: int  # width of the MLP
+    vocab_size: int  # rows of the embedding, rounded up as `model.py` does
+    num_parameters: int
+    window: int
+    is_gpt_neo: bool = True  # our attention and our loss
+    adapted: int = 0  # widths of what goes into and comes out of each linear layer but the head, summed
+    num_linear: int = 0  # such layers
+    is_tied: bool = True  # the output layer's weight is the embedding's
+    # Bytes a token that the forward pass keeps for the backward pass, logits left out, by bytes a weight (2, 4); (0, 0)
+    # where they were not counted.
+    kept_bytes: tuple[float, float] = (0, 0)
+
+    @property
+    def embedding(self) -> int:
+        return self.vocab_size * self.width
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer, biases and norms left out: attention and MLP."""
+        if self.is_gpt_neo:
+            return 4 * self.width**2 + 2 * self.width * self.inner
+        rest = self.num_parameters - self.embedding * (1 if self.is_tied else 2)
+        return rest // self.num_layers
+
+    def products(self, mean_length: float) -> tuple[int, int, int, float]:
+        """What `flops_per_token` counts by. An embedding that is not the output layer's is looked up, not multiplied
+        with."""
+        num_weights = self.num_parameters - (0 if self.is_tied else self.embedding)
+        return num_weights, self.num_layers, self.width, mean_length
+
+
+def read_shape(model_name_or_path: str) -> Shape | None:
+    """The shape by a folder's config.json, by the hub's cache, or as this file knows it; None where none is found."""
+    if model_name_or_path == "demo":
+        return gpt_neo_shape(DEMO_SHAPE)
+    if (adapters := Path(model_name_or_path, ADAPTERS_CONFIG_FILE)).is_file():  # its base, once they are merged
+        return read_shape(json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+    path = Path(model_name_or_path, "config.json")
+    if not path.is_file():
+        if known := {name.lower(): shape for name, shape in HUB_SHAPES.items()}.get(model_name_or_path.lower()):
+            return gpt_neo_shape(known)
+        path = _find_in_hub(model_name_or_path)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError):
+        return None
+    if config.get("model_type") == "gpt_neo":
+        return gpt_neo_shape(config) if {"num_layers", "hidden_size"} <= config.keys() else None
+    return _other_shape(path.parent) if config else None
+
+
+def _find_in_hub(name: str) -> Path | None:
+    if name.count("/") > 1 or name.startswith((".", "/")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None
+
+
+def gpt_neo_shape(config: dict) -> Shape:
+    """Parameters: V w + positions w, for each layer 4 w^2 + w (attention: three projections without bias, one with),
+    2 w inner + inner + w (MLP) and 4 w (two norms), and 2 w for the last norm; the head is tied to the embedding."""
+    width, num_layers = config["hidden_size"], config["num_layers"]
+    inner = config.get("intermediate_size") or 4 * width
+    vocab = -(-config.get("vocab_size", 50257) // 64) * 64
+    positions = config.get("max_position_embeddings", 2048)
+    layer = 4 * width**2 + width + 2 * width * inner + inner + width + 4 * width
+    return Shape(
+        *(num_layers, width, inner, vocab, (vocab + positions) * width + num_layers * layer + 2 * width, positions),
+        adapted=num_layers * (8 * width + 2 * (width + inner)),
+        num_linear=6 * num_layers,
+    )
+
+
+def _other_shape(folder: Path) -> Shape | None:
+    """Of any other causal language model: built without memory for its weights, and counted."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with FakeTensorMode():
+            dtypes = (torch.bfloat16, torch.float32)
+            models = [AutoModelForCausalLM.from_config(config, dtype=dtype) for dtype in dtypes]
+    except (OSError, ValueError, KeyError):
+        return None
+    config, model = config.get_text_config(), models[0]
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    window = getattr(config, "max_position_embeddings", None) or 2048
+    vocab = -(-config.vocab_size // 64) * 64
+    linear = [layer.weight.shape for layer in model.modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
+    adapted = [shape for shape in linear if shape[0] != config.vocab_size]
+    head = model.get_output_embeddings()
+    return Shape(
+        *(config.num_hidden_layers, width, inner, vocab, model.num_parameters(), window),
+        is_gpt_neo=False,
+        adapted=sum(map(sum, adapted)),
+        num_linear=len(adapted),
+        is_tied=head is None or head.weight is model.get_input_embeddings().weight,
+        kept_bytes=tuple(_count_kept_bytes(model, min(window, COUNTED_TOKENS)) for model in models),
+    )
+
+
+def _count_kept_bytes(model, num_tokens: int) -> float:
+    """Bytes a token that autograd keeps of a forward pass of a model of fake tensors: each storage once, weights left
+    out. 0 for a model that cannot be run so."""
+    import torch
+
+    weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    kept = {}
+
+    def remember(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held: no other tensor gets its place
+        return tensor
+
+    size = (COUNTED_TEXTS, num_tokens)
+    try:
+        with next(model.parameters()).fake_mode, torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
+            ones = torch.ones(size, dtype=torch.long)
+            model.train()(input_ids=ones, attention_mask=ones, use_cache=False)
+    except Exception:  # anything that an architecture does which needs values; the plan has a formula instead
+        return 0
+    return sum(storage.nbytes() for storage in kept.values()) / (COUNTED_TEXTS * num_tokens)

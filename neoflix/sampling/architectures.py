@@ -1,0 +1,229 @@
+"""Which models can be sampled, and how: found out from what a model computes, not from a list of names.
+
+Training reads whole texts, sampling reads them token by token, and an architecture may do the two differently: ALiBi
+takes its distances from the mask, a recurrent model keeps a state instead of keys and values, RoBERTa counts its
+positions from 2, BERT reads in both directions. So every model but GPT-Neo (whose attention is ours) grows a few short
+texts first, and what it computes for them token by token must be what it computes for the whole texts.
+
+Shapes: B texts side by side, T tokens, V vocabulary, N texts.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+from neoflix.model.attention import ATTENTION_NAME
+from neoflix.runtime.errors import UserError
+from neoflix.sampling.cache import num_rows
+from neoflix.sampling.decoder import Decoder, Text
+from neoflix.sampling.draw import Draw, stream_keys
+
+# Lengths of the prompts that are tried: two side by side, above and below PROBE_WINDOW, and the beginning token alone,
+# after another text, whose state RecurrentGemma would go on with.
+PROMPT_LENGTHS = (7, 7, 3, 1, 12)
+
+
+PROBE_WINDOW = 4  # sliding windows while texts are tried
+
+
+PROBE_STEPS = 3
+
+
+# Largest difference of logits (root mean square, in standard deviations of a token's logits) that counts as rounding.
+# In 50 architectures of two layers it was at most 2e-6 in fp32, 0.003 in fp16 and 0.018 in bf16, and at least 0.5 where
+# positions, masks or states were wrong.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+
+
+HALF_TOLERANCE = 0.08
+
+
+class DrawProcessor(LogitsProcessor):
+    """Has transformers' greedy `generate` take the tokens that `Decoder` would draw, by the same noise."""
+
+    def __init__(self, draw, keys_B: torch.Tensor, prompt_length: int, penalty: float, never_drawn: torch.Tensor):
+        self.draw, self.keys_B, self.prompt_length, self.never_drawn = draw, keys_B, prompt_length, never_drawn
+        self.penalty = RepetitionPenaltyLogitsProcessor(penalty)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores_BV = self.penalty(input_ids, scores).index_fill(1, self.never_drawn, float("-inf"))
+        steps_B = torch.full_like(self.keys_B, input_ids.shape[1] - self.prompt_length)
+        tokens_B = self.draw.settled(scores_BV, self.keys_B, steps_B)
+        return torch.full_like(scores_BV, float("-inf")).scatter_(1, tokens_B.unsqueeze(1), 0.0)
+
+
+class GenerateDecoder:
+    """Grows texts by transformers' own `generate`, for models that `Decoder` is not right for. The texts are those that
+    `Decoder` would draw: functions of seed and index alone.
+
+    Texts that follow each other with prompts of one length share a batch, so that nothing is padded. Arguments as
+    `Decoder` has them; `use_cache=False` reads the whole text again for each token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_slots: int,
+        num_places: int,
+        seed: int,
+        draw: Draw,
+        repetition_penalty: float,
+        eos_token_id: int | None,
+        never_drawn: list[int],
+        in_training: bool = False,
+        use_cache: bool = True,
+    ):
+        self.model, self.num_slots, self.seed, self.draw = model, num_slots, seed, draw
+        self.repetition_penalty, self.eos_token_id, self.use_cache = repetition_penalty, eos_token_id, use_cache
+        self.never_drawn = torch.tensor(never_drawn, dtype=torch.long, device=model.device)
+
+    def grow(self, texts: list[Text]) -> Iterator[None]:
+        """Grows all texts, in line, and yields after each batch."""
+        waiting = deque(texts)
+        while waiting:
+            batch = [waiting.popleft()]
+            while waiting and len(waiting[0].prompt_ids) == len(batch[0].prompt_ids) and len(batch) < self.num_slots:
+                batch.append(waiting.popleft())
+            self._generate(batch)
+            yield
+
+    def _generate(self, texts: list[Text]) -> None:
+        ids_BT = torch.tensor([text.prompt_ids for text in texts], device=self.model.device)
+        keys_B = stream_keys(self.seed, [text.index for text in texts]).to(self.model.device)
+        processor = DrawProcessor(self.draw, keys_B, ids_BT.shape[1], self.repetition_penalty, self.never_drawn)
+        config = GenerationConfig(
+            do_sample=False,  # the processor draws
+            max_new_tokens=max(text.limit for text in texts),
+            eos_token_id=self.eos_token_id,
+            pad_token_id=self.eos_token_id,
+            use_cache=self.use_cache,
+        )
+        with _generation_config(self.model, config):
+            rows = self.model.generate(
+                ids_BT, attention_mask=torch.ones_like(ids_BT), logits_processor=LogitsProcessorList([processor])
+            )
+        for text, row in zip(texts, rows[:, ids_BT.shape[1] :].tolist(), strict=True):
+            ends = self.eos_token_id in row[: text.limit]
+            text.new_ids = row[: row.index(self.eos_token_id)] if ends else row[: text.limit]
+            text.finish_reason = "eos" if ends else "length"
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """The model's saved settings are put aside: `generate` would add them to those it is given."""
+    saved, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = saved
+
+
+def find_decoder(model: PreTrainedModel) -> Callable[..., Decoder | GenerateDecoder]:
+    """The fastest decoder whose logits are those of the model's forward pass over whole texts, as training has it.
+
+    Takes about a dozen passes over a few tokens. UserError where no decoder is right.
+    """
+    if model.config._attn_implementation == ATTENTION_NAME:
+        return Decoder
+    with _in_eval_mode(model), torch.no_grad():
+        for decoder in (
+            Decoder,
+            partial(Decoder, has_flat_mask=True),
+            GenerateDecoder,
+            partial(GenerateDecoder, use_cache=False),
+        ):
+            if _is_right(model, decoder):
+                return decoder
+    raise UserError(
+        f"{model.name_or_path}: a {model.config.model_type} model computes something else token by token than for a "
+        "whole text, so that what it learns could not be sampled; use one of the architectures in docs/loading.md"
+    )
+
+
+def makes_slots(make: Callable[..., Decoder | GenerateDecoder]) -> bool:
+    """Whether what `find_decoder` returned makes a `Decoder`."""
+    return getattr(make, "func", make) is Decoder
+
+
+class Recorder:
+    """A draw that keeps the logits of each text and step, and takes the likeliest token."""
+
+    def __init__(self):
+        self.logits: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __call__(self, logits_BV, keys_B, steps_B) -> tuple[torch.Tensor, torch.Tensor]:
+        for text_and_step, logits_V in zip(zip(keys_B.tolist(), steps_B.tolist(), strict=True), logits_BV, strict=True):
+            self.logits[text_and_step] = logits_V.float()
+        return logits_BV.argmax(-1), torch.zeros_like(steps_B, dtype=torch.bool)
+
+    def settled(self, *args) -> torch.Tensor:
+        return self(*args)[0]
+
+
+def _is_right(model: PreTrainedModel, make: Callable[..., Decoder | GenerateDecoder]) -> bool:
+    """Whether a decoder's logits are those of the whole texts: a few of several lengths, two of them side by side."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(num_rows(model), (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+    texts = [Text(index, prompt, PROBE_STEPS) for index, prompt in enumerate(prompts)]
+    recorder, num_places = Recorder(), max(PROMPT_LENGTHS) + PROBE_STEPS
+    with _short_windows(model):
+        try:
+            for _ in make(model, 2, num_places, 0, recorder, 1.0, None, [], in_training=True).grow(texts):
+                pass
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever an architecture does that this decoder does not know: the next one is tried
+            return False
+        whole_NTV = _read_whole(model, [text.prompt_ids + text.new_ids for text in texts])
+    keys = stream_keys(0, [text.index for text in texts]).tolist()
+    steps = [(text, key, step) for text, key in zip(texts, keys, strict=True) for step in range(PROBE_STEPS)]
+    by_token = torch.stack([recorder.logits[key, step] for _, key, step in steps])
+    whole = torch.stack([whole_NTV[text.index, len(text.prompt_ids) - 1 + step] for text, _, step in steps])
+    if not whole.isfinite().all():
+        return True  # fp16 that overflows: nothing can be compared, and training will say so
+    error = (by_token - whole).square().mean(-1).sqrt() / whole.std(-1).clamp(min=1e-6)
+    return bool((error < TOLERANCE.get(model.dtype, HALF_TOLERANCE)).all())
+
+
+def _read_whole(model: PreTrainedModel, texts: list[list[int]]) -> torch.Tensor:
+    """Logits [N, T, V] of whole texts, padded on the right as training pads them."""
+    rows = [torch.tensor(ids) for ids in texts]
+    ids_NT = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id or 0).to(model.device)
+    is_real_NT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
+    return model(input_ids=ids_NT, attention_mask=is_real_NT).logits.float()
+
+
+@contextmanager
+def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Sliding windows of a few tokens, so that a text of a dozen passes their end."""
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        yield
+        return
+    config.sliding_window = PROBE_WINDOW
+    try:
+        yield
+    finally:
+        config.sliding_window = window
