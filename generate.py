@@ -15,7 +15,7 @@ from neoflix.data.tokenizer import read_tokenizer
 from neoflix.judging.judge import Judge, judge_file, read_samples
 from neoflix.judging.sweep import keep_novel, sweep
 from neoflix.runtime.console import printable
-from neoflix.runtime.environment import keep_freed_memory
+from neoflix.runtime.environment import tune_malloc
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.processes import run_and_exit
 from neoflix.sampling.sample_files import describe_job, find_done, save_samples
@@ -23,7 +23,7 @@ from neoflix.sampling.sampler import PrintableStreamer, Sampler
 
 
 def main(argv: list[str] | None = None) -> None:
-    keep_freed_memory()
+    tune_malloc()
     args = parse_generate_args(argv)
     if isinstance(args.judge, str):
         return judge_file(args)

@@ -19,10 +19,10 @@ from neoflix.model.load import find_tokenizer, load_model
 from neoflix.model.vocabulary import get_window
 from neoflix.planning.lengths import remember_counts
 from neoflix.planning.table import plan_table
-from neoflix.reporting.write import close_run
+from neoflix.reporting.write import finish_run
 from neoflix.runtime.console import say
 from neoflix.runtime.environment import prepare_environment
-from neoflix.runtime.processes import ask_main_process, main_process_first, run_and_exit
+from neoflix.runtime.processes import main_process_first, run_and_exit, run_on_main_process
 from neoflix.runtime.stop_requests import catch_stop_requests
 from neoflix.training.agreement import check_same_everywhere
 from neoflix.training.evaluation import evaluate_only
@@ -56,11 +56,11 @@ def train(args) -> None:
         max_length = min(args.max_length or get_window(model), get_window(model))
         sides = tokenize_split(texts, tokenizer, max_length, cache_dir, args.loss_on_prompt)
         train_tokens, validation_tokens = sides
-    ask_main_process(remember_counts, args, max_length, count_tokens(train_tokens), len(validation_tokens))
+    run_on_main_process(remember_counts, args, max_length, count_tokens(train_tokens), len(validation_tokens))
 
     # Continue the run in this folder, but never another one.
     run = describe_run(args, model, tokenizer, train_tokens, validation_tokens)
-    start = ask_main_process(find_start, args.output_dir, args.resume_from_checkpoint, run, args.override_resumed)
+    start = run_on_main_process(find_start, args.output_dir, args.resume_from_checkpoint, run, args.override_resumed)
     if start.is_finished:
         return
     trainer = TokenTrainer(
@@ -72,8 +72,8 @@ def train(args) -> None:
     )
     trainer.train(start=start)
     trainer.save_best()
-    ask_main_process(save_results, args.output_dir, trainer.results())
-    ask_main_process(close_run, args.output_dir)
+    run_on_main_process(save_results, args.output_dir, trainer.results())
+    run_on_main_process(finish_run, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import write_line
 
-from neoflix.checkpoints.manifest import Files, find_damage, num_bytes, write_manifest
+from neoflix.checkpoints.manifest import Files, find_corruption, num_bytes, write_manifest
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         for _ in range(args.turns):
             seconds["without"].append(clock(save_without, state, Path(folder, "checkpoint")))
             seconds["with"].append(clock(save_with, state, Path(folder, "checkpoint")))
-            seconds["check"].append(clock(find_damage, Path(folder, "checkpoint"), checksums=True))
+            seconds["check"].append(clock(find_corruption, Path(folder, "checkpoint"), checksums=True))
             size = num_bytes(Path(folder, "checkpoint"))
     medians = {f"seconds_{name}": round(statistics.median(values), 2) for name, values in seconds.items()}
     ratios = [ours / theirs for ours, theirs in zip(seconds["with"], seconds["without"], strict=True)]

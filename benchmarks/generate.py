@@ -35,7 +35,7 @@ from architectures import ARCHITECTURES, build_model, spread_logits
 from machine import cap_device_memory, copy_bytes_per_second, write_line
 
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
-from neoflix.runtime.environment import keep_freed_memory
+from neoflix.runtime.environment import tune_malloc
 from neoflix.sampling.decoder import Text
 from neoflix.sampling.sampler import Sampler
 
@@ -46,7 +46,7 @@ def main() -> None:
     args = parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cap_device_memory(args.device_memory_gib)
-    keep_freed_memory()  # as generate.py does; it is good for both sides
+    tune_malloc()  # as generate.py does; it is good for both sides
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     bandwidth = copy_bytes_per_second(device)
     torch.manual_seed(0)

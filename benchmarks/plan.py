@@ -7,7 +7,7 @@
 Each configuration is a whole run by the `deepspeed` launcher: the untouched model measured, two steps, a checkpoint, an
 evaluation. The models have random weights and GPT-Neo's vocabulary, so that embedding and head weigh what they weigh in
 the real ones; texts are those of the sample catalogue. One line of JSON each, with what it takes to forecast it anew:
-tests/test_plan.py holds the formulas as they stand against the measured peaks.
+tests/planning/test_forecast.py holds the formulas as they stand against the measured peaks.
 
 On a machine with a GPU the same command compares device memory too.
 """

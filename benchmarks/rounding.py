@@ -72,7 +72,7 @@ def learn(texts: list[list[int]], vocab_size: int) -> GPTNeoForCausalLM:
     optimizer, collate = torch.optim.AdamW(model.parameters(), lr=1e-3), PackedCollator()
     for _ in range(EPOCHS):
         for batch in torch.randperm(len(texts)).split(TEXTS_PER_STEP):
-            model(**collate([{"input_ids": texts[i], "num_given": 1} for i in batch])).loss.backward()
+            model(**collate([{"input_ids": texts[i], "prompt_length": 1} for i in batch])).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     return model

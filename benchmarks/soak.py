@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 from machine import write_line
 
 from neoflix.checkpoints.find import list_numbered
-from neoflix.checkpoints.manifest import find_damage, read_manifest
+from neoflix.checkpoints.manifest import find_corruption, read_manifest
 from neoflix.checkpoints.names import RESULTS_FILE, STATE_FILE
 
 TARGETS = ("rank 0", "rank 1", "all ranks", "launcher", "command")
@@ -71,7 +71,9 @@ def soak(folder: Path, args: argparse.Namespace) -> dict:
     kills, seconds, runs, resumed, in_save, finished = Counter(), [], 0, 0, 0, False
     while kills.total() < args.kills or not finished:
         run = folder / f"run-{runs}"
-        newest = next((path for path in reversed(list_numbered(run)) if not find_damage(path, checksums=True)), None)
+        newest = next(
+            (path for path in reversed(list_numbered(run)) if not find_corruption(path, checksums=True)), None
+        )
         life, finished = Life(run, args), False
         if kills.total() < args.kills and life.await_first_step():
             target, wants_save = rng.choice(TARGETS), rng.random() < 0.5

@@ -192,7 +192,7 @@ def build_our_trainer(args, texts_per_step: int, texts: list[list[int]], common:
     return TokenTrainer(
         model=add_adapters(model, rank=16, alpha=32, base=args.architecture) if args.side == "lora" else model,
         args=training,
-        train_dataset=Dataset.from_dict({"input_ids": texts, "num_given": [1] * len(texts)}),
+        train_dataset=Dataset.from_dict({"input_ids": texts, "prompt_length": [1] * len(texts)}),
     )
 
 

@@ -1,7 +1,7 @@
 """Hugging Face's flags: those that this project refuses, and the values that no run can use.
 
-Every `TrainingArguments` field either works or is listed in `REFUSED` with the reason; `tests/test_flags.py` goes
-through all of them. A flag is refused where it is set to something else than its default.
+Every `TrainingArguments` field either works or is listed in `REFUSED` with the reason; `tests/arguments/test_flags.py`
+goes through all of them. A flag is refused where it is set to something else than its default.
 """
 
 import json

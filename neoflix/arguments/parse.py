@@ -37,7 +37,7 @@ from neoflix.planning.plan_run import plan_run
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import ROOT
 from neoflix.runtime.hardware import has_gpu
-from neoflix.runtime.processes import ask_main_process
+from neoflix.runtime.processes import run_on_main_process
 from neoflix.runtime.redaction import redact_command
 
 
@@ -184,7 +184,7 @@ def _plan(args: argparse.Namespace, must_fit: bool, chose_precision: bool) -> tu
     flags = ("deepspeed", "tokens_per_device_batch")
     is_auto = [flag for flag in flags if getattr(args, flag) == "auto"]
     if is_auto:  # decided once: what is free differs from process to process, and from moment to moment
-        vars(args).update(ask_main_process(_choose, args, is_auto))
+        vars(args).update(run_on_main_process(_choose, args, is_auto))
         args.deepspeed = find_ds_config(args.deepspeed)
     forecast = plan_run(args, must_fit)
     return forecast, [word for flag in is_auto for word in (f"--{flag}", str(getattr(args, flag)))]

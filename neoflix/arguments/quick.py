@@ -4,7 +4,7 @@ from neoflix.runtime.files import ROOT
 
 LORA_RANK = 16  # train.py's default
 
-# The flags that a plan looks at, with train.py's defaults (`tests/test_plan.py` holds them equal).
+# The flags that a plan looks at, with train.py's defaults (`tests/planning/test_forecast.py` holds them equal).
 PLAN_FLAGS = {
     "model_name_or_path": "EleutherAI/gpt-neo-2.7B", "dataset": "netflix", "text_column": None, "template": None,
     "validation_fraction": 0.1, "max_length": None, "cache_dir": None, "output_dir": "results",

@@ -30,7 +30,7 @@ from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import ROOT
 from neoflix.runtime.redaction import is_secret, redact
-from neoflix.training.deepspeed import build_operators, leave_out_shared_memory
+from neoflix.training.deepspeed import build_operators, disable_shm_collectives
 
 # Recomputing activations: --activation_checkpointing, which transformers before 5.23 knows by its older name alone.
 NAMES_OF_RECOMPUTING = ("activation_checkpointing", "gradient_checkpointing")
@@ -131,7 +131,7 @@ class TrainArguments(TrainingArguments):
         self.deepspeed = find_ds_config(self.deepspeed)
         self.check()
         self.keep_texts_per_step()
-        leave_out_shared_memory()
+        disable_shm_collectives()
         config = read_ds_config(self.deepspeed)
         check_agreement(config, self)
         build_operators(config)

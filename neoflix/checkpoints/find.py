@@ -7,7 +7,7 @@ is written, replaced and deleted is in `run_folder.py`.
 import re
 from pathlib import Path
 
-from neoflix.checkpoints.manifest import MANIFEST, find_damage, read_manifest
+from neoflix.checkpoints.manifest import MANIFEST, find_corruption, read_manifest
 from neoflix.checkpoints.names import RESULTS_FILE, RUN_FILE, TRAINING_FILES
 from neoflix.model.folder import (
     PICKLED_WEIGHTS_FILES,
@@ -26,7 +26,7 @@ def list_numbered(run: Path) -> list[Path]:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first, as far as names and sizes of files tell."""
-    return [path for path in list_numbered(run) if not (find_damage(path) or find_misplaced(path))]
+    return [path for path in list_numbered(run) if not (find_corruption(path) or find_misplaced(path))]
 
 
 def find_misplaced(checkpoint: Path) -> str | None:
@@ -41,7 +41,7 @@ def check_complete(resume_from_checkpoint: str, checksums: bool = False) -> None
     Args:
         checksums: read every file and compare it with its checksum, not only names and sizes.
     """
-    if damage := find_damage(Path(resume_from_checkpoint), checksums=checksums):
+    if damage := find_corruption(Path(resume_from_checkpoint), checksums=checksums):
         raise UserError(
             f"--resume_from_checkpoint {resume_from_checkpoint}: no complete checkpoint ({damage}); leave the flag out "
             "to take the newest complete one of the run"
@@ -60,7 +60,7 @@ def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, repor
         check_complete(resume_from_checkpoint, checksums=True)
         return resume_from_checkpoint
     for checkpoint in reversed(list_numbered(Path(output_dir))):
-        damage = find_damage(checkpoint, checksums=True) or find_misplaced(checkpoint)
+        damage = find_corruption(checkpoint, checksums=True) or find_misplaced(checkpoint)
         if damage is None:
             return str(checkpoint)
         report(f"Passing over {checkpoint}, which is not complete: {damage}. Nothing needs it; it can be deleted.")

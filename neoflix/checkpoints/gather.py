@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from neoflix.checkpoints.find import list_model_files
-from neoflix.checkpoints.manifest import MANIFEST, find_damage, read_manifest
+from neoflix.checkpoints.manifest import MANIFEST, find_corruption, read_manifest
 from neoflix.model.folder import SHARDS_FILE, WEIGHTS_FILES, has_shards_alone, has_weights
 from neoflix.runtime.console import progress, say
 from neoflix.runtime.errors import UserError
@@ -85,7 +85,7 @@ def _check_shards(checkpoint: Path) -> None:
     """UserError unless every pickle that DeepSpeed is about to read is one that this project wrote, as far as a
     manifest can tell. Reads the whole checkpoint: a damaged shard would become damaged weights."""
     say(f"{checkpoint} holds its weights in ZeRO-3's shards only: checking these, then gathering them, once")
-    damage = find_damage(checkpoint, checksums=True)
+    damage = find_corruption(checkpoint, checksums=True)
     if damage is None:
         names = {str(path.relative_to(checkpoint)) for path in _shard_folder(checkpoint).glob("*.pt")}
         strange = names - read_manifest(checkpoint)["files"].keys()

@@ -106,7 +106,7 @@ def read_manifest(folder: Path) -> dict | None:
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
 
 
-def find_damage(folder: Path, checksums: bool = False) -> str | None:
+def find_corruption(folder: Path, checksums: bool = False) -> str | None:
     """Why a folder is not complete, in a few words; None where it is.
 
     Args:

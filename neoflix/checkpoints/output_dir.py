@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from neoflix.checkpoints.find import find_misplaced, list_numbered
-from neoflix.checkpoints.manifest import find_damage
+from neoflix.checkpoints.manifest import find_corruption
 from neoflix.checkpoints.names import MODEL_NAMES, RECORD_FILES
 from neoflix.checkpoints.ownership import adopt, is_older_run
 from neoflix.checkpoints.store import read_list
@@ -31,7 +31,7 @@ def check_output_dir(output_dir: str, model_name_or_path: str) -> None:
     in_the_way = [name for name in names if os.path.lexists(run / name)]
     if not is_run:
         in_the_way += sorted(path.name for path in run.iterdir() if re.fullmatch(r"model-\d+-of-\d+\..*", path.name))
-        in_the_way += [path.name for path in list_numbered(run) if find_damage(path) or find_misplaced(path)]
+        in_the_way += [path.name for path in list_numbered(run) if find_corruption(path) or find_misplaced(path)]
     if in_the_way:
         others = f" (and {len(in_the_way) - 1} more)" if len(in_the_way) > 1 else ""
         raise UserError(

@@ -10,7 +10,7 @@ from neoflix.checkpoints.find import list_checkpoints
 from neoflix.checkpoints.manifest import read_manifest
 from neoflix.checkpoints.names import LIST_FILE, LOCK_FILE, OLDER_NAMES, RESULTS_FILE, TRAINING_FILES
 from neoflix.checkpoints.runs import read_run
-from neoflix.checkpoints.store import read_list, settle
+from neoflix.checkpoints.store import read_list, recover_interrupted
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import hash_file, write_json
 from neoflix.runtime.locks import Lock, acquire
@@ -20,13 +20,13 @@ from neoflix.runtime.locks import Lock, acquire
 def opened(output_dir: str) -> Iterator[None]:
     """A run's folder, which is this run's alone until the context ends. Collective; comes after `check_output_dir`.
     UserError, in every process, where another run works there."""
-    from neoflix.runtime.processes import ask_main_process  # torch: `--plan` looks at folders without it
+    from neoflix.runtime.processes import run_on_main_process  # torch: `--plan` looks at folders without it
 
     run = Path(output_dir)
     is_new = not run.exists()
-    ask_main_process(_lock, run)
+    run_on_main_process(_lock, run)
     try:
-        ask_main_process(claim, output_dir)
+        run_on_main_process(claim, output_dir)
         yield
     finally:
         if lock := _locks.pop(run, None):
@@ -61,7 +61,7 @@ def claim(output_dir: str) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if read_list(run) is None:
         write_json(run / LIST_FILE, {"id": uuid.uuid4().hex[:8], "files": adopt(run)})
-    settle(run)
+    recover_interrupted(run)
 
 
 def adopt(run: Path) -> dict[str, list[str]]:

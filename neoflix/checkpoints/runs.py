@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from neoflix.checkpoints.find import find_resume_point, list_numbered
-from neoflix.checkpoints.manifest import find_damage, read_manifest
+from neoflix.checkpoints.manifest import find_corruption, read_manifest
 from neoflix.checkpoints.names import RESULTS_FILE, RUN_FILE, STATE_FILE
 from neoflix.checkpoints.same_run import (
     DEEPSPEED_NOT_COMPARED,
@@ -201,7 +201,7 @@ def _find_later(output_dir: str, step: int) -> Path | None:
     A damaged one does not count: it is passed over, and replaced when the run comes to its step again.
     """
     for checkpoint in reversed(list_numbered(Path(output_dir))):
-        if _number(checkpoint) > step and find_damage(checkpoint, checksums=True) is None:
+        if _number(checkpoint) > step and find_corruption(checkpoint, checksums=True) is None:
             return checkpoint
     return None
 

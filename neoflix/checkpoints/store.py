@@ -16,7 +16,7 @@ from neoflix.checkpoints.find import (
     list_checkpoints,
     list_model_files,
 )
-from neoflix.checkpoints.manifest import find_damage, read_manifest
+from neoflix.checkpoints.manifest import find_corruption, read_manifest
 from neoflix.checkpoints.names import (
     LIST_FILE,
     RECORD_FILES,
@@ -67,13 +67,13 @@ def is_own(checkpoint: Path, run: Path) -> bool:
     return owned is None or manifest.get("run", owned["id"]) == owned["id"]
 
 
-def settle(run: Path) -> None:
+def recover_interrupted(run: Path) -> None:
     """Clears away what an interrupted save or deletion of this run left."""
     owner = read_list(run)["id"]
     for path in sorted(run.iterdir()):
         name, _, rest = path.name.partition(f".{owner}.")
-        if rest == "part" and re.fullmatch(r"checkpoint-\d+", name) and find_damage(path) is None:
-            publish(path)
+        if rest == "part" and re.fullmatch(r"checkpoint-\d+", name) and find_corruption(path) is None:
+            commit(path)
         elif rest in ("part", "old", UNIVERSAL[1:]):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif _is_torn_record(path.name):
@@ -88,7 +88,7 @@ def _is_torn_record(name: str) -> bool:
     return re.fullmatch(rf"({records})\.[0-9a-f]{{32}}\.part", name) is not None
 
 
-def publish(unfinished: Path) -> None:
+def commit(unfinished: Path) -> None:
     """`checkpoint-N.ID.part`, complete, becomes `checkpoint-N`, in the place of the run's own one of that name. One
     that is not the run's is kept, under another name."""
     run = unfinished.parent
@@ -109,7 +109,7 @@ def delete(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def rotate(run: Path, limit: int | None, best_step: int | None) -> None:
+def prune(run: Path, limit: int | None, best_step: int | None) -> None:
     """Deletes the run's oldest complete checkpoints beyond `limit`, never the newest complete nor the best one.
 
     Damaged ones count for nothing and stay: only complete ones make room for complete ones.
@@ -131,7 +131,7 @@ def set_aside(path: Path) -> None:
     say(f"{path} was not written by this run: it is kept as {kept.name}")
 
 
-def promote(checkpoint: Path, run: Path) -> None:
+def export_best(checkpoint: Path, run: Path) -> None:
     """Puts a checkpoint's model, tokenizer and generation settings at the top of the run's folder.
 
     Each file takes the place of its predecessor in one step, and the list names both before the first one does: an

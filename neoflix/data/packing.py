@@ -37,7 +37,7 @@ def group_by_length(layout_NL: torch.Tensor) -> list[torch.Tensor]:
     return [layout_NL[group, : int(lengths_N[group].max())] for group in groups]
 
 
-IGNORED = -100  # label of a token that no loss counts, by torch's and Hugging Face's convention
+IGNORE_INDEX = -100  # label of a token that no loss counts, by torch's and Hugging Face's convention
 
 
 MOST_CROWDED = 0.1  # share of the texts that may be left out for want of room
@@ -144,13 +144,13 @@ class PackedCollator:
         lengths = [len(example["input_ids"]) for example in examples]
         input_ids = torch.tensor([i for example in examples for i in example["input_ids"]]).unsqueeze(0)
         position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-        num_given = [example["num_given"] for example in examples]
-        num_given_1T = torch.tensor(num_given).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+        prompt_length = [example["prompt_length"] for example in examples]
+        num_given_1T = torch.tensor(prompt_length).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
         return {
             "input_ids": input_ids,
             "position_ids": position_ids,
             "attention_mask": lay_out_texts(lengths),
-            "labels": input_ids.masked_fill(position_ids < num_given_1T, IGNORED),
+            "labels": input_ids.masked_fill(position_ids < num_given_1T, IGNORE_INDEX),
             "use_cache": False,
         }
 
@@ -166,7 +166,7 @@ class PaddedCollator:
         rows = [torch.tensor(example["input_ids"]) for example in examples]
         input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
         is_real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        num_given_B1 = torch.tensor([[example["num_given"]] for example in examples])
+        num_given_B1 = torch.tensor([[example["prompt_length"]] for example in examples])
         is_given = torch.arange(input_ids.shape[1]) < num_given_B1
-        labels = input_ids.masked_fill((is_real == 0) | is_given, IGNORED)
+        labels = input_ids.masked_fill((is_real == 0) | is_given, IGNORE_INDEX)
         return {"input_ids": input_ids, "attention_mask": is_real, "labels": labels}

@@ -24,16 +24,16 @@ from neoflix.runtime.cache import in_cache, new_path
 from neoflix.runtime.console import progress, say
 from neoflix.runtime.errors import UserError
 
-# `num_given`: how many tokens at a text's beginning are given, not learnt. `num_chars`: characters of what is learnt.
-TOKENS = Features({"input_ids": List(Value("int32")), "num_given": Value("int32"), "num_chars": Value("int32")})
+# `prompt_length`: tokens at a text's beginning that are not targets. `num_chars`: characters of the targets.
+TOKENS = Features({"input_ids": List(Value("int32")), "prompt_length": Value("int32"), "num_chars": Value("int32")})
 
 
 FEWEST_TOKENS = 8  # of a text that must be kept behind its prompt
 
 
 class Tokens(NamedTuple):
-    """A side's tokens: `input_ids` (list of int32), `num_given` (tokens that are not targets) and `num_chars` (of what
-    is a target and was kept); and what was lost of its texts."""
+    """A side's tokens: `input_ids` (list of int32), `prompt_length` (tokens that are not targets) and `num_chars`
+    (characters of the targets that were kept); and what was lost of its texts."""
 
     dataset: Dataset
     num_tokens: int
@@ -183,7 +183,7 @@ def _as_row(
         num_chars = max(num_chars - (len(learnt) - len(learnt.lstrip())), 0)
     return {
         "input_ids": [tokenizer.bos_token_id, *kept, tokenizer.eos_token_id],
-        "num_given": 1 if learn_prompt else 1 + num_prompt,
+        "prompt_length": 1 if learn_prompt else 1 + num_prompt,
         "num_chars": num_chars,
     }
 
@@ -198,7 +198,7 @@ def fill_up(dataset: Dataset, multiple: int, bos_token_id: int) -> Dataset:
     num_missing = -len(dataset) % multiple
     if num_missing == 0:
         return dataset
-    empty = {"input_ids": [[bos_token_id]], "num_given": [1], "num_chars": [0]}
+    empty = {"input_ids": [[bos_token_id]], "prompt_length": [1], "num_chars": [0]}
     empty = Dataset.from_dict({name: values * num_missing for name, values in empty.items()}, TOKENS)
     return concatenate_datasets([dataset, empty])
 

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from neoflix.checkpoints.runs import find_run
-from neoflix.data.packing import IGNORED
+from neoflix.data.packing import IGNORE_INDEX
 from neoflix.data.tokenizer import read_tokenizer
 from neoflix.model.load import DEMO, load_for_reading
 from neoflix.model.vocabulary import get_window
@@ -69,7 +69,7 @@ class BaseModel:
             batch = [torch.tensor(row) for row in rows[at : at + BATCH_SIZE]]
             # Padding on the right: no token before it sees it.
             input_ids = pad_sequence(batch, batch_first=True, padding_value=start).to(self.model.device)
-            labels = pad_sequence(batch, batch_first=True, padding_value=IGNORED).to(self.model.device)
+            labels = pad_sequence(batch, batch_first=True, padding_value=IGNORE_INDEX).to(self.model.device)
             num_labels = sum(len(row) - 1 for row in batch)
             total += self.model(input_ids=input_ids, labels=labels).loss.double().item() * num_labels
             num_tokens += num_labels

@@ -26,7 +26,7 @@ from neoflix.model.folder import holds_adapters
 from neoflix.model.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.model.loss import causal_lm_loss
 from neoflix.model.source import _in_one_sentence, check_architecture, check_reachable, find_pickle
-from neoflix.model.vocabulary import _padded, make_room_for_tokens, set_token_ids
+from neoflix.model.vocabulary import _padded, resize_embeddings, set_token_ids
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import has_gpu
 from neoflix.sampling.architectures import find_decoder
@@ -129,7 +129,7 @@ def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) ->
         model = load_pretrained(base, trained_dtype, allow_pickle)
     except ValueError as error:
         raise UserError(f"{folder} holds LoRA adapters, and the model they belong to did not load: {error}") from error
-    make_room_for_tokens(model, tokenizer, base, fills_spare_rows)
+    resize_embeddings(model, tokenizer, base, fills_spare_rows)
     set_token_ids(model, tokenizer, {})
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -180,7 +180,7 @@ def load_model(
         model = load_pretrained(model_name_or_path, dtype, allow_pickle)
         if not is_deepspeed_zero3_enabled():  # no process has whole weights there: found at the first evaluation
             find_decoder(model)
-        make_room_for_tokens(model, tokenizer, model_name_or_path)
+        resize_embeddings(model, tokenizer, model_name_or_path)
     set_token_ids(model, tokenizer, sampling)
     return add_adapters(model, base=model_name_or_path, **lora) if lora else model
 

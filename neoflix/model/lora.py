@@ -3,7 +3,7 @@
 Beside each linear layer but the head lie two narrow ones whose product is added to its output; they alone have
 gradients and an optimizer. What is saved is adapters: a few megabytes, and the name of the base model. Nothing of the
 embeddings is trained, and the rows that a tokenizer's new tokens have there follow from base model and tokenizer
-(`model.make_room_for_tokens`): they are made anew where adapters are loaded.
+(`model.resize_embeddings`): they are made anew where adapters are loaded.
 """
 
 import json

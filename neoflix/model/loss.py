@@ -14,7 +14,7 @@ Shapes: N tokens, V words.
 import torch
 from torch.nn.functional import pad
 
-from neoflix.data.packing import IGNORED
+from neoflix.data.packing import IGNORE_INDEX
 
 # Logits taken at a time. On a CPU 4 MB of fp32 stay in the cache: 11 ms for a log-sum-exp of 477 x 50,304 where all
 # at once takes 17. A GPU wants few large kernels; 256 MB of fp32 are 1,334 tokens.
@@ -22,7 +22,7 @@ CPU_CHUNK, CUDA_CHUNK = 2**20, 2**26
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """(logits [N, V], targets [N]) -> sum of -log softmax(logits)[target] over targets that are not IGNORED, fp32.
+    """(logits [N, V], targets [N]) -> sum of -log softmax(logits)[target] over targets that are not IGNORE_INDEX, fp32.
 
     The backward pass overwrites `logits` with their gradient: they are spent then, and torch says so to
     whoever asks for a second backward pass.
@@ -35,12 +35,12 @@ class SummedCrossEntropy(torch.autograd.Function):
             log_sum_exp_N[rows] = torch.logsumexp(logits_NV[rows].float(), dim=-1)
         ctx.save_for_backward(logits_NV, targets_N, log_sum_exp_N)
         target_logits_N = logits_NV.gather(1, targets_N.clamp(min=0).unsqueeze(1)).squeeze(1)
-        return (log_sum_exp_N - target_logits_N).masked_fill(targets_N == IGNORED, 0.0).sum()
+        return (log_sum_exp_N - target_logits_N).masked_fill(targets_N == IGNORE_INDEX, 0.0).sum()
 
     @staticmethod
     def backward(ctx, grad_output):
         logits_NV, targets_N, log_sum_exp_N = ctx.saved_tensors
-        scale_N1 = (grad_output * (targets_N != IGNORED)).unsqueeze(1)
+        scale_N1 = (grad_output * (targets_N != IGNORE_INDEX)).unsqueeze(1)
         log_sum_exp_N1, targets_N1 = log_sum_exp_N.unsqueeze(1), targets_N.clamp(min=0).unsqueeze(1)
         for rows in _chunks(logits_NV):
             gradient = logits_NV[rows].float().sub_(log_sum_exp_N1[rows]).exp_()  # in fp32: the logits themselves
@@ -64,6 +64,6 @@ def causal_lm_loss(logits, labels, num_items_in_batch=None, **kwargs) -> torch.T
         num_items_in_batch: what the sum is divided by: labels of the whole step, over all ranks and
             accumulated batches. None: the labels of this batch, for the plain mean.
     """
-    targets_N = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    targets_N = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     loss = SummedCrossEntropy.apply(logits.flatten(0, 1), targets_N)
-    return loss / ((targets_N != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+    return loss / ((targets_N != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)

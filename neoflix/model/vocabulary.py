@@ -24,7 +24,7 @@ def _padded(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def make_room_for_tokens(
+def resize_embeddings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, fills_spare_rows: bool = True
 ) -> None:
     """Grows the vocabulary to the tokenizer's, rounded up to a multiple of 64, and fills the rows of new tokens.

@@ -66,7 +66,7 @@ class Plan:
         """Of the node's host memory, locked into place."""
         return sum(size for part, size in self.host.items() if "pinned" in part) * self.settings.local_processes
 
-    def misfits(self) -> list[tuple[str, int, int, str]]:
+    def over_budget(self) -> list[tuple[str, int, int, str]]:
         """(what, bytes needed, bytes there, its largest part) for each thing the machine has too little of."""
         machine, found = self.machine, []
         device_free = machine.device_memory - machine.device_taken
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return not self.misfits()
+        return not self.over_budget()
 
     def utilization(self, tokens_per_second: float) -> float | None:
         """Model FLOPs utilization: the share of all devices' peak that the model's own products take. What is computed

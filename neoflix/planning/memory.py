@@ -95,7 +95,7 @@ def activation_bytes(shape: Shape, settings: Settings, num_tokens: int) -> int:
     Of each layer and token, in tensors of the width: the input of both layer norms and their results (4), query, key,
     value and the attention's result (4; elsewhere than on CUDA the texts are taken apart, which copies the result), and
     five of the MLP's inner width (its input, three steps of the tanh form of GELU, and its result): 28 widths for
-    GPT-Neo. Counted with autograd's saved-tensor hooks, which `tests/test_plan.py` does again. With checkpointing one
+    GPT-Neo. Counted with autograd's saved-tensor hooks, as `tests/planning/test_forecast.py` does. With checkpointing one
     width a layer, and one layer in full while it is worked out again (Chen et al., 2016). Besides: the embedding and
     the last norm. With LoRA the same, since every adapter keeps what goes into its layer, and what its first matrix
     makes of that. Of other models the layers are counted likewise, when their shape is read.

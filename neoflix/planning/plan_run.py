@@ -42,7 +42,7 @@ from neoflix.planning.preflight import check_machine
 from neoflix.planning.remedies import (
     _cannot_swap,
     explain,
-    set_ups,
+    presets,
 )
 from neoflix.planning.table import plan_table
 from neoflix.runtime.console import GIB, accept_any_text, is_main_process, say
@@ -121,7 +121,7 @@ def _stand_in(machine: Machine, args) -> Machine:
 def choose_ds_config(args, shape: Shape, texts: Texts, machine: Machine) -> tuple[str, list[str]]:
     """(the fastest shipped set-up that fits, a line for each one passed over). UserError where none does."""
     passed_over, last = [], None
-    for name in set_ups(machine, int(os.environ.get("WORLD_SIZE", "1"))):
+    for name in presets(machine, int(os.environ.get("WORLD_SIZE", "1"))):
         config = read_ds_config(ROOT / name)
         if reason := _cannot_swap(config):
             passed_over.append(f"passed over {name}: {reason}")
@@ -132,7 +132,7 @@ def choose_ds_config(args, shape: Shape, texts: Texts, machine: Machine) -> tupl
         last = forecast(shape, texts, read_settings(fitted, shape, texts, machine, config, name), machine)
         if last.fits:
             return name, passed_over
-        what, needed, there, largest = last.misfits()[0]
+        what, needed, there, largest = last.over_budget()[0]
         passed_over.append(
             f"passed over {name}: needs {needed / GIB:.1f} GiB of {what}, {there / GIB:.1f} are there ({largest})"
         )

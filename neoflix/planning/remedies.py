@@ -14,7 +14,7 @@ from neoflix.runtime.gpus import PINNED_MEMORY
 from neoflix.runtime.hardware import Machine
 
 
-def set_ups(machine: Machine, num_processes: int) -> list[str]:
+def presets(machine: Machine, num_processes: int) -> list[str]:
     """The shipped set-ups that this machine can run, fastest first.
 
     Where GPUs have no NVLink ZeRO-1 comes before ZeRO-2: it sends gradients once a step, not once a batch.
@@ -37,10 +37,10 @@ def _cannot_swap(config: dict) -> str | None:
 def explain(plan: Plan) -> str:
     """A plan that does not fit: its table, what is too large, and the three smallest changes that would make it fit."""
     lines = ["this run does not fit", plan_table(plan)]
-    for what, needed, there, largest in plan.misfits():
+    for what, needed, there, largest in plan.over_budget():
         lines.append(f"too large: {needed / GIB:.1f} GiB of {what}, {there / GIB:.1f} GiB are there; {largest}")
     found = smallest_changes(plan)
-    lines += [f"  {words}: {_needs(changed, plan)}" for words, changed in found]
+    lines += [f"  {words}: {_describe_cost(changed, plan)}" for words, changed in found]
     if not found:
         lines.append("nothing that this project knows would make it fit: take a smaller model or a larger machine")
     return "\n".join(lines)
@@ -49,7 +49,7 @@ def explain(plan: Plan) -> str:
 LEARNS_WORSE = "bf16_states.json"  # a last resort: `auto` never takes it
 
 
-def _needs(plan: Plan, before: Plan) -> str:
+def _describe_cost(plan: Plan, before: Plan) -> str:
     device = f"device {plan.device_bytes / GIB:.1f} GiB, " if plan.machine.has_gpu else ""
     price = "; learns worse (ds_configs/bf16_states.md)" if plan.settings.ds_name == LEARNS_WORSE else ""
     price += "; adapters alone learn (docs/lora.md)" if plan.settings.lora_rank > before.settings.lora_rank else ""
@@ -80,7 +80,7 @@ def smaller_runs(plan: Plan, most: int = 3) -> list[tuple[str, Plan]]:
 
 def _changes(plan: Plan):
     """Single changes first; then pairs, of one that helps without sufficing and another; then smaller models."""
-    kinds = (_batch_changes, _recomputing, _disk_changes, _host_changes, _set_up_changes, _last_resorts)
+    kinds = (_batch_changes, _recomputing, _disk_changes, _host_changes, _preset_changes, _last_resorts)
     singles = [change for kind in kinds for change in kind(plan)]
     yield from singles
     for words, changed in singles:
@@ -96,7 +96,7 @@ def _changes(plan: Plan):
 
 
 def _excess(plan: Plan) -> int:
-    return sum(needed - there for _, needed, there, _ in plan.misfits())
+    return sum(needed - there for _, needed, there, _ in plan.over_budget())
 
 
 def _flags(words: str) -> set[str]:
@@ -152,8 +152,8 @@ def _host_changes(plan: Plan):
         yield f"PYTORCH_ALLOC_CONF={PINNED_MEMORY}", _with(plan, rounds_pinned=False)
 
 
-def _set_up_changes(plan: Plan):
-    for name in set_ups(plan.machine, plan.settings.num_processes):
+def _preset_changes(plan: Plan):
+    for name in presets(plan.machine, plan.settings.num_processes):
         config = read_ds_config(ROOT / name)
         if Path(name).name != plan.settings.ds_name and not _cannot_swap(config):
             yield f"--deepspeed {name}", _with(plan, ds_config=config, ds_name=Path(name).name)
@@ -183,4 +183,4 @@ def explain_failure(plan: Plan | None, error: str, allocated: int, reserved: int
     if plan:
         lines += [plan_table(plan)]
     lines += ["what would take less:"] if changes else ["a smaller --per_device_train_batch_size would take less"]
-    return "\n".join([*lines, *(f"  {words}: {_needs(changed, plan)}" for words, changed in changes)])
+    return "\n".join([*lines, *(f"  {words}: {_describe_cost(changed, plan)}" for words, changed in changes)])

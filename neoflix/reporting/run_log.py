@@ -16,7 +16,7 @@ from neoflix.runtime.files import read_json, write_json, write_text
 from neoflix.runtime.redaction import redact_command
 
 
-def note_start(output_dir: str, facts: dict) -> None:
+def log_start(output_dir: str, facts: dict) -> None:
     """Adds to the run's folder how it was started this time, on what machine and with which versions. A start from the
     beginning forgets those before it. One process.
 

@@ -56,7 +56,7 @@ def _warn(error: Exception) -> None:
     say(f"warning: no report: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def close_run(output_dir: str) -> None:
+def finish_run(output_dir: str) -> None:
     """A run's last words: where the best model is, how good, and where to read on. One process."""
     path = write_report(output_dir)
     perplexity = read_json(Path(output_dir, RESULTS_FILE), {}).get("perplexity")

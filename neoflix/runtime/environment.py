@@ -33,7 +33,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns
     _share_cores()
     if not torch.cuda.is_available():
-        keep_freed_memory()
+        tune_malloc()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # Port 0: the system chooses a free one, and nobody has to know which. Two runs never meet at one port.
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -58,7 +58,7 @@ def _pin_what_is_asked() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = PINNED_MEMORY
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Has glibc keep the tensors that a step frees, up to 2 GiB, for those of the next one.
 
     Without this each large tensor is a new mapping that the kernel fills with zeros page by page as it is first

@@ -53,7 +53,7 @@ def gather(value: Any) -> list:
     return values
 
 
-def any_rank(flag: bool) -> bool:
+def any_across_ranks(flag: bool) -> bool:
     """True in every process where it is true in one. Collective; a fraction of a millisecond on one machine."""
     if num_processes() == 1:
         return flag
@@ -62,7 +62,7 @@ def any_rank(flag: bool) -> bool:
     return bool(flags.item())
 
 
-def ask_main_process(function: Callable, *args) -> Any:
+def run_on_main_process(function: Callable, *args) -> Any:
     """What `function` returns in the main process, in every process. Collective; also before there is a process group.
 
     Raises:

@@ -22,7 +22,7 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def quicken(model: PreTrainedModel, num_rows: int) -> PreTrainedModel:
+def optimize_for_inference(model: PreTrainedModel, num_rows: int) -> PreTrainedModel:
     """Puts faster modules of the same function into a model that only samples: GELU in one kernel instead of eight;
     in fp32 on a CPU, linear layers packed for `num_rows` texts side by side."""
     packs = model.device.type == "cpu" and model.dtype == torch.float32 and num_rows > 1

@@ -29,7 +29,7 @@ from neoflix.sampling.architectures import GenerateDecoder, find_decoder, makes_
 from neoflix.sampling.cache import num_rows
 from neoflix.sampling.decoder import Decoder, Text
 from neoflix.sampling.draw import Draw
-from neoflix.sampling.inference import quicken
+from neoflix.sampling.inference import optimize_for_inference
 
 FIELD_TOKENS = 32  # most that a field has which the model writes
 
@@ -195,7 +195,7 @@ class Sampler:
                 kind = self.model.config.model_type
                 say(f"note: transformers' generate samples {kind} models, which is slower than this project's decoder")
         if not self.in_training and makes_slots(self._make_decoder):
-            quicken(self.model, num_slots)
+            optimize_for_inference(self.model, num_slots)
         return self._make_decoder(
             self.model,
             num_slots,

@@ -5,10 +5,10 @@ import math
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from neoflix.checkpoints.runs import save_run
-from neoflix.reporting.run_log import note_start
+from neoflix.reporting.run_log import log_start
 from neoflix.runtime.console import is_main_process, progress, write_beside_progress
 from neoflix.runtime.errors import StoppedEarly
-from neoflix.runtime.processes import any_rank, ask_main_process, gather
+from neoflix.runtime.processes import any_across_ranks, gather, run_on_main_process
 from neoflix.runtime.stop_requests import find_stop_request, forget_stop_file
 from neoflix.training.divergence import diverged
 
@@ -51,7 +51,7 @@ class StopOnRequest(TrainerCallback):
 
     def _is_asked_to_stop(self, args) -> bool:
         reason = find_stop_request(args.output_dir)
-        if not any_rank(reason is not None):
+        if not any_across_ranks(reason is not None):
             return False
         self.reason = next(filter(None, gather(reason)))
         if is_main_process():
@@ -65,7 +65,7 @@ class RecordStart(TrainerCallback):
 
     Args:
         run: the run's record (`runs.describe_run`).
-        facts: of this start (`record.note_start`).
+        facts: of this start (`record.log_start`).
     """
 
     def __init__(self, run: dict, facts: dict):
@@ -73,19 +73,19 @@ class RecordStart(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self._is_recorded:
-            ask_main_process(self._record, args.output_dir)
+            run_on_main_process(self._record, args.output_dir)
             self._is_recorded = True
 
     def _record(self, output_dir: str) -> None:
         save_run(output_dir, self._run)
-        note_start(output_dir, self._facts)
+        log_start(output_dir, self._facts)
 
 
 class EarlyStopping(EarlyStoppingCallback):
     """Hugging Face's, without its demand that Trainer reload the best model at the end.
 
     Under DeepSpeed that reloads the whole engine, optimizer states and all; the best checkpoint's weight
-    files are on disk already and `run_folder.promote` puts them at the top of the run's folder.
+    files are on disk already and `run_folder.export_best` puts them at the top of the run's folder.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):

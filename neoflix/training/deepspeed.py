@@ -60,7 +60,7 @@ def build_operators(config: dict) -> None:
             builder().load(verbose=False)
 
 
-def leave_out_shared_memory() -> None:
+def disable_shm_collectives() -> None:
     """Has DeepSpeed start without its shared-memory collectives on a CPU. Before the processes connect.
 
     Training never calls them. But each process compiles them on first use, leaves 69 MB in /dev/shm when it ends

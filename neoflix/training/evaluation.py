@@ -23,7 +23,7 @@ from neoflix.model.load import find_tokenizer, load_model
 from neoflix.model.vocabulary import get_window
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
-from neoflix.runtime.processes import ask_main_process, main_process_first
+from neoflix.runtime.processes import main_process_first, run_on_main_process
 from neoflix.training.agreement import check_same_everywhere
 from neoflix.training.trainer import TokenTrainer
 
@@ -66,7 +66,7 @@ def evaluate_only(args: TrainArguments) -> None:
         "perplexity": figures["eval_perplexity"],
         "eval_bits_per_char": figures["eval_bits_per_char"],
         "eval_texts": len(tokens),
-        "eval_tokens": num_tokens - sum(tokens["num_given"]),
+        "eval_tokens": num_tokens - sum(tokens["prompt_length"]),
         "eval_texts_cut": num_cut,
         "vocab_size": len(tokenizer),
         "dtype": str(args.weight_dtype).removeprefix("torch."),
@@ -74,7 +74,7 @@ def evaluate_only(args: TrainArguments) -> None:
         and run["data"] == name_tokens(texts.train, tokenizer, max_length, args.loss_on_prompt),
         **describe_texts(args),
     }
-    ask_main_process(_report, results, run, output_dir)
+    run_on_main_process(_report, results, run, output_dir)
 
 
 def _find_folder(model_name_or_path: str) -> str:

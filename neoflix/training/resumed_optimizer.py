@@ -6,7 +6,7 @@ from torch.optim.lr_scheduler import LambdaLR
 HYPERPARAMETERS = ("initial_lr", "lr", "weight_decay")
 
 
-def recall_steps(optimizer) -> None:
+def restore_adam_beta_powers(optimizer) -> None:
     """Has DeepSpeed's CPU Adam count the steps that a loaded state has behind it.
 
     The powers of its betas live outside the state. It takes them anew after loading, as powers, where the run that

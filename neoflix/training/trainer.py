@@ -18,13 +18,13 @@ from transformers.utils import logging
 
 from neoflix.checkpoints.find import forecast_bytes, list_checkpoints
 from neoflix.checkpoints.gather import gather_weights
-from neoflix.checkpoints.manifest import Files, find_damage, num_bytes, read_manifest, write_manifest
+from neoflix.checkpoints.manifest import Files, find_corruption, num_bytes, read_manifest, write_manifest
 from neoflix.checkpoints.names import STATE_FILE, UNIVERSAL
 from neoflix.checkpoints.ownership import check_held
 from neoflix.checkpoints.runs import Start, check_progress
-from neoflix.checkpoints.store import check_space, promote, publish, read_list, rotate, temporary
+from neoflix.checkpoints.store import check_space, commit, export_best, prune, read_list, temporary
 from neoflix.checkpoints.world_size import check_loadable, convert, needs_conversion
-from neoflix.data.packing import IGNORED, EpochOrder, PackedCollator, PaddedCollator, TokenBatches
+from neoflix.data.packing import IGNORE_INDEX, EpochOrder, PackedCollator, PaddedCollator, TokenBatches
 from neoflix.data.tokens import count_tokens
 from neoflix.model.folder import WEIGHTS_FILES
 from neoflix.model.lora import check_spare_rows, collect_adapters, has_adapters, save_adapters
@@ -35,7 +35,7 @@ from neoflix.reporting.write import write_report
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import DivergedError, StoppedEarly, UserError
 from neoflix.runtime.files import without_wildcards, write_json
-from neoflix.runtime.processes import any_rank, ask_main_process, gather
+from neoflix.runtime.processes import any_across_ranks, gather, run_on_main_process
 from neoflix.runtime.redaction import redact
 from neoflix.runtime.watchdog import announce_activity
 from neoflix.training.callbacks import EvaluateAtEnd, RecordStart, StopOnRequest, is_evaluated, run_callbacks
@@ -47,7 +47,7 @@ from neoflix.training.optimizer import check_groups, group_parameters
 from neoflix.training.resumed_optimizer import (
     apply_hyperparameters,
     read_hyperparameters,
-    recall_steps,
+    restore_adam_beta_powers,
     restore_weight_decay,
 )
 
@@ -112,7 +112,7 @@ class TokenTrainer(Trainer):
         """
         logging.disable_progress_bar()  # transformers' own, one for each save
         self._changes, checkpoint = start.changes, start.checkpoint
-        ask_main_process(self._check_space_for_all)
+        run_on_main_process(self._check_space_for_all)
         self.add_callback(RecordStart(start.run, self._describe_start(start.from_step)))
         if checkpoint:
             self.args.eval_on_start = False
@@ -124,7 +124,7 @@ class TokenTrainer(Trainer):
             output = super().train(readable and str(readable))
         if self._stop.reason:
             step, reason = self.state.global_step, self._stop.reason
-            ask_main_process(write_report, self.args.output_dir)
+            run_on_main_process(write_report, self.args.output_dir)
             raise StoppedEarly(f"Stopped after step {step} ({reason}); the same command goes on from there")
         check_progress(start, self.state.global_step, self.state.max_steps)
         return output
@@ -154,7 +154,7 @@ class TokenTrainer(Trainer):
             return checkpoint
         config.setdefault("checkpoint", {})["load_universal"] = True
         self._converted = temporary(Path(self.args.output_dir), checkpoint.name, UNIVERSAL)
-        return ask_main_process(convert, checkpoint, self._converted)
+        return run_on_main_process(convert, checkpoint, self._converted)
 
     @contextmanager
     def _explaining_full_memory(self):
@@ -208,7 +208,7 @@ class TokenTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            recall_steps(self.optimizer)
+            restore_adam_beta_powers(self.optimizer)
             restore_weight_decay(self.optimizer, self._hyperparameters)
             if self._changes:
                 apply_hyperparameters(self.optimizer, self.lr_scheduler, self._hyperparameters)
@@ -276,9 +276,9 @@ class TokenTrainer(Trainer):
     def _check_finite(self) -> None:
         """DivergedError, in every process, where a loss so far or a weight is not finite. Collective."""
         step = self.state.global_step
-        if any_rank(not bool(self._losses_are_finite)):
+        if any_across_ranks(not bool(self._losses_are_finite)):
             raise diverged(self.args, step, "a loss since the last checkpoint is NaN or infinite")
-        if any_rank(not has_finite_weights(self.model)):
+        if any_across_ranks(not has_finite_weights(self.model)):
             raise diverged(self.args, step, "weights are NaN or infinite")
 
     def log(self, logs, start_time=None):
@@ -334,7 +334,7 @@ class TokenTrainer(Trainer):
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for inputs in loader:
             inputs = self._prepare_inputs(inputs)
-            num_labels = (inputs["labels"][:, 1:] != IGNORED).sum()
+            num_labels = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
             mean_loss = model(**inputs).loss.double()
             totals += torch.stack([torch.where(num_labels > 0, mean_loss * num_labels, 0.0), num_labels.double()])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -377,19 +377,19 @@ class TokenTrainer(Trainer):
         unfinished = temporary(run, f"checkpoint-{step}", ".part")
         with self._busy(f"saving checkpoint-{step}"):
             self.store_flos()
-            ask_main_process(check_held, run)
+            run_on_main_process(check_held, run)
             try:
-                ask_main_process(self._begin_checkpoint, unfinished)
+                run_on_main_process(self._begin_checkpoint, unfinished)
                 self._write_checkpoint(unfinished)
             except UserError as error:
-                ask_main_process(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+                run_on_main_process(lambda: shutil.rmtree(unfinished, ignore_errors=True))
                 if self.args.on_full_disk == "stop":
                     raise UserError(
                         f"{error}. The run's earlier checkpoints are whole; the same command goes on"
                     ) from None
                 say(f"warning: {error}; going on without checkpoint-{step}")
                 return
-            ask_main_process(lambda: rotate(run, self.args.save_total_limit, self._find_best_step()))
+            run_on_main_process(lambda: prune(run, self.args.save_total_limit, self._find_best_step()))
 
     def _begin_checkpoint(self, unfinished: Path) -> None:
         check_space(unfinished.parent, self._checkpoint_bytes(), "the next checkpoint takes")
@@ -412,7 +412,7 @@ class TokenTrainer(Trainer):
                 self._save_state(folder)
         errors = [error for error in gather(files.error) if error]
         entries = {name: entry for part in gather(files.entries) for name, entry in part.items()}
-        ask_main_process(self._complete_checkpoint, folder, errors, entries)
+        run_on_main_process(self._complete_checkpoint, folder, errors, entries)
 
     def _save_weights(self, folder: Path) -> None:
         """Model and tokenizer; but no weights where ZeRO-3 is told not to gather them for a save: DeepSpeed's shards
@@ -445,7 +445,7 @@ class TokenTrainer(Trainer):
             if errors:
                 raise OSError(0, errors[0])
             write_manifest(folder, facts, entries)
-            publish(folder)
+            commit(folder)
         except OSError as error:
             name = f"checkpoint-{self.state.global_step}"
             raise UserError(f"{folder.parent / name} could not be written ({error.strerror})") from error
@@ -490,13 +490,13 @@ class TokenTrainer(Trainer):
         self._check_finite()
         if self.eval_dataset and not is_evaluated(self.state):
             self.evaluate()
-        self._saved_step, best = ask_main_process(self._choose_best)
+        self._saved_step, best = run_on_main_process(self._choose_best)
         if best is None:
             best = temporary(Path(self.args.output_dir), "model", ".part")
             self.model_wrapped._config.zero_config.gather_16bit_weights_on_model_save = True
             self.save_model(str(best))
-        ask_main_process(self._promote, best)
-        ask_main_process(write_json, Path(self.args.output_dir, STATE_FILE), dataclasses.asdict(self.state))
+        run_on_main_process(self._export_best, best)
+        run_on_main_process(write_json, Path(self.args.output_dir, STATE_FILE), dataclasses.asdict(self.state))
 
     def _choose_best(self) -> tuple[int, Path | None]:
         """(step, checkpoint) of the best model that is still there, every file of it read; no checkpoint: the model in
@@ -508,17 +508,17 @@ class TokenTrainer(Trainer):
                 break
             if step not in checkpoints:
                 continue
-            damage = find_damage(checkpoints[step], checksums=True)
+            damage = find_corruption(checkpoints[step], checksums=True)
             if damage is None:
                 return step, checkpoints[step]
             say(f"warning: {checkpoints[step]} is not used as the best model: {damage}")
         return last, None
 
-    def _promote(self, checkpoint: Path) -> None:
+    def _export_best(self, checkpoint: Path) -> None:
         run = Path(self.args.output_dir)
         check_held(run)
         gather_weights(checkpoint)
-        promote(checkpoint, run)
+        export_best(checkpoint, run)
         if checkpoint == temporary(run, "model", ".part"):
             shutil.rmtree(checkpoint)
 

@@ -14,7 +14,7 @@ from neoflix.checkpoints.manifest import read_manifest, write_manifest
 from neoflix.checkpoints.names import LIST_FILE, RESULTS_FILE, RUN_FILE, UNIVERSAL
 from neoflix.checkpoints.output_dir import check_output_dir
 from neoflix.checkpoints.ownership import claim
-from neoflix.checkpoints.store import delete, promote, publish, read_list, rotate, settle, temporary
+from neoflix.checkpoints.store import commit, delete, export_best, prune, read_list, recover_interrupted, temporary
 from neoflix.export import export_gpt2, export_merged
 from neoflix.runtime.files import write_json
 from neoflix.runtime.processes import exit_code_of
@@ -178,7 +178,7 @@ def test_what_an_interrupted_save_left_is_cleared_away(folder):
     temporary(folder, "config.json", ".part").write_text("{")
     (folder / f"run.json.{32 * 'a'}.part").write_text("{")
     save(temporary(folder, "checkpoint-6", ".part"), 6)  # all but its renaming was done
-    settle(folder)
+    recover_interrupted(folder)
     assert names(folder) == ["checkpoint-2", "checkpoint-6"]
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-6"]
 
@@ -187,14 +187,14 @@ def test_folders_of_the_users_with_such_names_are_left_alone(folder, capsys):
     for name in ("checkpoint-1.old", "checkpoint-2.part", f"checkpoint-3{UNIVERSAL}", "checkpoint-best.old"):
         save(folder / name, 1)
     before = names(folder)
-    settle(folder)
+    recover_interrupted(folder)
     assert names(folder) == before
     assert "checkpoint-1.old: not known to be this run's, left alone" in capsys.readouterr().out
 
 
 def test_saved_again_a_checkpoint_takes_its_own_place(folder):
     checkpoint(folder, 2, more="of before")
-    publish(save(temporary(folder, "checkpoint-2", ".part"), 2))
+    commit(save(temporary(folder, "checkpoint-2", ".part"), 2))
     assert names(folder) == ["checkpoint-2"]
     assert not (folder / "checkpoint-2" / "more").exists()
 
@@ -210,7 +210,7 @@ def test_a_checkpoint_that_is_not_the_runs_is_kept(folder, tmp_path, kind):
         claim(str(tmp_path / "other"))
         shutil.copytree(checkpoint(tmp_path / "other", 2), folder / "checkpoint-2")
     theirs = (folder / "checkpoint-2" / "model.safetensors").read_text()
-    publish(save(temporary(folder, "checkpoint-2", ".part"), 2))
+    commit(save(temporary(folder, "checkpoint-2", ".part"), 2))
     assert (folder / "checkpoint-2.kept" / "model.safetensors").read_text() == theirs
     assert (folder / "checkpoint-2" / "model.safetensors").read_text() == "weights of step 2"
 
@@ -222,7 +222,7 @@ def test_rotation_deletes_the_runs_checkpoints_alone(folder, tmp_path):
     shutil.copytree(checkpoint(folder, 4), folder / "checkpoint-3")
     for step in (5, 6):
         checkpoint(folder, step)
-    rotate(folder, 1, best_step=None)
+    prune(folder, 1, best_step=None)
     assert names(folder) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-6"]
 
 
@@ -237,11 +237,11 @@ def test_a_copy_under_another_number_is_not_resumed_from(folder):
 def test_rotation_keeps_the_newest_and_the_best(folder):
     for step in (1, 2, 3, 4, 5):
         checkpoint(folder, step)
-    rotate(folder, 3, best_step=2)
+    prune(folder, 3, best_step=2)
     assert names(folder) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
-    rotate(folder, 1, best_step=2)
+    prune(folder, 1, best_step=2)
     assert names(folder) == ["checkpoint-2", "checkpoint-5"]
-    rotate(folder, None, best_step=None)
+    prune(folder, None, best_step=None)
     assert names(folder) == ["checkpoint-2", "checkpoint-5"]
 
 
@@ -251,7 +251,7 @@ def test_rotation_counts_no_damaged_one(folder):
         checkpoint(folder, step)
     for step in (3, 4):
         (folder / f"checkpoint-{step}" / "model.safetensors").unlink()
-    rotate(folder, 2, best_step=None)
+    prune(folder, 2, best_step=None)
     assert names(folder) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4"]
 
 
@@ -264,7 +264,7 @@ def test_an_interrupted_deletion_leaves_nothing_under_the_name(folder, monkeypat
         delete(checkpoint(folder, 1))
     monkeypatch.undo()
     assert list_checkpoints(folder) == []
-    settle(folder)
+    recover_interrupted(folder)
     assert names(folder) == []
 
 
@@ -273,27 +273,27 @@ def test_an_interrupted_deletion_leaves_nothing_under_the_name(folder, monkeypat
 
 def test_a_promoted_model_takes_the_place_of_the_one_before(folder):
     shards = {"model-1.safetensors": "a", "spiece.model": "b"}
-    promote(checkpoint(folder, 1, **shards), folder)
-    promote(checkpoint(folder, 2), folder)
+    export_best(checkpoint(folder, 1, **shards), folder)
+    export_best(checkpoint(folder, 2), folder)
     assert names(folder) == ["checkpoint-1", "checkpoint-2", "model.safetensors"]
     assert (folder / "model.safetensors").read_text() == "weights of step 2"
     assert (folder / "checkpoint-1" / "model.safetensors").read_text() == "weights of step 1"
-    promote(folder / "checkpoint-2", folder)  # the same once more
+    export_best(folder / "checkpoint-2", folder)  # the same once more
     assert names(folder) == ["checkpoint-1", "checkpoint-2", "model.safetensors"]
 
 
 def test_a_file_that_was_put_there_or_changed_while_it_trained_is_kept(folder):
-    promote(checkpoint(folder, 1, **{"generation_config.json": "{}"}), folder)
+    export_best(checkpoint(folder, 1, **{"generation_config.json": "{}"}), folder)
     (folder / "generation_config.json").unlink()
     (folder / "generation_config.json").write_text('{"top_k": 5}')
     (folder / "config.json").write_text("the user's")
-    promote(checkpoint(folder, 2, **{"generation_config.json": "{ }", "config.json": "{}"}), folder)
+    export_best(checkpoint(folder, 2, **{"generation_config.json": "{ }", "config.json": "{}"}), folder)
     assert (folder / "generation_config.json.kept").read_text() == '{"top_k": 5}'
     assert (folder / "config.json.kept").read_text() == "the user's"
     assert (folder / "config.json").read_text() == "{}"
     (folder / "generation_config.json").unlink()
     (folder / "generation_config.json").write_text("changed")
-    promote(checkpoint(folder, 3), folder)  # has none: theirs stays
+    export_best(checkpoint(folder, 3), folder)  # has none: theirs stays
     assert (folder / "generation_config.json").read_text() == "changed"
     assert not (folder / "config.json").exists()
 
@@ -303,7 +303,7 @@ def test_a_promotion_that_was_interrupted_anywhere_is_finished_by_the_next(folde
     """A kill at any step of it: nothing is set aside as if it were the user's, and no file is neither old nor new."""
     old = {"model.safetensors": "old", "config.json": "old", "merges.txt": "old"}
     new = {"model.safetensors": "new", "config.json": "new", "vocab.json": "new"}
-    promote(save(folder / "checkpoint-1", 1, **old), folder)
+    export_best(save(folder / "checkpoint-1", 1, **old), folder)
     save(folder / "checkpoint-2", 2, **new)
     calls = []
 
@@ -319,12 +319,12 @@ def test_a_promotion_that_was_interrupted_anywhere_is_finished_by_the_next(folde
     for owner, name in ((os, "link"), (Path, "replace"), (Path, "unlink")):
         monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
     with pytest.raises(KeyboardInterrupt):
-        promote(folder / "checkpoint-2", folder)
+        export_best(folder / "checkpoint-2", folder)
     monkeypatch.undo()
     for name in ("model.safetensors", "config.json"):
         assert (folder / name).read_text() in ("old", "new")
     claim(str(folder))
-    promote(folder / "checkpoint-2", folder)
+    export_best(folder / "checkpoint-2", folder)
     assert names(folder) == ["checkpoint-1", "checkpoint-2", "config.json", "model.safetensors", "vocab.json"]
     assert {(folder / name).read_text() for name in new} == {"new"}
 
@@ -347,7 +347,7 @@ def test_a_run_without_a_list_is_gone_on_with(tmp_path):
     (folder / "notes.safetensors").write_text("the user's")
     check_output_dir(str(folder), OTHER)
     claim(str(folder))
-    promote(checkpoint(folder, 4), folder)
+    export_best(checkpoint(folder, 4), folder)
     assert (folder / "model.safetensors").read_text() == "weights of step 4"
     assert (folder / "notes.safetensors").read_text() == "the user's"
     assert not (folder / "config.json").exists()

@@ -115,7 +115,7 @@ def measure(batches, lengths_N) -> tuple[int, float]:
     """(most tokens that one of the batches computes, tokens computed for each real one), by the collator."""
     sizes = []
     for batch in batches:
-        rows = [{"input_ids": [1] * lengths_N[i], "num_given": 1} for i in batch]
+        rows = [{"input_ids": [1] * lengths_N[i], "prompt_length": 1} for i in batch]
         sizes.append(PaddedCollator(0)(rows)["input_ids"].numel())
     return max(sizes), sum(sizes) / lengths_N.sum()
 

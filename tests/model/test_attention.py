@@ -108,7 +108,7 @@ def test_the_cuda_path_never_waits_for_the_device(monkeypatch):
     monkeypatch.setattr(attention, "takes_varlen", lambda query: True)
     model = GPTNeoForCausalLM._from_config(tiny_config(), attn_implementation=ATTENTION_NAME).to("meta")
     model.loss_function = causal_lm_loss
-    batch = PackedCollator()([{"input_ids": list(range(length)), "num_given": 1} for length in (5, 40, 1)])
+    batch = PackedCollator()([{"input_ids": list(range(length)), "prompt_length": 1} for length in (5, 40, 1)])
     batch = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
     model(**batch, num_items_in_batch=torch.tensor(43, device="meta")).loss.backward()
     assert all(weight.grad.shape == weight.shape for weight in model.parameters())
@@ -250,11 +250,11 @@ def test_decoding_with_a_static_cache_is_one_graph(pair):
 
 
 def test_a_layout_keeps_its_type():
-    layout = PackedCollator()([{"input_ids": [1, 2, 3], "num_given": 1}])["attention_mask"]
+    layout = PackedCollator()([{"input_ids": [1, 2, 3], "prompt_length": 1}])["attention_mask"]
     assert type(layout) is TextLayout
     assert type(layout.to("meta", non_blocking=True)) is TextLayout
     assert type(send_to_device({"attention_mask": layout}, "meta")["attention_mask"]) is TextLayout
-    rows = [{"input_ids": [1, 2, 3], "num_given": 1}] * 2
+    rows = [{"input_ids": [1, 2, 3], "prompt_length": 1}] * 2
     loader = DataLoader(rows, batch_size=2, collate_fn=PackedCollator(), num_workers=1)
     assert type(next(iter(loader))["attention_mask"]) is TextLayout
 

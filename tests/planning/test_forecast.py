@@ -25,7 +25,7 @@ from neoflix.planning.lengths import CHARS_PER_TOKEN, Texts, count_texts, estima
 from neoflix.planning.memory import CPU_PROCESS, Settings, activation_bytes
 from neoflix.planning.plan_run import choose_batch, choose_ds_config, parse_bytes, plan_run, read_quickly
 from neoflix.planning.preflight import check_gpu, check_locked_memory, check_nvme, check_shared_memory
-from neoflix.planning.remedies import explain, explain_failure, set_ups, smallest_changes
+from neoflix.planning.remedies import explain, explain_failure, presets, smallest_changes
 from neoflix.runtime.gpus import PINNED_MEMORY
 from neoflix.runtime.hardware import Machine, read_host_memory, read_machine
 
@@ -103,7 +103,7 @@ def test_activations_are_those_that_autograd_keeps(num_layers, width, recomputes
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        model(**PackedCollator()([{"input_ids": list(range(1, length + 1)), "num_given": 1} for length in lengths]))
+        model(**PackedCollator()([{"input_ids": list(range(1, length + 1)), "prompt_length": 1} for length in lengths]))
     logits = sum(lengths) * 512 * 4
     counted = sum(storage.nbytes() for storage in kept.values()) - logits
     settings = read_settings(arguments(), SIZES["125M"], NETFLIX, Machine(0, 0, 1), {}, "")
@@ -336,7 +336,7 @@ def test_auto_takes_the_fastest_that_fits(size, gib, host, cards, linked, expect
     chosen, passed_over = choose_ds_config(arguments(), SIZES[size], NETFLIX, machine)
     assert chosen == expected
     assert forecast_of(size, machine, deepspeed=chosen).fits
-    order = set_ups(machine, cards)
+    order = presets(machine, cards)
     assert len(passed_over) == order.index(chosen), "a line for each that is faster and does not fit"
     for name, line in zip(order, passed_over, strict=False):
         assert not forecast_of(size, machine, deepspeed=name).fits
@@ -394,7 +394,7 @@ def test_every_change_it_names_makes_the_run_fit(size, gib, host, processes, mon
 def test_memory_that_gpu_and_host_share_is_counted_once():
     apart, shared = card(24, 60), replace(card(60, 60), shares_memory=True)
     assert forecast_of("2.7B", apart).fits
-    ((what, needed, there, _),) = forecast_of("2.7B", shared).misfits()
+    ((what, needed, there, _),) = forecast_of("2.7B", shared).over_budget()
     assert (what, there) == ("memory that GPU and host share", 60 * GIB)
     assert needed == forecast_of("2.7B", apart).device_bytes + forecast_of("2.7B", apart).host_bytes
 

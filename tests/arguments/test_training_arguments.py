@@ -187,7 +187,7 @@ def test_auto_is_decided_once_and_told_to_all(monkeypatch, model_dir, catalogue,
         asked.append(function(*args))
         return asked[-1]
 
-    monkeypatch.setattr("neoflix.arguments.parse.ask_main_process", ask)
+    monkeypatch.setattr("neoflix.arguments.parse.run_on_main_process", ask)
     words = ["--model_name_or_path", str(model_dir), "--dataset", str(catalogue)]
     args = parse(*words, "--deepspeed", "auto", "--tokens_per_device_batch", "auto")
     (choices,) = asked

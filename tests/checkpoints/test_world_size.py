@@ -10,7 +10,7 @@ from test_train import assert_same_weights, losses, results, run  # noqa: F401 -
 
 import train
 from neoflix.checkpoints.find import list_checkpoints, list_numbered
-from neoflix.checkpoints.manifest import find_damage
+from neoflix.checkpoints.manifest import find_corruption
 from neoflix.checkpoints.names import UNIVERSAL
 from neoflix.checkpoints.world_size import check_loadable, convert
 
@@ -85,7 +85,7 @@ def test_the_space_of_a_conversion_is_reckoned_first(checkpoint, small_disk):  #
     with pytest.raises(ValueError, match="the conversion takes"):
         convert(checkpoint, small_disk / f"checkpoint-2{UNIVERSAL}")
     assert not list(small_disk.glob(f"*{UNIVERSAL}"))
-    assert find_damage(checkpoint, checksums=True) is None
+    assert find_corruption(checkpoint, checksums=True) is None
 
 
 def test_what_deepspeed_would_not_load_is_refused(checkpoint):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from neoflix.checkpoints.manifest import MANIFEST, Files, find_damage, num_bytes, write_manifest
+from neoflix.checkpoints.manifest import MANIFEST, Files, find_corruption, num_bytes, write_manifest
 from neoflix.runtime.files import hash_file
 
 
@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 
 def test_a_whole_folder_has_no_damage(folder):
-    assert find_damage(folder, checksums=True) is None
+    assert find_corruption(folder, checksums=True) is None
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["step"] == 3
     assert set(manifest["files"]) == {"state.pt", "inner/notes.txt"}
@@ -64,12 +64,12 @@ def flip_a_bit(path):
 )
 def test_damage_is_found_and_named(folder, name, harm, sentence):
     harm(folder / name)
-    assert sentence in find_damage(folder, checksums=True)
+    assert sentence in find_corruption(folder, checksums=True)
 
 
 def test_sizes_alone_do_not_read_the_files(folder):
     flip_a_bit(folder / "state.pt")
-    assert find_damage(folder) is None
+    assert find_corruption(folder) is None
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import gpt2_tokenizer_dir, netflix_csv
 
-from neoflix.data.packing import IGNORED, PackedCollator, PaddedCollator, TokenBatches
+from neoflix.data.packing import IGNORE_INDEX, PackedCollator, PaddedCollator, TokenBatches
 from neoflix.data.sources import read_texts
 from neoflix.data.split import TextSplit, split_texts
 from neoflix.data.template import Template
@@ -234,7 +234,7 @@ def test_end_is_learnt_and_padding_is_not(tokens, tokenizer):
     for batch in (packed, padded):
         learnt = batch["labels"][:, 1:]
         assert (learnt == tokenizer.eos_token_id).sum() == len(examples)
-        assert (learnt != IGNORED).sum() == num_labels
+        assert (learnt != IGNORE_INDEX).sum() == num_labels
         assert not torch.isin(learnt, torch.tensor([tokenizer.pad_token_id, tokenizer.bos_token_id])).any()
     assert packed["input_ids"].shape == (1, num_labels + len(examples))
     assert (padded["input_ids"][padded["attention_mask"] == 0] == tokenizer.pad_token_id).all()
@@ -244,7 +244,7 @@ def test_filled_up_texts_count_nothing(tokens, tokenizer):
     filled = fill_up(tokens, 16, tokenizer.bos_token_id)
     assert len(filled) == 48
     batch = PackedCollator()([filled[i] for i in range(40, 48)])
-    assert (batch["labels"] == IGNORED).all()
+    assert (batch["labels"] == IGNORE_INDEX).all()
     assert fill_up(tokens, 8, tokenizer.bos_token_id) is tokens
 
 
@@ -291,7 +291,7 @@ def test_texts_without_room_behind_their_prompt_are_left_out_and_counted(titles,
     assert len(train) == 37
     assert "37 texts" in (said := capsys.readouterr().out)
     assert "3 were left out: their prompts fill 30 tokens" in said
-    assert min(len(ids) - given - 1 for ids, given in zip(train["input_ids"], train["num_given"], strict=True)) >= 8
+    assert min(len(ids) - given - 1 for ids, given in zip(train["input_ids"], train["prompt_length"], strict=True)) >= 8
     assert tokenize_texts(texts, tokenizer, 30, tmp_path).num_crowded == 3, "known to whoever reads the cache, too"
 
 

@@ -125,7 +125,7 @@ def train_steps(model, tokenizer, texts: list[str]) -> None:
     """Also holds that padding and the texts beside one make no difference to the loss."""
     rows = []
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        rows.append({"input_ids": [tokenizer.bos_token_id, *ids[:40], tokenizer.eos_token_id], "num_given": 1})
+        rows.append({"input_ids": [tokenizer.bos_token_id, *ids[:40], tokenizer.eos_token_id], "prompt_length": 1})
     collate, optimizer = PaddedCollator(tokenizer.pad_token_id), torch.optim.AdamW(model.parameters(), lr=1e-3)
     num_labels = sum(len(row["input_ids"]) - 1 for row in rows)
     model.eval()

@@ -15,7 +15,7 @@ from neoflix.sampling import cache
 from neoflix.sampling.cache import check_memory, place_bytes
 from neoflix.sampling.decoder import Decoder, Text
 from neoflix.sampling.draw import Draw, stream_keys
-from neoflix.sampling.inference import PackedLinear, quicken
+from neoflix.sampling.inference import PackedLinear, optimize_for_inference
 
 EOS, PAD = 0, 501
 NEW = 32  # tokens at the most
@@ -42,7 +42,7 @@ def theirs(model_dir, prompts: list[list[int]], dtype=torch.float32, device="cpu
 
 def ours(model, prompts, num_slots: int, draw=None, seed=1, penalty=1.0, as_on_cuda=False) -> list[list[int]]:
     texts = [Text(i, prompt, NEW) for i, prompt in enumerate(prompts)]
-    quicken(model, num_slots)
+    optimize_for_inference(model, num_slots)
     num_places = max(LENGTHS) + NEW  # whole blocks: a step too many would leave the cache
     decoder = Decoder(model, num_slots, num_places, seed, draw or Draw(1.0, 1, 1.0), penalty, EOS, [])
     if as_on_cuda:
@@ -125,7 +125,7 @@ def test_few_candidates_are_no_other_draw(model_dir, prompts, as_on_cuda):
 
 
 def test_packed_layers_are_the_same_layers(model_dir):
-    model, packed = load(model_dir), quicken(load(model_dir), 20)
+    model, packed = load(model_dir), optimize_for_inference(load(model_dir), 20)
     assert any(isinstance(module, PackedLinear) for module in packed.modules())
     ids = torch.randint(0, 500, (3, 40))
     with torch.inference_mode():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import DEEPSPEED, PYTHON, ROOT, free_port, run_program
 from safetensors.torch import load_file
-from test_loading import PickleBomb
 from test_manifest import small_disk  # noqa: F401 - a fixture
+from test_source import PickleBomb
 from transformers import AutoModelForCausalLM
 
 import generate
@@ -20,7 +20,7 @@ import train
 from neoflix.checkpoints import gather as consolidation
 from neoflix.checkpoints.find import find_model
 from neoflix.checkpoints.gather import _gather, _open_shards, gather_weights, whole_weights
-from neoflix.checkpoints.manifest import MANIFEST, find_damage, read_manifest, write_manifest
+from neoflix.checkpoints.manifest import MANIFEST, find_corruption, read_manifest, write_manifest
 from neoflix.checkpoints.names import RESULTS_FILE, RUN_FILE
 from neoflix.export import main
 from neoflix.model.folder import has_shards_alone
@@ -38,7 +38,7 @@ import json, shutil, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
 from pathlib import Path
-from neoflix.runtime.processes import ask_main_process, run_and_exit
+from neoflix.runtime.processes import run_on_main_process, run_and_exit
 
 def die_after_first_checkpoint(run, copy):
     shutil.copytree(run / "checkpoint-2", copy / "checkpoint-2")
@@ -48,7 +48,7 @@ def main():
     for name, words in json.loads(Path(sys.argv[-1]).read_text()).items():
         folder = Path(sys.argv[-1]).parent / name
         if name == "resumed":
-            ask_main_process(die_after_first_checkpoint, folder.with_name("sharded"), folder)
+            run_on_main_process(die_after_first_checkpoint, folder.with_name("sharded"), folder)
         train.main([*words, "--output_dir", str(folder)])
 
 run_and_exit(main)
@@ -141,7 +141,7 @@ def test_a_run_that_died_is_sampled_as_if_it_had_gathered(runs_of, request, tmp_
     assert texts == sample(died(runs / "gathered", tmp_path / "gathered"), tmp_path / "others.jsonl")
 
     # The checkpoint is complete as before, and with the new file.
-    assert find_damage(checkpoint, checksums=True) is None
+    assert find_corruption(checkpoint, checksums=True) is None
     files = read_manifest(checkpoint)["files"]
     assert files.keys() - before.keys() == {WEIGHTS}
     assert {name: files[name] for name in before} == before
@@ -188,7 +188,7 @@ def test_a_finished_run_has_whole_weights_on_top(runs_of, request):
     assert_same_weights(runs / "sharded", runs / "gathered")
     assert "lm_head.weight" not in load_file(runs / "sharded" / WEIGHTS)
     assert (runs / "sharded" / WEIGHTS).samefile(runs / "sharded" / "checkpoint-4" / WEIGHTS), "weights lie there twice"
-    assert find_damage(runs / "sharded" / "checkpoint-4", checksums=True) is None
+    assert find_corruption(runs / "sharded" / "checkpoint-4", checksums=True) is None
 
 
 def test_a_run_without_evaluation_has_the_last_weights_on_top(runs, tmp_path):
@@ -232,7 +232,7 @@ def test_an_interrupted_gathering_counts_for_nothing(runs, checkpoint, monkeypat
     monkeypatch.undo()
     assert (checkpoint / f"{WEIGHTS}.part").is_file()
     assert has_shards_alone(checkpoint)
-    assert find_damage(checkpoint, checksums=True) is None
+    assert find_corruption(checkpoint, checksums=True) is None
     gather_weights(checkpoint)
     assert not (checkpoint / f"{WEIGHTS}.part").exists()
     assert_same_weights(checkpoint, runs / "gathered" / "checkpoint-2")
@@ -263,7 +263,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_checkpoint_as_it_was(unfinishe
     assert {path.name for path in checkpoint.iterdir()} == {
         path.name for path in (unfinished / "checkpoint-2").iterdir()
     }
-    assert find_damage(checkpoint, checksums=True) is None
+    assert find_corruption(checkpoint, checksums=True) is None
     (small_disk / "ballast").unlink()
     monkeypatch.undo()
     gather_weights(checkpoint)

@@ -15,7 +15,7 @@ PROGRAM = """
 import os, sys, time
 import torch.distributed as dist
 from neoflix.runtime import watchdog
-from neoflix.runtime.processes import ask_main_process, gather, main_process_first, run_and_exit
+from neoflix.runtime.processes import run_on_main_process, gather, main_process_first, run_and_exit
 from neoflix.runtime.errors import StoppedEarly, UserError
 watchdog.GRACE = 8.0  # a busy machine starts one of the two processes seconds after the other
 RANK = int(os.environ["RANK"])
@@ -65,17 +65,17 @@ def ends(start, tmp_path):
 
 def test_all_goes_well(ends):
     codes, said = ends("""
-assert ask_main_process(lambda: RANK) == 0  # before the processes are connected
+assert run_on_main_process(lambda: RANK) == 0  # before the processes are connected
 connect_processes()
 with main_process_first():
     print("now", RANK)
-assert ask_main_process(lambda: RANK + 5) == 5
+assert run_on_main_process(lambda: RANK + 5) == 5
 """)
     assert (codes, said) == ([0, 0], ["now 0\n", "now 1\n"])
 
 
 @pytest.mark.parametrize("before", ["", "connect_processes()"], ids=["unconnected", "connected"])
-@pytest.mark.parametrize("others", ["connect_processes()", "ask_main_process(time.sleep, 600)", "time.sleep(600)"])
+@pytest.mark.parametrize("others", ["connect_processes()", "run_on_main_process(time.sleep, 600)", "time.sleep(600)"])
 def test_a_user_error_on_another_rank_is_printed_with_its_rank_and_ends_all(ends, tmp_path, before, others):
     code = f'if RANK == 1: raise UserError("no such file")\n{others}'
     codes, said = ends(f"{before}\n{code}", NEOFLIX_EXIT_CODE_FILE=str(tmp_path / "code"))
@@ -96,7 +96,7 @@ def test_a_user_error_in_what_rank_0_does_for_all_crosses(ends):
 def fail():
     raise UserError("no such file")
 try:
-    ask_main_process(fail)
+    run_on_main_process(fail)
 except UserError as error:
     print("caught", error)
     raise
@@ -109,7 +109,7 @@ def test_a_divergence_in_what_rank_0_does_for_all_ends_all_with_its_code(ends):
 from neoflix.runtime.errors import DivergedError
 def fail():
     raise DivergedError("the loss is nan")
-ask_main_process(fail)
+run_on_main_process(fail)
 """)
     assert (codes, said) == ([1, 1], ["error: the loss is nan\n", ""])
 
@@ -120,7 +120,7 @@ def test_any_exception_in_what_rank_0_does_for_all_ends_all(ends, error):
 def fail():
     raise {error}
 connect_processes()
-ask_main_process(fail)
+run_on_main_process(fail)
 """)
     assert codes == [1, 1]
     assert said[0].count("Traceback (most recent call last)") == 1

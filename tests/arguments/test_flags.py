@@ -32,14 +32,14 @@ VALUES = {
 
 # The flags that work, each with what shows it. A field that is neither here nor in REFUSED fails the test below.
 WORKS = {
-    "tests/test_train.py, whole runs": """output_dir per_device_train_batch_size gradient_accumulation_steps
+    "tests/runs/test_train.py, whole runs": """output_dir per_device_train_batch_size gradient_accumulation_steps
         num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps seed eval_strategy eval_steps
         save_strategy save_steps save_total_limit eval_on_start per_device_eval_batch_size dataloader_num_workers
         torch_compile resume_from_checkpoint activation_checkpointing gradient_checkpointing disable_tqdm logging_steps
         deepspeed
         use_cpu report_to bf16""",
-    "tests/test_optimizer.py": "weight_decay optim",
-    "tests/test_plan.py": "fp16",
+    "tests/training/test_optimizer.py": "weight_decay optim",
+    "tests/planning/test_forecast.py": "fp16",
     "test_flags_that_change_a_log": """logging_strategy logging_first_step lr_scheduler_kwargs adam_beta1 adam_beta2
         adam_epsilon max_grad_norm include_num_input_tokens_seen skip_memory_metrics data_seed train_sampling_strategy
         eval_delay metric_for_best_model greater_is_better""",
@@ -50,8 +50,8 @@ WORKS = {
         average_tokens_across_devices logging_nan_inf_filter tf32""",
     "test_words_that_are_refused": "torch_compile_mode torch_compile_backend optim_args optim_target_modules",
     "NEEDS: only with trackio": "project trackio_space_id trackio_bucket_id trackio_static_space_id",
-    "tests/test_recovery.py": "restore_callback_states_from_checkpoint",
-    "tests/test_redaction.py: a secret, for whoever asks the hub": "hub_token",
+    "tests/runs/test_recovery.py": "restore_callback_states_from_checkpoint",
+    "tests/runtime/test_redaction.py: a secret, for whoever asks the hub": "hub_token",
     "the launcher's": "local_rank ddp_timeout",
 }
 PROVEN = [name for names in WORKS.values() for name in names.split()]

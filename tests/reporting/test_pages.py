@@ -19,8 +19,8 @@ from neoflix.judging.novelty import TrainingTexts
 from neoflix.report import main
 from neoflix.reporting.history import Record
 from neoflix.reporting.pages import REPORT_FILE
-from neoflix.reporting.run_log import note_start
-from neoflix.reporting.write import close_run, write_report
+from neoflix.reporting.run_log import log_start
+from neoflix.reporting.write import finish_run, write_report
 from neoflix.runtime.files import read_json
 
 EVIL = "</style><script>alert(1)</script> & <b>|`*x*`"
@@ -160,7 +160,7 @@ def test_a_run_does_not_fail_for_its_report(run, capsys):
     (run / REPORT_FILE).unlink()
     (run / REPORT_FILE).mkdir()
     (run / "trainer_state.json").write_text('{"log_history": [{"eval_loss": "?", "step": 0}]}')
-    close_run(str(run))
+    finish_run(str(run))
     said = capsys.readouterr().out.splitlines()
     assert all(line.startswith("warning: no report") for line in said[:-1])
     assert said[-1].startswith(f"Best model in {run}, perplexity ")
@@ -246,7 +246,7 @@ def test_verdict(case):
 
 def test_no_token_of_a_hub_is_written_down(tmp_path):
     command = "train.py --local_rank=0 --hub_token hf_secret --push_to_hub_token=hf_secret --seed 7"
-    note_start(str(tmp_path), {"command": command, "from_step": 0})
+    log_start(str(tmp_path), {"command": command, "from_step": 0})
     (start,) = read_json(tmp_path / "starts.json", [])
     assert start["command"] == "train.py --hub_token ... --push_to_hub_token=... --seed 7"
 

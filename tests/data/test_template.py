@@ -12,7 +12,7 @@ from conftest import ROOT
 import generate
 import train
 from neoflix.arguments.generate import parse_generate_args
-from neoflix.data.packing import IGNORED, PackedCollator, PaddedCollator
+from neoflix.data.packing import IGNORE_INDEX, PackedCollator, PaddedCollator
 from neoflix.data.sources import read_texts
 from neoflix.data.split import split_texts
 from neoflix.data.template import Template, attach_template, find_template, parts
@@ -115,7 +115,10 @@ def test_loss_is_on_the_text_alone_unless_prompts_are_learnt(tokenizer, tmp_path
         assert tokenizer.eos_token_id not in ids[:-1], "a control token in a field is text"
         assert num_chars == len(text if learn_prompt else parts(text)[1].strip())
     packed, padded = PackedCollator()(list(tokens)), PaddedCollator(tokenizer.pad_token_id)(list(tokens))
-    for labels in (packed["labels"][packed["labels"] != IGNORED], padded["labels"][padded["labels"] != IGNORED]):
+    for labels in (
+        packed["labels"][packed["labels"] != IGNORE_INDEX],
+        padded["labels"][padded["labels"] != IGNORE_INDEX],
+    ):
         learnt = [text if learn_prompt else parts(text)[1] for text in texts]
         assert tokenizer.decode(labels) == "".join(text + tokenizer.eos_token for text in learnt)
 
@@ -127,15 +130,15 @@ def test_long_prompts_and_texts_are_cut(tokenizer, tmp_path, learn_prompt):
     for max_length in range(3, len(whole["input_ids"]) + 1):
         tokens, _, num_cut, num_crowded, _ = tokenize_texts([text], tokenizer, max_length, tmp_path, learn_prompt)
         if num_crowded:
-            assert max_length < whole["num_given"] + 1 + FEWEST_TOKENS or learn_prompt
+            assert max_length < whole["prompt_length"] + 1 + FEWEST_TOKENS or learn_prompt
             assert len(tokens) == 0
             continue
         ids = tokens[0]["input_ids"]
         assert num_cut == (max_length < len(whole["input_ids"]))
         assert len(ids) == max_length
         assert ids[-1] == tokenizer.eos_token_id
-        assert tokens[0]["num_given"] == (1 if learn_prompt else min(whole["num_given"], max_length - 1))
-        kept = tokenizer.decode(ids[1 if learn_prompt else tokens[0]["num_given"] : -1])
+        assert tokens[0]["prompt_length"] == (1 if learn_prompt else min(whole["prompt_length"], max_length - 1))
+        kept = tokenizer.decode(ids[1 if learn_prompt else tokens[0]["prompt_length"] : -1])
         assert tokens[0]["num_chars"] == len(kept if learn_prompt else kept.strip())
 
 
@@ -279,7 +282,7 @@ def test_loss_of_a_run_is_that_of_what_it_learns(told, sampler, catalogue, tmp_p
         with torch.no_grad():
             logits = sampler.model(ids).logits[0, :-1]
         each = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-        losses += each[row["num_given"] - 1 :].tolist()
+        losses += each[row["prompt_length"] - 1 :].tolist()
     results = json.loads((told / "all_results.json").read_text())
     assert results["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 

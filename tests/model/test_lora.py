@@ -9,7 +9,7 @@ import torch
 from conftest import DEEPSPEED, PYTHON, ROOT, free_port, run_program
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_plan import card, forecast
+from test_forecast import card, forecast
 from test_train import losses, results, run  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
@@ -64,7 +64,7 @@ def test_adapters_alone_learn(trained, model_dir):
         else:
             torch.testing.assert_close(weight, before.get_parameter(name), atol=0, rtol=0)
     assert learnt == {"q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"}
-    texts = [{"input_ids": ids, "num_given": 1} for ids in ([500, 5, 6], [500, 7])]
+    texts = [{"input_ids": ids, "prompt_length": 1} for ids in ([500, 5, 6], [500, 7])]
     loss = trainer.model(**PackedCollator()(texts)).loss
     assert type(loss.grad_fn.next_functions[0][0]).__name__ == "SummedCrossEntropyBackward"
 
@@ -259,7 +259,7 @@ def test_forecast_counts_adapters_as_they_are(model_dir):
 @pytest.mark.parametrize(("size", "gib", "host"), [("2.7B", 24, 24), ("2.7B", 24, 16), ("1.3B", 12, 16)])
 def test_short_host_memory_is_answered_with_lora(size, gib, host):
     whole = forecast(size, card(gib, host))
-    assert [what for what, *_ in whole.misfits()] == ["host memory"]
+    assert [what for what, *_ in whole.over_budget()] == ["host memory"]
     changes = dict(smallest_changes(whole))
     assert "--lora true" in changes
     adapted = changes["--lora true"]

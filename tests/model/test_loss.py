@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neoflix.data.packing import IGNORED
+from neoflix.data.packing import IGNORE_INDEX
 from neoflix.model import loss
 from neoflix.model.loss import causal_lm_loss
 
@@ -23,15 +23,15 @@ def problem(dtype=torch.float32):
     hidden = torch.randn(1, NUM_TOKENS, WIDTH, generator=generator).to(dtype).requires_grad_()
     head = torch.randn(VOCAB_SIZE, WIDTH, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(0, VOCAB_SIZE, (1, NUM_TOKENS), generator=generator)
-    labels[0, ::7] = IGNORED
-    labels[0, -1] = IGNORED
+    labels[0, ::7] = IGNORE_INDEX
+    labels[0, -1] = IGNORE_INDEX
     return hidden, head, labels
 
 
 def reference(logits, labels, num_items=None):
     targets = labels[0, 1:]
-    total = cross_entropy(logits[0, :-1].float(), targets, ignore_index=IGNORED, reduction="sum")
-    return total / (num_items or (targets != IGNORED).sum())
+    total = cross_entropy(logits[0, :-1].float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (num_items or (targets != IGNORE_INDEX).sum())
 
 
 def solve(loss_function, dtype, scale=1.0, **options):
@@ -67,7 +67,7 @@ def test_fp16_gradients_survive_under_a_loss_scale():
 
 def test_nothing_to_learn_is_no_gradient():
     hidden, head, labels = problem()
-    causal_lm_loss(linear(hidden, head), labels.fill_(IGNORED), num_items_in_batch=5).backward()
+    causal_lm_loss(linear(hidden, head), labels.fill_(IGNORE_INDEX), num_items_in_batch=5).backward()
     assert not head.grad.any()
     assert not hidden.grad.any()
 

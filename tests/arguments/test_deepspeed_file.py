@@ -94,8 +94,8 @@ def test_missing_headers_name_the_package(monkeypatch, tmp_path):
 LOAD = """
 from neoflix.runtime.environment import prepare_environment
 prepare_environment()
-from neoflix.training.deepspeed import build_operators, leave_out_shared_memory
-leave_out_shared_memory()
+from neoflix.training.deepspeed import build_operators, disable_shm_collectives
+disable_shm_collectives()
 build_operators({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
 print("loaded")
 """
