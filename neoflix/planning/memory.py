@@ -93,12 +93,12 @@ def activation_bytes(shape: Shape, settings: Settings, num_tokens: int) -> int:
     """What the forward pass keeps for the backward pass, the logits left out.
 
     Of each layer and token, in tensors of the width: the input of both layer norms and their results (4), query, key,
-    value and the attention's result (4; elsewhere than on CUDA the texts are taken apart, which copies the result), and
-    five of the MLP's inner width (its input, three steps of the tanh form of GELU, and its result): 28 widths for
-    GPT-Neo. Counted with autograd's saved-tensor hooks, as `tests/planning/test_forecast.py` does. With checkpointing one
-    width a layer, and one layer in full while it is worked out again (Chen et al., 2016). Besides: the embedding and
-    the last norm. With LoRA the same, since every adapter keeps what goes into its layer, and what its first matrix
-    makes of that. Of other models the layers are counted likewise, when their shape is read.
+    value and the attention's result (4; elsewhere than on CUDA the texts are taken apart, which copies the result),
+    and five of the MLP's inner width (its input, three steps of the tanh form of GELU, and its result): 28 widths for
+    GPT-Neo. Counted with autograd's saved-tensor hooks, as `tests/planning/test_forecast.py` does. With checkpointing
+    one width a layer, and one layer in full while it is worked out again (Chen et al., 2016). Besides: the embedding
+    and the last norm. With LoRA the same, since every adapter keeps what goes into its layer, and what its first
+    matrix makes of that. Of other models the layers are counted likewise, when their shape is read.
     """
     copies = 1.4 if settings.is_cpu else 0  # the copy, and what padding to the longest of a group adds
     layer = (8 + copies) * shape.width + 5 * shape.inner
