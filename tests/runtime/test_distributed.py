@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import DEEPSPEED, free_port, run_program
+from conftest import DEEPSPEED, free_port, losses, results, run_program
 from safetensors.torch import load_file
-from test_train import losses, results
 
 from neoflix.reporting.run_log import read_live_samples
 from neoflix.sampling.sampler import Sampler
