@@ -1,6 +1,9 @@
 """What the tests stand on: a small GPT-Neo of true architecture in a folder, a catalogue, and ways to run."""
 
 import csv
+import functools
+import gc
+import itertools
 import json
 import os
 import signal
@@ -11,6 +14,11 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; no test waits for a network
+
+import cpuinfo
+
+# DeepSpeed asks for each optimizer, and each time a process looks for the answer for a second. Before its import.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 import pytest
 import torch
