@@ -1,6 +1,7 @@
 """What the tests stand on: a small GPT-Neo of true architecture in a folder, a catalogue, and ways to run."""
 
 import csv
+import json
 import os
 import signal
 import socket
@@ -13,14 +14,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; no test waits for a networ
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
 
 from neoflix.arguments.quick import PLAN_FLAGS
+from neoflix.checkpoints.find import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 DEEPSPEED = str(Path(PYTHON).with_name("deepspeed"))
+ON_CPU = ["--deepspeed", "ds_configs/cpu.json"]
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 # Small matrices: threads that wait for each other cost more than they bring.
@@ -111,6 +115,58 @@ def train_words(model_dir, catalogue, tmp_path) -> list[str]:
     ]
 
 
+@pytest.fixture
+def run(train_words, tmp_path):
+    """run("name", *more words) trains in a folder of that name and returns it."""
+    import train  # seconds to import
+
+    def run(name: str, *words: str) -> Path:
+        folder = tmp_path / name
+        train.main([*train_words, "--output_dir", str(folder), *words])
+        return folder
+
+    return run
+
+
+def history(run: Path) -> list[dict]:
+    """The log of a run's newest checkpoint."""
+    return json.loads((list_checkpoints(run)[-1] / "trainer_state.json").read_text())["log_history"]
+
+
+def losses(run: Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in history(run) if key in line]
+
+
+def results(run: Path) -> dict:
+    return json.loads((run / "all_results.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path, **tolerance) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], **(tolerance or {"atol": 0, "rtol": 0}))
+
+
+@pytest.fixture
+def small_disk(tmp_path, request):
+    """A file system of 4 MiB, or as many as the test says; a real one."""
+    size = getattr(request, "param", "4m")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk needs the right to mount one ({mounted.stderr.strip()})")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 def environment_without_launcher() -> dict[str, str]:
     """This process's, without what train.main set in it: that would bind a program to this process's port."""
     launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -123,8 +179,10 @@ def run_program(*words: str, expect: int = 0, env: dict | None = None, timeout: 
     A command that takes longer than `timeout` seconds is ended with all that it started, and shows what it printed.
     """
     with tempfile.TemporaryFile("w+") as log:  # not a pipe: a process left behind would hold it open
+        # By this Python: the script's first line may name another, as in a virtual environment that was copied.
+        words = [str(word) for word in (words if words[0] != DEEPSPEED else (PYTHON, *words))]
         program = subprocess.Popen(
-            [str(word) for word in words],
+            words,
             cwd=ROOT,
             env=environment_without_launcher() | (env or {}),
             stdout=log,

@@ -54,10 +54,10 @@ def test_its_tokens(road):
     ids = row["input_ids"]
     assert f"{len(ids)} tokens" in PAGE
     assert f" {' '.join(map(str, ids))} ``` " in PAGE
-    assert f"`num_given` | {row['num_given']}:" in PAGE
+    assert f"`prompt_length` | {row['prompt_length']}:" in PAGE
     assert f"`num_chars` | {row['num_chars']}:" in PAGE
     assert f"{len(tokenizer):,} tokens" in PAGE
-    assert f"`{name_tokens(split.train, tokenizer, 512)}.arrow`" in PAGE
+    assert f"`{name_tokens(split.train, tokenizer, 512)}.2.arrow`" in PAGE
     num_filled = len(fill_up(tokens, 16, tokenizer.bos_token_id))
     assert f"adds {num_filled - len(tokens)} lone" in PAGE
     assert f"{num_filled} texts are {num_filled // 16} steps of 16" in PAGE
@@ -69,7 +69,7 @@ def test_its_batch(road):
     batch = PackedCollator()(rows)
     assert f"[1, {batch['input_ids'].shape[1]}]" in PAGE
     assert f"[1, 1, 2 texts, {batch['attention_mask'].shape[-1]}]" in PAGE
-    num_learnt = [len(row["input_ids"]) - row["num_given"] for row in rows]
+    num_learnt = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
     num_labels = int((batch["labels"][:, 1:] != -100).sum())
     assert num_labels == sum(num_learnt)
     assert f"Of {batch['input_ids'].shape[1]} tokens {num_labels} have one: {num_learnt[0]} in our text" in PAGE

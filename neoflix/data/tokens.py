@@ -27,6 +27,7 @@ from neoflix.runtime.errors import UserError
 # `prompt_length`: tokens at a text's beginning that are not targets. `num_chars`: characters of the targets.
 TOKENS = Features({"input_ids": List(Value("int32")), "prompt_length": Value("int32"), "num_chars": Value("int32")})
 
+FILE_VERSION = 2  # of the columns above: files of version 1, `{name}.arrow`, call the second one `num_given`
 
 FEWEST_TOKENS = 8  # of a text that must be kept behind its prompt
 
@@ -90,7 +91,7 @@ def tokenize_texts(
 ) -> Tokens:
     """`<|startoftext|> prompt text <|endoftext|>` as ids, memory-mapped from a cache file.
 
-    The file's name is a hash of texts, tokenizer and `max_length`; whoever comes first writes it, under
+    The file's name begins with `name_tokens`; whoever comes first writes it, under
     another name until it is whole: several may, at once, where nodes share the folder. Tokens are never all in
     memory. A control token's name inside a text is text. Prompt and text are made into tokens each by itself, as in
     sampling. A text of more than `max_length` tokens (prompt and both special ones counted) is cut before its end
@@ -102,12 +103,13 @@ def tokenize_texts(
     Raises:
         UserError: where the cache cannot be written.
     """
-    path = cache_dir / f"{name_tokens(texts, tokenizer, max_length, learn_prompt)}.arrow"
+    name = name_tokens(texts, tokenizer, max_length, learn_prompt)
+    path = cache_dir / f"{name}.{FILE_VERSION}.arrow"
     with in_cache(cache_dir):
         if not path.is_file():
             _write_tokens(texts, tokenizer, max_length, path, learn_prompt)
         counts = {"num_crowded": 0, "longest_prompt": 0} | json.loads(path.with_suffix(".json").read_text())
-        return Tokens(Dataset.from_file(str(path), split=path.stem), **counts)
+        return Tokens(Dataset.from_file(str(path), split=name), **counts)
 
 
 def name_tokens(

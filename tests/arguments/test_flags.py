@@ -5,8 +5,7 @@ from dataclasses import MISSING, fields
 from typing import get_type_hints
 
 import pytest
-from conftest import PYTHON, ROOT, run_program
-from test_train import history, results
+from conftest import PYTHON, ROOT, history, results, run_program
 from transformers import TrainingArguments
 
 import train

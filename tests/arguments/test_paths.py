@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_train import losses, results, run  # noqa: F401 - a fixture
+from conftest import losses, results
 
 import generate
 from neoflix.arguments.generate import parse_generate_args
@@ -83,7 +83,7 @@ def test_what_is_no_path_stays(home):
     assert expand_paths({"dataset": "hf:~/names:train"}) == {"dataset": f"hf:{home}/names:train"}
 
 
-def test_a_run_in_a_folder_with_an_odd_name_is_resumed_sampled_and_exported(run, tmp_path):  # noqa: F811
+def test_a_run_in_a_folder_with_an_odd_name_is_resumed_sampled_and_exported(run, tmp_path):
     words = [
         *("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"),
         "--deepspeed",
@@ -105,7 +105,7 @@ def test_a_run_in_a_folder_with_an_odd_name_is_resumed_sampled_and_exported(run,
     assert (tmp_path / "[out]*" / "model.safetensors").is_file()
 
 
-def test_a_checkpoint_in_a_folder_with_an_odd_name_is_converted(run, tmp_path):  # noqa: F811
+def test_a_checkpoint_in_a_folder_with_an_odd_name_is_converted(run, tmp_path):
     zero = json.dumps(json.loads(Path("ds_configs/cpu.json").read_text()) | {"zero_optimization": {"stage": 2}})
     odd = run(ODD, "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "steps", "--deepspeed", zero)
     target = convert(odd / "checkpoint-1", odd / "checkpoint-1.universal")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import DEEPSPEED, PYTHON, ROOT, free_port, run_program
 from safetensors.torch import load_file
-from test_manifest import small_disk  # noqa: F401 - a fixture
 from test_source import PickleBomb
 from transformers import AutoModelForCausalLM
 
@@ -253,7 +252,7 @@ def test_two_processes_gather_once(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("small_disk", ["8m"], indirect=True)
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_a_full_disk_is_a_sentence_and_leaves_the_checkpoint_as_it_was(unfinished, small_disk, when, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_a_sentence_and_leaves_the_checkpoint_as_it_was(unfinished, small_disk, when, monkeypatch):
     checkpoint = shutil.copytree(unfinished / "checkpoint-2", small_disk / "checkpoint-2")
     (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 40_000))
     if when == "meanwhile":
@@ -270,7 +269,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_checkpoint_as_it_was(unfinishe
 
 
 @pytest.mark.parametrize("small_disk", ["8m"], indirect=True)
-def test_a_folder_that_cannot_be_written_to_is_sampled_all_the_same(runs, unfinished, small_disk, tmp_path):  # noqa: F811
+def test_a_folder_that_cannot_be_written_to_is_sampled_all_the_same(runs, unfinished, small_disk, tmp_path):
     shutil.copytree(unfinished, small_disk / "run")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     texts = sample(small_disk / "run", tmp_path / "texts.jsonl")

@@ -1,7 +1,6 @@
 """A manifest tells a complete folder from any other; a failed write is remembered, not raised."""
 
 import json
-import subprocess
 
 import pytest
 import torch
@@ -70,21 +69,6 @@ def test_damage_is_found_and_named(folder, name, harm, sentence):
 def test_sizes_alone_do_not_read_the_files(folder):
     flip_a_bit(folder / "state.pt")
     assert find_corruption(folder) is None
-
-
-@pytest.fixture
-def small_disk(tmp_path, request):
-    """A file system of 4 MiB, or as many as the test says; a real one."""
-    size = getattr(request, "param", "4m")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk needs the right to mount one ({mounted.stderr.strip()})")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize(

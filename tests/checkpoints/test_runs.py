@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from test_train import losses, results, run  # noqa: F401 - a fixture
+from conftest import ON_CPU, losses, results
 
 from neoflix.arguments.parse import parse_train_args
 from neoflix.arguments.training import TrainArguments
@@ -21,8 +21,6 @@ from neoflix.model.load import find_tokenizer, load_model
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.errors import UserError
 from neoflix.training.trainer import TokenTrainer
-
-ON_CPU = ["--deepspeed", "ds_configs/cpu.json"]
 
 
 @pytest.fixture
@@ -195,7 +193,7 @@ def contents(folder) -> dict:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_finished_run_with_other_settings_is_refused_and_untouched(run):  # noqa: F811
+def test_a_finished_run_with_other_settings_is_refused_and_untouched(run):
     folder = run("run", "--max_steps", "4", *STEPS)
     before = contents(folder)
     with pytest.raises(UserError, match=r"another learning_rate \(was 0.001, is now 1e-09\), another seed"):
@@ -206,7 +204,7 @@ def test_a_finished_run_with_other_settings_is_refused_and_untouched(run):  # no
 
 
 @pytest.mark.parametrize("deepspeed", ["ds_configs/cpu.json", "ds_config.json", "ds_configs/zero3_offload.json"])
-def test_new_rate_and_weight_decay_take_effect_and_are_recorded(run, monkeypatch, deepspeed):  # noqa: F811
+def test_new_rate_and_weight_decay_take_effect_and_are_recorded(run, monkeypatch, deepspeed):
     trainers, init = [], TokenTrainer.__init__
     monkeypatch.setattr(TokenTrainer, "__init__", lambda self, *a, **k: trainers.append(self) or init(self, *a, **k))
     words = ["--lr_scheduler_type", "linear", "--warmup_steps", "0", *STEPS, "--deepspeed", deepspeed]
@@ -231,7 +229,7 @@ def test_new_rate_and_weight_decay_take_effect_and_are_recorded(run, monkeypatch
     assert "learning_rate 0.001 -&gt; 0.0004 from step 4" in (folder / "report.html").read_text()
 
 
-def test_a_new_length_sets_a_new_schedule_at_once(run):  # noqa: F811
+def test_a_new_length_sets_a_new_schedule_at_once(run):
     words = ["--lr_scheduler_type", "linear", "--warmup_steps", "0", *STEPS]
     run("run", "--max_steps", "4", *words)
     folder = run("run", "--max_steps", "8", *words)
@@ -240,7 +238,7 @@ def test_a_new_length_sets_a_new_schedule_at_once(run):  # noqa: F811
     )
 
 
-def test_a_start_that_fails_before_its_first_step_leaves_the_record(run, monkeypatch):  # noqa: F811
+def test_a_start_that_fails_before_its_first_step_leaves_the_record(run, monkeypatch):
     folder = run("run", "--max_steps", "4", *STEPS)
     before = contents(folder)
 
@@ -253,7 +251,7 @@ def test_a_start_that_fails_before_its_first_step_leaves_the_record(run, monkeyp
     assert contents(folder) == before
 
 
-def test_after_early_stopping_more_epochs_are_not_enough(run, capsys):  # noqa: F811
+def test_after_early_stopping_more_epochs_are_not_enough(run, capsys):
     words = [*ON_CPU, "--learning_rate", "1", "--early_stopping_patience", "1"]
     folder = run("run", "--num_train_epochs", "9", *words)
     num_steps = results(folder)["global_step"]
@@ -270,14 +268,14 @@ def test_after_early_stopping_more_epochs_are_not_enough(run, capsys):  # noqa: 
     assert results(folder)["epoch"] == 5
 
 
-def test_new_intervals_hold_from_the_resumed_step_on(run):  # noqa: F811
+def test_new_intervals_hold_from_the_resumed_step_on(run):
     run("run", "--max_steps", "4", *STEPS)
     words = ["--max_steps", "8", *STEPS[:-1], "2", "--override_resumed", "save_steps", "--save_total_limit", "9"]
     folder = run("run", *words)
     assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{step}" for step in (4, 6, 8)]
 
 
-def test_an_older_record_is_resumed_with_one_sentence(run, capsys):  # noqa: F811
+def test_an_older_record_is_resumed_with_one_sentence(run, capsys):
     folder = run("run", "--max_steps", "4", *STEPS)
     record = json.loads((folder / "run.json").read_text())
     for key in ("held_out", "deepspeed", "changes"):

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_train import run  # noqa: F401 - a fixture
 
 import train
 from neoflix.checkpoints.find import find_resume_point, list_checkpoints
@@ -55,7 +54,7 @@ def names(folder: Path) -> list[str]:
 # ---- whole runs ---------------------------------------------------------------------------------------------
 
 
-def test_files_of_the_users_outlive_a_run_that_is_promoted_twice(run, tmp_path):  # noqa: F811
+def test_files_of_the_users_outlive_a_run_that_is_promoted_twice(run, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in USERS_FILES:
@@ -70,7 +69,7 @@ def test_files_of_the_users_outlive_a_run_that_is_promoted_twice(run, tmp_path):
     assert [path.name for path in folder.glob("*.part")] == ["notes.part"]
 
 
-def test_without_checkpoints_too(run, tmp_path):  # noqa: F811
+def test_without_checkpoints_too(run, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in USERS_FILES:
@@ -123,7 +122,7 @@ def assert_shared(folder: Path, umask: int) -> None:
 
 
 @pytest.mark.parametrize("saved", [["--save_strategy", "no"], ["--save_strategy", "steps", "--save_steps", "1"]])
-def test_files_have_the_users_umask(run, tmp_path, umask, saved):  # noqa: F811
+def test_files_have_the_users_umask(run, tmp_path, umask, saved):
     words = [*("--max_steps", "1", "--eval_strategy", "no"), "--report_to", "tensorboard", *saved, *NO_COMPILER]
     folder = run("run", *words)
     export_merged(str(folder), str(tmp_path / "merged"))

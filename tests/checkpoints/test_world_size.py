@@ -4,9 +4,7 @@ import re
 import shutil
 
 import pytest
-from conftest import DEEPSPEED, free_port, run_program
-from test_manifest import small_disk  # noqa: F401 - a fixture
-from test_train import assert_same_weights, losses, results, run  # noqa: F401 - a fixture
+from conftest import DEEPSPEED, assert_same_weights, free_port, losses, results, run_program
 
 import train
 from neoflix.checkpoints.find import list_checkpoints, list_numbered
@@ -19,7 +17,7 @@ WORDS = ["--max_steps", "12", "--save_strategy", "steps", "--save_steps", "4", "
 ZERO_2, ZERO_3, NO_ZERO = "ds_config.json", "ds_configs/zero3_offload.json", "ds_configs/cpu.json"
 
 
-def die_after(step: int, run, copy):  # noqa: F811
+def die_after(step: int, run, copy):
     """A copy of a run as it was when `checkpoint-{step}` was its newest."""
     shutil.copytree(run, copy)
     for name in ("all_results.json", "model.safetensors"):
@@ -59,7 +57,7 @@ def train_on(train_words, tmp_path, capfd):
 def test_another_number_of_processes_changes_nothing(train_on, tmp_path, deepspeed, path):
     words = [*WORDS, "--deepspeed", deepspeed, "--per_device_train_batch_size", str(8 // path[0])]
     whole, _ = train_on(path[0], "whole", *words)
-    run = whole  # noqa: F811
+    run = whole
     for number, num_processes in enumerate(path[1:], start=1):
         run = die_after(4 * number, run, tmp_path / f"run-{number}")
         _, output = train_on(num_processes, run.name, *words)
@@ -76,12 +74,12 @@ def test_another_number_of_processes_changes_nothing(train_on, tmp_path, deepspe
 
 
 @pytest.fixture
-def checkpoint(run):  # noqa: F811
+def checkpoint(run):
     return run("run", "--max_steps", "2", "--eval_strategy", "no") / "checkpoint-2"
 
 
 @pytest.mark.parametrize("small_disk", ["2m"], indirect=True)
-def test_the_space_of_a_conversion_is_reckoned_first(checkpoint, small_disk):  # noqa: F811
+def test_the_space_of_a_conversion_is_reckoned_first(checkpoint, small_disk):
     with pytest.raises(ValueError, match="the conversion takes"):
         convert(checkpoint, small_disk / f"checkpoint-2{UNIVERSAL}")
     assert not list(small_disk.glob(f"*{UNIVERSAL}"))

@@ -6,11 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, ROOT, free_port, run_program
+from conftest import DEEPSPEED, PYTHON, ROOT, free_port, losses, results, run_program
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_forecast import card, forecast
-from test_train import losses, results, run  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
 import train
@@ -125,7 +124,7 @@ def test_eval_only_measures_what_the_run_did(trained, monkeypatch):
     assert found[0]["same_texts_as_run"]
 
 
-def test_a_run_may_begin_as_another_ones_result(trained, run, model_dir):  # noqa: F811
+def test_a_run_may_begin_as_another_ones_result(trained, run, model_dir):
     folder, _, _ = trained
     words = ["--model_name_or_path", str(folder), "--max_steps", "2", "--deepspeed", "ds_configs/cpu.json"]
     second = run("second", *LORA, *words)
@@ -149,7 +148,7 @@ def test_other_settings_are_another_run(trained):
 
 
 @pytest.mark.parametrize("deepspeed", ["ds_configs/no_offload.json", "ds_configs/zero3_offload.json"])
-def test_resumed_equals_uninterrupted(run, tmp_path, deepspeed):  # noqa: F811
+def test_resumed_equals_uninterrupted(run, tmp_path, deepspeed):
     """Bit for bit; and a stage that keeps shares of weights saves adapters as whole as any."""
     words = [*LORA, *STEPS, "--deepspeed", deepspeed]
     whole = run("whole", *words)
@@ -163,7 +162,7 @@ def test_resumed_equals_uninterrupted(run, tmp_path, deepspeed):  # noqa: F811
     assert all(weight.numel() for weight in ours.values())
 
 
-def test_two_processes_go_on_with_what_one_began(run, train_words, tmp_path):  # noqa: F811
+def test_two_processes_go_on_with_what_one_began(run, train_words, tmp_path):
     """ZeRO-2: the optimizer of adapters alone is divided anew; sums in another order apart, it is the same run."""
     words = [*LORA, *STEPS, "--deepspeed", "ds_configs/no_offload.json"]
     whole = run("whole", *words)
@@ -178,7 +177,7 @@ def test_two_processes_go_on_with_what_one_began(run, train_words, tmp_path):  #
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
 
 
-def test_recomputed_activations_and_accumulation_change_nothing(run):  # noqa: F811
+def test_recomputed_activations_and_accumulation_change_nothing(run):
     words = [*LORA, *STEPS, "--deepspeed", "ds_configs/cpu.json"]
     plain = losses(run("plain", *words))
     recomputed = run("recomputed", *words, "--activation_checkpointing", "true")

@@ -8,10 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import DEEPSPEED, PYTHON, ROOT, free_port, run_program
+from conftest import DEEPSPEED, PYTHON, ROOT, free_port, losses, results, run_program
 from soak import Life, compare, fingerprint
-from test_manifest import small_disk  # noqa: F401 - a fixture
-from test_train import losses, results, run  # noqa: F401 - a fixture
 
 import train
 from neoflix.checkpoints.find import list_checkpoints, list_numbered

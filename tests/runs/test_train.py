@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from conftest import PYTHON, ROOT, run_program
+from conftest import PYTHON, ROOT, assert_same_weights, history, losses, results, run_program, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
@@ -24,41 +24,6 @@ from neoflix.model.load import load_model
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.processes import exit_code_of
 from neoflix.sampling.sampler import Sampler
-
-
-def history(run: Path) -> list[dict]:
-    return json.loads((list_checkpoints(run)[-1] / "trainer_state.json").read_text())["log_history"]
-
-
-def losses(run: Path, key: str = "loss") -> list[float]:
-    return [line[key] for line in history(run) if key in line]
-
-
-def results(run: Path) -> dict:
-    return json.loads((run / "all_results.json").read_text())
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(one: Path, other: Path, **tolerance) -> None:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], **(tolerance or {"atol": 0, "rtol": 0}))
-
-
-@pytest.fixture
-def run(train_words, tmp_path):
-    """run("name", *more words) trains in a folder of that name and returns it."""
-
-    def run(name: str, *words: str) -> Path:
-        folder = tmp_path / name
-        train.main([*train_words, "--output_dir", str(folder), *words])
-        return folder
-
-    return run
 
 
 def test_run_leaves_what_it_promises(run, model_dir, catalogue, capsys):

@@ -7,7 +7,6 @@ from contextlib import suppress
 
 import pytest
 from conftest import PYTHON, ROOT
-from test_manifest import small_disk  # noqa: F401 - a fixture
 
 from neoflix.data.tokenizer import load_tokenizer, train_tokenizer
 from neoflix.data.tokens import tokenize_texts
@@ -73,7 +72,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, tokenizer, titles):
 
 
 @pytest.mark.parametrize("small_disk", ["200k"], indirect=True)
-def test_a_disk_that_is_full_while_texts_become_tokens(small_disk, tokenizer, titles):  # noqa: F811
+def test_a_disk_that_is_full_while_texts_become_tokens(small_disk, tokenizer, titles):
     with pytest.raises(UserError, match="No space left on device"):
         tokenize_texts(titles * 50, tokenizer, 256, small_disk)
     assert list(small_disk.iterdir()) == [], "what was begun is removed"

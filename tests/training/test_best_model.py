@@ -5,8 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from test_runs import ON_CPU
-from test_train import results, run  # noqa: F401 - a fixture
+from conftest import ON_CPU, results
 
 import train
 from neoflix.checkpoints.find import list_checkpoints
@@ -37,7 +36,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_figures_are_those_of_the_saved_model(run, train_words, capsys, name):  # noqa: F811
+def test_the_figures_are_those_of_the_saved_model(run, train_words, capsys, name):
     folder = run("run", *WORDS, *SCHEDULES[name])
     figures = results(folder)
     assert figures["eval_loss"] == pytest.approx(measured(folder, capsys, train_words), rel=1e-6)
@@ -47,7 +46,7 @@ def test_the_figures_are_those_of_the_saved_model(run, train_words, capsys, name
     assert (best["step"], best["eval_loss"]) == (figures["saved_step"], figures["eval_loss"])
 
 
-def test_a_damaged_or_missing_best_checkpoint_gives_way_to_the_next(run, train_words, capsys, monkeypatch):  # noqa: F811
+def test_a_damaged_or_missing_best_checkpoint_gives_way_to_the_next(run, train_words, capsys, monkeypatch):
     """Damaged without a change of size, behind the run's back, before the best one is taken."""
     choose = TokenTrainer._choose_best
 
@@ -63,13 +62,13 @@ def test_a_damaged_or_missing_best_checkpoint_gives_way_to_the_next(run, train_w
     assert results(folder)["eval_loss"] == pytest.approx(measured(folder, capsys, train_words), rel=1e-6)
 
 
-def test_without_held_out_texts_there_are_no_figures(run):  # noqa: F811
+def test_without_held_out_texts_there_are_no_figures(run):
     folder = run("run", *WORDS, "--validation_fraction", "0")
     assert not {"eval_loss", "perplexity", "saved_step"} & results(folder).keys()
     assert Record.read(folder).best is None
 
 
-def test_a_run_that_died_before_its_last_evaluation_is_evaluated_all_the_same(run):  # noqa: F811
+def test_a_run_that_died_before_its_last_evaluation_is_evaluated_all_the_same(run):
     folder = run("run", *WORDS, "--eval_strategy", "no")
     figures = results(folder)
     state = folder / "checkpoint-6" / "trainer_state.json"

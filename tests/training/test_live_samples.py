@@ -6,8 +6,7 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT
-from test_train import assert_same_weights, history, losses
+from conftest import ROOT, assert_same_weights, history, losses
 
 import train
 from neoflix.checkpoints.find import list_checkpoints

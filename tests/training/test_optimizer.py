@@ -5,9 +5,8 @@ import os
 
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, ROOT, free_port, run_program
+from conftest import DEEPSPEED, PYTHON, ROOT, free_port, losses, run_program, weights
 from safetensors.torch import load_file
-from test_train import losses, weights
 
 import train
 from neoflix.arguments.deepspeed_file import read_ds_config

@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 import torch
-from test_runs import ON_CPU
-from test_train import assert_same_weights, losses, run  # noqa: F401 - a fixture
+from conftest import ON_CPU, assert_same_weights, losses
 
 from neoflix.data.packing import EpochOrder
 from neoflix.training.trainer import TokenTrainer
@@ -47,7 +46,7 @@ def model_with_dropout(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_resumed_at_any_step_is_uninterrupted(run, tmp_path, steps, model_with_dropout, flags):  # noqa: F811
+def test_resumed_at_any_step_is_uninterrupted(run, tmp_path, steps, model_with_dropout, flags):
     words = [*ON_CPU, "--model_name_or_path", str(model_with_dropout), "--num_train_epochs", "2"]
     words += ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "99", *FLAGS[flags]]
     words += ["--num_progress_samples", "0", "--early_stopping_patience", "0"]
