@@ -71,6 +71,7 @@ def train(args) -> None:
         eval_dataset=fill_up(validation_tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
         processing_class=tokenizer,
         field_pool=FieldPool.from_examples(texts.train) if args.text_template else None,
+        plan=args.forecast,
     )
     trainer.train(start=start)
     trainer.save_best()

@@ -30,6 +30,7 @@ from neoflix.data.tokens import count_tokens
 from neoflix.model.folder import WEIGHTS_FILES
 from neoflix.model.lora import check_spare_rows, collect_adapters, has_adapters, save_adapters
 from neoflix.model.vocabulary import keeps_texts_apart
+from neoflix.planning.forecast import Plan
 from neoflix.planning.remedies import explain_failure
 from neoflix.planning.table import compare
 from neoflix.reporting.write import write_report
@@ -74,7 +75,8 @@ class TokenTrainer(Trainer):
     reads, padding left out; the clock stands still while the run evaluates or saves.
     """
 
-    def __init__(self, model, field_pool: FieldPool | None = None, **kwargs):
+    def __init__(self, model, plan: Plan | None = None, field_pool: FieldPool | None = None, **kwargs):
+        self.plan = plan
         is_packed = keeps_texts_apart(model)
         collator = PackedCollator() if is_packed else PaddedCollator(kwargs["processing_class"].pad_token_id)
         super().__init__(model, **{"data_collator": collator, **kwargs})
@@ -131,7 +133,7 @@ class TokenTrainer(Trainer):
         return output
 
     def _describe_start(self, from_step: int) -> dict:
-        args, plan = self.args, self.args.forecast
+        args, plan = self.args, self.plan
         num_chars = self.eval_dataset["num_chars"] if self.eval_dataset else []
         return {
             "command": args.command,
@@ -165,7 +167,7 @@ class TokenTrainer(Trainer):
         except RuntimeError as error:  # torch.OutOfMemoryError is one; of the host's memory there is no class
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            raise UserError(explain_failure(self.args.forecast, str(error), *self._allocated())) from error
+            raise UserError(explain_failure(self.plan, str(error), *self._allocated())) from error
 
     def _allocated(self) -> tuple[int, int, int]:
         """(bytes at the peak that torch handed out on this device, that it held, that this process had of the host)"""
@@ -290,7 +292,7 @@ class TokenTrainer(Trainer):
             last_tokens, last_seconds = self._last_log
             speed = logs["tokens_per_second"] = (num_tokens - last_tokens) / max(seconds - last_seconds, 1e-9)
             self._last_log = (num_tokens, seconds)
-            if self.args.forecast and (mfu := self.args.forecast.utilization(speed)) is not None:
+            if self.plan and (mfu := self.plan.utilization(speed)) is not None:
                 logs["mfu"] = mfu
             device_bytes, logs["peak_host_bytes"] = self._peak_bytes()
             if device_bytes:
@@ -537,10 +539,8 @@ class TokenTrainer(Trainer):
             "epoch": self.state.epoch,
             "global_step": self.state.global_step,
         }
-        if self.args.forecast:
-            words, planned = compare(
-                self.args.forecast, figures["train_peak_device_bytes"], figures["train_peak_host_bytes"]
-            )
+        if self.plan:
+            words, planned = compare(self.plan, figures["train_peak_device_bytes"], figures["train_peak_host_bytes"])
             figures |= planned
             say(words)
         evaluations = [line for line in self.state.log_history if "eval_loss" in line]
