@@ -1,8 +1,8 @@
 """Python programs without the seconds that their imports take.
 
-A server (multiprocessing's) imports torch, transformers and DeepSpeed once. Each program is a fork of it: a process with
-an environment, output, exit code and signals of its own. Not for tests of DeepSpeed's launcher, of what happens at
-import, or of the memory that a process takes.
+A server (multiprocessing's) imports torch, transformers and DeepSpeed once. Each program is a fork of it: a process
+with an environment, output, exit code and signals of its own. Not for tests of DeepSpeed's launcher, of what happens
+at import, or of the memory that a process takes.
 """
 
 import atexit
@@ -79,20 +79,23 @@ def _become(words: list[str], env: dict[str, str], log: Path) -> None:
 def start(*words, env: dict[str, str], log: Path) -> Program | subprocess.Popen:
     """Starts a script in a process of its own, in the project's folder; stdout and stderr are added to `log`."""
     words = [str(word) for word in words]
+    log.touch()
     if not torch.cuda.is_available():
         return Program(words, env, log)
     with log.open("a") as output:  # CUDA does not survive a fork
         return subprocess.Popen([PYTHON, *words], env=env, cwd=ROOT, stdout=output, stderr=output)
 
 
-def start_ranks(num_processes: int, *words, env: dict[str, str], logs: list[Path]) -> list[Program | subprocess.Popen]:
+def start_ranks(num_processes: int, *words, env: dict[str, str], logs: list[Path]) -> list:
     """Starts a script in processes that are told of each other as DeepSpeed's launcher tells them."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     world = {"WORLD_SIZE": str(num_processes), "LOCAL_SIZE": str(num_processes), **where}
-    return [
-        start(*words, env=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | env, log=log)
-        for rank, log in enumerate(logs)
-    ]
+    programs = []
+    for rank, log in enumerate(logs):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        arguments = (words[0], f"--local_rank={rank}", *words[1:])
+        programs.append(start(*arguments, env=world | ranks | env, log=log))
+    return programs
 
 
 def launch(num_processes: int, *words, expect: int = 0, env: dict | None = None, timeout: float = 300) -> str:

@@ -7,21 +7,20 @@ import functools
 import gc
 
 import cpuinfo
-
-# Starts a process for a second, three times in each run; the answer is the same for all.
-cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-
 import deepspeed.runtime.engine
 import matplotlib.backends.backend_svg
 import matplotlib.figure
-import tensorboard  # noqa: F401
-from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: F401
-from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401 - torch's compiler with it: two seconds
+import tensorboard
+from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero.muon import muon_optimizer  # torch's compiler with it: two seconds
 
-import generate  # noqa: F401
-import train  # noqa: F401
+import generate
+import train
 from neoflix.runtime.environment import prepare_environment
 from neoflix.training.deepspeed import build_operators
+
+# Starts a process for a second, three times in each run; the answer is the same for all.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 prepare_environment()
 build_operators({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})

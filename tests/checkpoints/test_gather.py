@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, ROOT, free_port, run_program
+from conftest import PYTHON, ROOT
+from forked import launch
 from safetensors.torch import load_file
 from test_source import PickleBomb
 from transformers import AutoModelForCausalLM
@@ -74,8 +75,7 @@ def train_all(folder: Path, model_dir: Path, num_processes: int, names: dict[str
     }
     (folder / "runs.json").write_text(json.dumps(runs))
     (folder / "driver.py").write_text(DRIVER)
-    launcher = [DEEPSPEED, "--num_accelerators", str(num_processes), "--master_port", free_port()]
-    run_program(*(launcher if num_processes > 1 else [PYTHON]), folder / "driver.py", folder / "runs.json")
+    launch(num_processes if num_processes > 1 else 0, folder / "driver.py", folder / "runs.json")
     return folder
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, ROOT, free_port, run_program, tiny_config
+from conftest import PYTHON, ROOT, run_program, tiny_config
+from forked import launch
 
 import train
 from neoflix.arguments.deepspeed_file import read_ds_config
@@ -534,9 +535,9 @@ def test_quick_values_are_as_typed(tmp_path):
 
 def test_plan_false_trains(train_words, tmp_path):
     words = [*train_words, "--plan", "false", "--max_steps", "1", "--deepspeed", "ds_configs/cpu.json"]
-    run_program(PYTHON, "train.py", *words)
+    launch(0, "train.py", *words)
     assert (tmp_path / "run" / "all_results.json").is_file()
-    assert "error: " in run_program(PYTHON, "train.py", "--plan", "--dataset", expect=2)
+    assert "error: " in launch(0, "train.py", "--plan", "--dataset", expect=2)
 
 
 @pytest.mark.parametrize(
@@ -717,9 +718,7 @@ def test_processes_with_other_texts_are_refused(train_words, tmp_path, catalogue
         "from neoflix.runtime.processes import run_and_exit\n"
         "run_and_exit(lambda: train.main(words))\n"
     )
-    launcher = [DEEPSPEED, "--num_accelerators", "2", "--master_port", free_port()]
-    words = [*train_words, "--deepspeed", "ds_configs/cpu.json"]
-    output = run_program(*launcher, str(program), *words, expect=2, env={"DS_ACCELERATOR": "cpu"})
+    output = launch(2, program, *train_words, "--deepspeed", "ds_configs/cpu.json", expect=2)
     assert "process 1 has other texts than process 0" in output
 
 
