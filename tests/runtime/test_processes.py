@@ -18,7 +18,6 @@ import torch.distributed as dist
 from neoflix.runtime import watchdog
 from neoflix.runtime.processes import run_on_main_process, gather, main_process_first, run_and_exit
 from neoflix.runtime.errors import StoppedEarly, UserError
-watchdog.GRACE = 3.0  # the two processes start together
 RANK = int(os.environ["RANK"])
 def connect_processes():
     dist.init_process_group("gloo")
@@ -246,7 +245,7 @@ def test_a_program_on_each_machine_vouches_for_a_process_that_holds_pythons_lock
     code = "import os, time\nfrom neoflix.runtime import watchdog\n" + HELPED
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     program = subprocess.run(
-        [PYTHON, "-c", code], env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True, timeout=120
+        [PYTHON, "-c", code], env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert int(program.stdout) >= 3, program.stderr
 
