@@ -20,6 +20,7 @@ from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
 
 from neoflix.arguments.quick import PLAN_FLAGS
 from neoflix.checkpoints.find import list_checkpoints
+from neoflix.data.template import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -69,6 +70,11 @@ def model_dir(tmp_path_factory, titles) -> Path:
     torch.manual_seed(0)
     GPTNeoForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
     return folder
+
+
+def as_examples(texts: list[str]) -> list[Example]:
+    """Texts without prompts, as they are read from a file."""
+    return [Example("", text) for text in texts]
 
 
 def tiny_config(**overrides) -> GPTNeoConfig:
