@@ -2,15 +2,19 @@
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from neoflix.arguments.deepspeed_file import (
-    _is_open,
-    is_json,
-)
+from neoflix.arguments.deepspeed_file import is_json, read_ds_config
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
+
+
+def prepare(flags) -> None:
+    """Prepares DeepSpeed for a run with these flags, before the processes connect: compiles its operators, and starts
+    without its shared-memory collectives."""
+    disable_shm_collectives()
+    build_operators(read_ds_config(flags.deepspeed))
 
 
 @contextmanager
@@ -58,6 +62,15 @@ def build_operators(config: dict) -> None:
             if not (folder / f"{builder.NAME}.so").is_file():
                 say(f"Compiling DeepSpeed's {builder.NAME} (a minute or two, once)")
             builder().load(verbose=False)
+
+
+def _is_open(file: Path) -> bool:
+    """Whether a process of this machine has the file open."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if descriptor.samefile(file):
+                return True
+    return False
 
 
 def disable_shm_collectives() -> None:

@@ -38,17 +38,16 @@ def evaluate_only(args: TrainArguments) -> None:
     tokens, the same sum over all processes. Collective.
     """
     set_seed(args.seed)
-    cache_dir = Path(args.cache_dir or sources.default_cache_dir())
     output_dir = args.output_dir
     with _find_weights(args.model_name_or_path) as source, tempfile.TemporaryDirectory() as args.output_dir:
         with main_process_first():
             texts = split.split_texts(sources.read_dataset(args), args.validation_fraction)
-            tokenizer = find_tokenizer(source, texts.train, cache_dir)
+            tokenizer = find_tokenizer(source, texts.train, args.cache)
         check_same_everywhere(args, texts)
         model = load_model(source, tokenizer, args.weight_dtype, {}, args.allow_pickle)
         max_length = min(args.max_length or get_window(model), get_window(model))
         with main_process_first():
-            options = (tokenizer, max_length, cache_dir, args.loss_on_prompt)
+            options = (tokenizer, max_length, args.cache, args.loss_on_prompt)
             tokens, num_tokens, num_cut, *_ = side = tokenize_texts(texts.validation, *options)
         check_room([texts.validation], [side], max_length)
         trainer = TokenTrainer(
