@@ -179,8 +179,10 @@ def run_program(*words: str, expect: int = 0, env: dict | None = None, timeout: 
     A command that takes longer than `timeout` seconds is ended with all that it started, and shows what it printed.
     """
     with tempfile.TemporaryFile("w+") as log:  # not a pipe: a process left behind would hold it open
+        # By this Python: the script's first line may name another, as in a virtual environment that was copied.
+        words = [str(word) for word in (words if words[0] != DEEPSPEED else (PYTHON, *words))]
         program = subprocess.Popen(
-            [str(word) for word in words],
+            words,
             cwd=ROOT,
             env=environment_without_launcher() | (env or {}),
             stdout=log,
