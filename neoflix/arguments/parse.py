@@ -8,8 +8,8 @@ from transformers import HfArgumentParser
 
 from neoflix.arguments.command_line import OneSentence, read_recipe_values
 from neoflix.arguments.deepspeed_file import read_ds_config
-from neoflix.arguments.hardware import follow_hardware
-from neoflix.arguments.optimizer import check_optimizer, check_schedule
+from neoflix.arguments.device import follow_hardware
+from neoflix.arguments.optimization import check_optimizer, check_schedule
 from neoflix.arguments.reader import read_train_flags
 from neoflix.arguments.recipes import check_keys, nearest
 from neoflix.arguments.refusals import check_flags
