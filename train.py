@@ -1,18 +1,16 @@
 """Fine-tune GPT-Neo on short texts: `deepspeed train.py`, or by a recipe, `deepspeed train.py --config FILE`."""
 
 from neoflix.planning.plan_run import answer_plan, plan_run
-from neoflix.runtime.early import answer_early
 
 if __name__ == "__main__":
-    answer_early(answer_plan)  # --plan, --help and wrong flags: before the imports below, which take seconds
+    answer_plan()  # --plan, --help and wrong flags: before the imports below, which take seconds
 
 from transformers import set_seed
 
 from neoflix.arguments.parse import read_all_flags
-from neoflix.arguments.reader import keep_texts_per_step
-from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.ownership import opened
 from neoflix.checkpoints.runs import describe_run, find_start, save_results
+from neoflix.data.fields import FieldPool
 from neoflix.data.sources import read_dataset
 from neoflix.data.split import split_texts
 from neoflix.data.tokens import count_tokens, fill_up, tokenize_split
@@ -24,7 +22,7 @@ from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.processes import main_process_first, run_and_exit, run_on_main_process
 from neoflix.runtime.stop_requests import catch_stop_requests
 from neoflix.training.agreement import check_same_everywhere
-from neoflix.training.deepspeed import prepare
+from neoflix.training.deepspeed import connect
 from neoflix.training.evaluation import evaluate_only
 from neoflix.training.trainer import TokenTrainer
 
@@ -33,17 +31,14 @@ def main(argv: list[str] | None = None) -> None:
     prepare_environment()
     flags = read_all_flags(argv)
     if flags.eval_only:
-        return evaluate_only(TrainArguments.from_flags(flags))
-    keep_texts_per_step(flags)
+        return evaluate_only(flags)
     plan = plan_run(flags, decide=run_on_main_process)  # UserError if the run does not fit
     if not flags.plan:
-        prepare(flags)
-        args = TrainArguments.from_flags(flags)
-        with opened(args.output_dir):
-            train(args, plan)
+        with opened(flags.output_dir):
+            train(connect(flags), plan)
 
 
-def train(args: TrainArguments, plan) -> None:
+def train(args, plan) -> None:
     set_seed(args.seed)
 
     # Texts and tokenizer. The main process comes first and fills the caches that the others read.
@@ -53,22 +48,27 @@ def train(args: TrainArguments, plan) -> None:
     check_same_everywhere(args, texts)
 
     # Model and tokens.
-    options = {"allow_pickle": args.allow_pickle, "lora": args.lora_settings}
-    model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **options)
+    model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **args.model_options)
     with main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
-        train_tokens, validation_tokens = tokenize_split(texts, tokenizer, max_length, args.cache, args.loss_on_prompt)
+        tokens = tokenize_split(texts, tokenizer, max_length, args.cache, args.loss_on_prompt)
+    train_tokens, validation_tokens = tokens.train.dataset, tokens.validation.dataset
     run_on_main_process(remember_counts, args, max_length, count_tokens(train_tokens), len(validation_tokens))
 
     # Continue the run in this folder, but never another one.
-    run = describe_run(args, model, tokenizer, train_tokens, validation_tokens)
+    run = describe_run(args, model, tokenizer, *tokens)
     start = run_on_main_process(find_start, args.output_dir, args.resume_from_checkpoint, run, args.override_resumed)
     if start.is_finished:
         return
-    train_dataset = fill_up(train_tokens, args.texts_per_step, tokenizer.bos_token_id)
-    eval_dataset = fill_up(validation_tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id)
-    datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    trainer = TokenTrainer(model=model, args=args, plan=plan, processing_class=tokenizer, **datasets)
+    trainer = TokenTrainer(
+        model=model,
+        args=args,
+        train_dataset=fill_up(train_tokens, args.texts_per_step, tokenizer.bos_token_id),
+        eval_dataset=fill_up(validation_tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
+        processing_class=tokenizer,
+        field_pool=FieldPool.from_examples(texts.train) if args.text_template else None,
+        plan=plan,
+    )
     trainer.train(start=start)
     trainer.save_best()
     run_on_main_process(save_results, args.output_dir, trainer.results())

@@ -92,6 +92,11 @@ class TrainArguments(TrainFlags, TrainingArguments):
         return Template(self.template, self.loss_on_prompt) if self.template else None
 
     @property
+    def model_options(self) -> dict:
+        """Options of `load.load_model`."""
+        return {"allow_pickle": self.allow_pickle, "lora": self.lora_settings}
+
+    @property
     def lora_settings(self) -> dict | None:
         """Arguments of `lora.add_adapters`, or None if the whole model is trained."""
         alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha

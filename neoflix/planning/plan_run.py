@@ -20,18 +20,22 @@ from neoflix.planning.remedies import explain
 from neoflix.planning.settings import local_processes, read_settings
 from neoflix.planning.table import plan_table
 from neoflix.runtime.console import GIB, say
+from neoflix.runtime.early import answer_early
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import Machine, read_machine
 
 
 def answer_plan() -> None:
-    """Answers `train.py --plan` and `train.py --help`, and exits. Returns if the program has something else to do, or
-    if only transformers can check the flags."""
-    flags = read_train_flags()
-    if flags.plan and is_complete(flags):
-        keep_texts_per_step(flags)
-        plan_run(flags)
-        sys.exit()
+    """Answers `train.py --plan`, `train.py --help` and wrong flags, and exits. Returns if the program has something else
+    to do, or if only transformers can check the flags."""
+
+    def answer() -> None:
+        flags = read_train_flags()
+        if flags.plan and is_complete(flags):
+            plan_run(flags)
+            sys.exit()
+
+    answer_early(answer)
 
 
 def call(function: Callable, *args):
@@ -41,7 +45,7 @@ def call(function: Callable, *args):
 def plan_run(flags: argparse.Namespace, decide: Callable = call) -> Plan | None:
     """Plans a run, and prints the plan. Returns None for a model whose config.json is not on this machine yet.
 
-    `deepspeed` and `tokens_per_device_batch` in `flags` are set if they are 'auto'.
+    Changes `flags`: a run that is resumed keeps its texts per step, and 'auto' becomes what the machine allows.
 
     Args:
         decide: `decide(function, *args)` returns what `function` returns in one process, in all of them:
@@ -51,6 +55,7 @@ def plan_run(flags: argparse.Namespace, decide: Callable = call) -> Plan | None:
         UserError: the run does not fit, or this machine cannot run it. The message holds the plan's table, and what to
             change.
     """
+    keep_texts_per_step(flags)
     machine = _replace_memory(read_machine(flags.output_dir, bool(flags.use_cpu)), flags)
     shape, is_auto = read_shape(flags.model_name_or_path), "auto" in (flags.deepspeed, flags.tokens_per_device_batch)
     if shape is None and (flags.plan or is_auto):

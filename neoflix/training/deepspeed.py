@@ -6,15 +6,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from neoflix.arguments.deepspeed_file import is_json, read_ds_config
+from neoflix.arguments.training import TrainArguments
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
 
 
-def prepare(flags) -> None:
-    """Prepares DeepSpeed for a run with these flags, before the processes connect: compiles its operators, and starts
-    without its shared-memory collectives."""
+def connect(flags) -> TrainArguments:
+    """Prepares DeepSpeed for a run with these flags, and makes the arguments, which connects the run's processes."""
     disable_shm_collectives()
     build_operators(read_ds_config(flags.deepspeed))
+    return TrainArguments.from_flags(flags)
 
 
 @contextmanager

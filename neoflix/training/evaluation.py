@@ -5,6 +5,7 @@ foresee and there are fewer of them. Bits per character do compare: the losses o
 bits, over the texts' own characters.
 """
 
+import argparse
 import json
 import tempfile
 from collections.abc import Iterator
@@ -30,13 +31,14 @@ from neoflix.training.trainer import TokenTrainer
 RESULTS = "eval_results.jsonl"  # in --output_dir, one line for each evaluation
 
 
-def evaluate_only(args: TrainArguments) -> None:
+def evaluate_only(flags: argparse.Namespace) -> None:
     """Prints a model's loss, perplexity and bits per character on the validation texts, as a table and as JSON.
 
     `--model_name_or_path`: a run's folder (its best model), one checkpoint of it, any other model's folder or hub name,
     or `demo`. None of them is written to. The figures are those that a run itself reports: the same split, the same
     tokens, the same sum over all processes. Collective.
     """
+    args = TrainArguments.from_flags(flags)
     set_seed(args.seed)
     output_dir = args.output_dir
     with _find_weights(args.model_name_or_path) as source, tempfile.TemporaryDirectory() as args.output_dir:
@@ -48,12 +50,12 @@ def evaluate_only(args: TrainArguments) -> None:
         max_length = min(args.max_length or get_window(model), get_window(model))
         with main_process_first():
             options = (tokenizer, max_length, args.cache, args.loss_on_prompt)
-            tokens, num_tokens, num_cut, *_ = side = tokenize_texts(texts.validation, *options)
-        check_room([texts.validation], [side], max_length)
+            tokens = tokenize_texts(texts.validation, *options)
+        check_room([texts.validation], [tokens], max_length)
         trainer = TokenTrainer(
             model=model,
             args=args,
-            eval_dataset=fill_up(tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
+            eval_dataset=fill_up(tokens.dataset, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
             processing_class=tokenizer,
         )
         figures = trainer.evaluate()
@@ -64,9 +66,9 @@ def evaluate_only(args: TrainArguments) -> None:
         "eval_loss": figures["eval_loss"],
         "perplexity": figures["eval_perplexity"],
         "eval_bits_per_char": figures["eval_bits_per_char"],
-        "eval_texts": len(tokens),
-        "eval_tokens": num_tokens - sum(tokens["prompt_length"]),
-        "eval_texts_cut": num_cut,
+        "eval_texts": len(tokens.dataset),
+        "eval_tokens": tokens.num_tokens - sum(tokens.dataset["prompt_length"]),
+        "eval_texts_cut": tokens.num_cut,
         "vocab_size": len(tokenizer),
         "dtype": str(args.weight_dtype).removeprefix("torch."),
         "same_texts_as_run": run
