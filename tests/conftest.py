@@ -29,6 +29,7 @@ from neoflix.model.shape import Shape, read_shape
 from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import Texts
 from neoflix.planning.settings import read_settings
+from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.hardware import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,29 @@ def parse_train_args(words: list[str]) -> TrainArguments:
     from neoflix.training.deepspeed import connect  # seconds
 
     return connect(flags)
+
+
+@pytest.fixture
+def demo_flags(tmp_path):
+    """demo_flags("--seed", "7"): the checked flags of recipes/demo.yaml with these words."""
+    prepare_environment()
+    words = [
+        "--config",
+        str(ROOT / "recipes" / "demo.yaml"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--use_cpu",
+        "true",
+    ]
+    return lambda *more: read_all_flags([*words, *more])
+
+
+@pytest.fixture
+def demo_args(demo_flags):
+    """demo_args("--seed", "7"): the arguments of recipes/demo.yaml with these words."""
+    from neoflix.training.deepspeed import connect  # seconds
+
+    return lambda *more: connect(demo_flags(*more))
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def check_agreement(config: dict, flags) -> None:
     if not (values := set_values(config)):
         return
     batch, steps = flags.per_device_train_batch_size, flags.gradient_accumulation_steps
-    flags = {
+    flag_of = {
         "optimizer.params.lr": ("--learning_rate", flags.learning_rate),
         "optimizer.params.betas": ("--adam_beta1 and --adam_beta2 are", [flags.adam_beta1, flags.adam_beta2]),
         "optimizer.params.eps": ("--adam_epsilon", flags.adam_epsilon),
@@ -160,7 +160,7 @@ def check_agreement(config: dict, flags) -> None:
         "fp16.enabled": ("--fp16", flags.fp16),
     }
     for key, found in values.items():
-        flag, value = flags[key]
+        flag, value = flag_of[key]
         if value is not None and found != value:
             raise UserError(
                 f'--deepspeed {flags.deepspeed}: {key} is {found}, but {flag} {value}; write "auto" in the file to '

@@ -14,6 +14,7 @@ from neoflix.arguments.reader import read_train_flags
 from neoflix.arguments.recipes import check_keys, nearest
 from neoflix.arguments.refusals import check_flags
 from neoflix.arguments.training import TrainArguments
+from neoflix.arguments.values import check_numbers
 from neoflix.arguments.words import check_report_to, check_words, read_objects
 from neoflix.runtime.errors import UserError
 
@@ -55,6 +56,7 @@ def read_all_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check_all(flags: argparse.Namespace) -> None:
+    check_numbers(flags)
     check_words(flags)
     check_report_to(flags.report_to)
     if flags.eval_only:

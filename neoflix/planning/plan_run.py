@@ -26,8 +26,8 @@ from neoflix.runtime.hardware import Machine, read_machine
 
 
 def answer_plan() -> None:
-    """Answers `train.py --plan`, `train.py --help` and wrong flags, and exits. Returns if the program has something else
-    to do, or if only transformers can check the flags."""
+    """Answers `train.py --plan`, `train.py --help` and wrong flags, and exits. Returns if the program has something
+    else to do, or if only transformers can check the flags."""
 
     def answer() -> None:
         flags = read_train_flags()

@@ -75,7 +75,7 @@ def test_one_process_decides_for_all(model_dir, catalogue):
     plan = plan_run(flags, decide)
     (choices,) = asked
     assert choices["deepspeed"] == "ds_configs/cpu.json"
-    assert Path(flags.deepspeed) == ROOT / "ds_configs" / "cpu.json"
+    assert Path(flags.deepspeed).resolve() == ROOT / "ds_configs" / "cpu.json"
     assert flags.tokens_per_device_batch == choices["tokens_per_device_batch"] == plan.settings.budget > 0
 
 

@@ -22,9 +22,10 @@ def test_bad_fit_is_refused_before_weights_are_read(tmp_path, catalogue, capsys)
 
 
 def test_missing_model_is_a_sentence(tmp_path):
+    (tmp_path / "model").mkdir()
     for words in (["--plan"], ["--deepspeed", "auto"]):
         with pytest.raises(ValueError, match=r"no config\.json"):
-            train.main([*words, "--model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path / "run")])
+            train.main([*words, "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_changes_are_single_and_the_smallest_come_first():
     plan = forecast_of("2.7B", card(16))
     flags = [flags for flags, _ in smallest_changes(plan, most=99)]
     kinds = [words.split()[0] for words in flags]
-    assert len(kinds) == len({words for words in flags})
+    assert len(kinds) == len(set(flags))
     assert kinds.index("--activation_checkpointing") < kinds.index("--model_name_or_path")
     assert kinds[0] == "--per_device_train_batch_size"
 
