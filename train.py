@@ -69,6 +69,7 @@ def train(args) -> None:
         train_dataset=fill_up(train_tokens, args.texts_per_step, tokenizer.bos_token_id),
         eval_dataset=fill_up(validation_tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
         processing_class=tokenizer,
+        plan=args.forecast,
     )
     trainer.train(start=start)
     trainer.save_best()
