@@ -9,7 +9,7 @@ from neoflix.arguments.generate import parse_generate_args
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.checkpoints.find import find_model
 from neoflix.data.encodings import read_lines
-from neoflix.data.sources import read_fields
+from neoflix.data.fields import read_fields
 from neoflix.data.template import find_template
 from neoflix.data.tokenizer import read_tokenizer
 from neoflix.judging.judge import Judge, judge_file, read_samples

@@ -19,7 +19,7 @@ from transformers.utils import (
     logging,
 )
 
-from neoflix.data.template import Template, attach_template
+from neoflix.data.template import Example, Template, attach_template
 from neoflix.data.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
 from neoflix.model.attention import ATTENTION_NAME, register_attention
 from neoflix.model.folder import holds_adapters
@@ -58,9 +58,18 @@ def build_demo_model(vocab_size: int) -> PreTrainedModel:
 def build_model(config: GPTNeoConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A GPT-Neo with fresh weights, our attention and our loss."""
     register_attention()
+    _connect_for_sharding()
     model = GPTNeoForCausalLM._from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
     model.loss_function = causal_lm_loss
     return model
+
+
+def _connect_for_sharding() -> None:
+    """Connects the processes where ZeRO-3 shards each weight as it is made."""
+    if is_deepspeed_zero3_enabled():
+        import deepspeed  # seconds to import, and sampling never comes here
+
+        deepspeed.init_distributed()
 
 
 def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pickle: bool = False) -> PreTrainedModel:
@@ -82,10 +91,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
     register_attention()
     logging.disable_progress_bar()  # of every process; a download has its own
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a bot of the hub's converts, and we load that
-    if is_deepspeed_zero3_enabled():  # weights are sharded as they load: DeepSpeed must know the other processes
-        import deepspeed
-
-        deepspeed.init_distributed()
+    _connect_for_sharding()
     with _in_one_sentence(model_name_or_path):
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     check_architecture(config, f"--model_name_or_path {model_name_or_path}")
@@ -186,14 +192,14 @@ def load_model(
 
 
 def find_tokenizer(
-    model_name_or_path: str, texts: list[str], cache_dir: Path, template: Template | None = None
+    model_name_or_path: str, examples: list[Example], cache_dir: Path, template: Template | None = None
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which carries the template, if there is one; the demo's is trained on `texts`, and kept in
-    `cache_dir`."""
+    """The model's tokenizer, which carries the template, if there is one. The demo's is trained on these texts and kept
+    in `cache_dir`."""
     if model_name_or_path == DEMO:
-        tokenizer = train_tokenizer(texts, DEMO_VOCAB_SIZE, cache_dir)
+        tokenizer = train_tokenizer([example.whole for example in examples], DEMO_VOCAB_SIZE, cache_dir)
     else:
         check_reachable(model_name_or_path)
         tokenizer = load_tokenizer(model_name_or_path)
-    attach_template(tokenizer, template and template.with_rows(texts))
+    attach_template(tokenizer, template)
     return tokenizer

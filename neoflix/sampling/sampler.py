@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS, check_sampling
+from neoflix.data.fields import FieldPool
 from neoflix.data.template import find_template
 from neoflix.data.tokenizer import read_tokenizer
 from neoflix.model.load import load_for_reading
@@ -29,6 +30,7 @@ from neoflix.sampling.cache import num_rows
 from neoflix.sampling.decoder import Decoder, Text
 from neoflix.sampling.draw import Draw
 from neoflix.sampling.inference import optimize_for_inference
+from neoflix.sampling.training_fields import read_field_pool
 
 FIELD_TOKENS = 32  # most that a field has which the model writes
 
@@ -70,16 +72,26 @@ class Sampler:
     Args:
         in_training: the model is to be trained on: it is left as it is, where else faster modules take the place of
             some of its own. Put it into `eval` mode for as long as it writes.
+        field_pool: where the fields that a prompt leaves out are drawn from. By default, it is read from the data set
+            of the run in `model_dir`, the first time that one is left out.
     """
 
     draw = Draw
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, in_training: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        in_training: bool = False,
+        field_pool: FieldPool | None = None,
+        model_dir: Path | None = None,
+    ):
         self.model = model if in_training else model.eval()
         self.in_training = in_training
         self.tokenizer = tokenizer
         self.saved = model.generation_config
         self.template = find_template(tokenizer)
+        self._field_pool, self._model_dir = field_pool, model_dir
         control = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id, None}
         self._make_decoder = None  # found when the first text is written: at ZeRO stage 3 a pass needs all processes
         self.never_sampled = sorted(control | set(range(len(tokenizer), num_rows(model))))
@@ -92,7 +104,7 @@ class Sampler:
             allow_pickle: take weights from pytorch_model.bin where there is no safetensors file (docs/loading.md).
         """
         model = load_for_reading(str(folder), device, allow_pickle)
-        return cls(model, read_tokenizer(folder, f"--model_dir {folder}"))
+        return cls(model, read_tokenizer(folder, f"--model_dir {folder}"), model_dir=Path(folder))
 
     def settings(self, **overrides) -> dict:
         """Sampling settings: what is given here, else what the model was saved with, else the defaults."""
@@ -120,8 +132,8 @@ class Sampler:
         Args:
             prompts: how the texts begin, one or several. Space at a prompt's end is dropped, since no training text
                 ends there; what looks like a control token is text. For a model with a template also fields, such as
-                {"title": "The Last Ferry"}: those left out are written by the model, if it learnt to, else drawn from
-                its training rows; and None: all of them are.
+                {"title": "The Last Ferry"}: those left out are written by the model, if it learnt to, else drawn
+                from its training texts; and None: all of them are.
             batch_size: how many texts grow side by side.
             first_index: which of the seed's texts the first one is; the others follow.
             skip: leaves out so many of the texts, the first ones; the others are the same as with them.
@@ -174,7 +186,7 @@ class Sampler:
         for given in fields.values():
             self.template.check(given, f"--fields {' '.join(given)}")
         if not self.template.learns_prompt:
-            return {index: self.template.draw(given, seed, index) for index, given in fields.items()}
+            return {index: self._draw_fields(given, seed, index) for index, given in fields.items()}
         fields = {index: dict(given) for index, given in fields.items()}
         settings = settings | {"max_new_tokens": FIELD_TOKENS}
         for number, name in enumerate(self.template.fields, start=1):
@@ -183,6 +195,14 @@ class Sampler:
             for (index, prompt), sample in zip(jobs.items(), samples, strict=True):
                 fields[index][name] = self.template.cut(name, sample.text[len(prompt.strip()) :])
         return fields
+
+    def _draw_fields(self, given: dict[str, str], seed: int, index: int) -> dict[str, str]:
+        missing = [name for name in self.template.fields if name not in given]
+        if not missing:
+            return given
+        if self._field_pool is None:
+            self._field_pool = read_field_pool(self._model_dir, self.template, missing)
+        return self._field_pool.draw(given, seed, index)
 
     def _decoder(self, texts: list[Text], seed: int, batch_size: int, settings: dict) -> Decoder | GenerateDecoder:
         num_slots = min(batch_size, len(texts))

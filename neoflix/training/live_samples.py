@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 
+from neoflix.data.fields import FieldPool
 from neoflix.reporting.run_log import read_live_samples, write_live_samples
 from neoflix.runtime.console import is_main_process, printable, say, write_beside_progress
 from neoflix.runtime.processes import gather, num_processes
@@ -31,10 +32,11 @@ class ShowSamples(TrainerCallback):
 
     Args:
         callbacks: the trainer's, among which TensorBoard's may be.
+        field_pool: what the fields of a template's prompts are drawn from.
     """
 
-    def __init__(self, callbacks: list[TrainerCallback]):
-        self._callbacks = callbacks
+    def __init__(self, callbacks: list[TrainerCallback], field_pool: FieldPool | None = None):
+        self._callbacks, self._field_pool = callbacks, field_pool
         self._sampler: Sampler | None = None
         self._prompts: list[str] | list[dict] = []
 
@@ -42,7 +44,7 @@ class ShowSamples(TrainerCallback):
         if num_processes() > 1 and is_deepspeed_zero3_enabled():
             say("No samples during training: under ZeRO-3 with several processes none of them holds the whole model")
             return
-        self._sampler = Sampler(model, processing_class, in_training=True)
+        self._sampler = Sampler(model, processing_class, in_training=True, field_pool=self._field_pool)
         self._sampler.check_prompts(args.sample_prompts, "--sample_prompts")
         # For a model with a template and no prompts from the user: the fields that each text's number draws.
         self._prompts = [{}] if self._sampler.template and args.sample_prompts == [""] else args.sample_prompts

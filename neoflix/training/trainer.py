@@ -13,6 +13,7 @@ from transformers.utils import logging
 from neoflix.checkpoints.names import UNIVERSAL
 from neoflix.checkpoints.runs import Start, check_progress
 from neoflix.checkpoints.store import temporary
+from neoflix.data.fields import FieldPool
 from neoflix.data.packing import PackedCollator, PaddedCollator
 from neoflix.model.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.model.vocabulary import keeps_texts_apart
@@ -45,9 +46,10 @@ class TokenTrainer(Trainer):
 
     Args:
         plan: the forecast of memory and time that the run is compared with.
+        field_pool: what the fields of live samples are drawn from, for a template.
     """
 
-    def __init__(self, model, plan: Plan | None = None, **kwargs):
+    def __init__(self, model, plan: Plan | None = None, field_pool: FieldPool | None = None, **kwargs):
         self.plan = plan
         is_packed = keeps_texts_apart(model)
         collator = PackedCollator() if is_packed else PaddedCollator(kwargs["processing_class"].pad_token_id)
@@ -65,7 +67,7 @@ class TokenTrainer(Trainer):
         for callback in run_callbacks(self.args, has_validation=bool(self.eval_dataset)):
             self.add_callback(callback)
         if self.args.num_progress_samples and not self.args.eval_only:
-            self.add_callback(ShowSamples(self.callback_handler.callbacks))
+            self.add_callback(ShowSamples(self.callback_handler.callbacks, field_pool))
 
     def create_model_card(self, *args, **kwargs):
         """Replaces Trainer's card, because `reporting/card.py` writes README.md."""

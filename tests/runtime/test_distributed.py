@@ -97,6 +97,13 @@ def test_zero_3_shards_and_saves_whole_weights(deepspeed_run, tmp_path):
     assert Sampler.load(three, device="cpu").model.config.vocab_size == 512
 
 
+def test_zero_3_shards_the_demo_model(deepspeed_run):
+    words = ["--model_name_or_path", "demo", "--deepspeed", "ds_configs/zero3_offload.json", "--max_steps", "1"]
+    folder, _ = deepspeed_run("demo", 2, *words, "--per_device_train_batch_size", "4", "--num_progress_samples", "0")
+    assert results(folder)["global_step"] == 1
+    assert Sampler.load(folder, device="cpu").model.config.num_layers == 4
+
+
 def test_bad_input_ends_all_processes_with_exit_code_2(deepspeed_run, tmp_path):
     _, output = deepspeed_run("run", 2, "--text_column", "synopsis", expect=2)
     assert sum(line.startswith("error: ") for line in output.splitlines()) == 1

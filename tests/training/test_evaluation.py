@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from neoflix.checkpoints.find import list_checkpoints
 from neoflix.checkpoints.names import RUN_FILE
-from neoflix.data.sources import read_texts
+from neoflix.data.sources import read_examples
 from neoflix.data.split import split_texts
 from neoflix.data.tokenizer import load_tokenizer
 from neoflix.model.load import load_model
@@ -79,7 +79,8 @@ def plain_figures(model, tokenizer, texts: list[str]) -> tuple[float, float]:
 
 
 def held_out(run_dir: Path) -> list[str]:
-    return split_texts(read_texts(run_dir.parent / "catalogue.csv", "synopsis"), 0.2).validation
+    examples = read_examples(run_dir.parent / "catalogue.csv", "synopsis")
+    return [example.completion for example in split_texts(examples, 0.2).validation]
 
 
 def test_a_run_gets_its_own_figure_on_its_own_texts(run_dir, measure):
@@ -132,12 +133,12 @@ def test_a_run_that_died_is_measured_by_its_best_checkpoint(run_dir, measure, tm
 
 
 def test_other_texts_are_told_from_the_runs_own(run_dir, measure):
-    """A larger share takes texts that were learnt from; other texts and smaller shares only are not the same."""
-    for words, learnt in (["--validation_fraction", "0.5"], True), (["--dataset", "sample"], False):
+    """A larger share takes texts that were trained on; other texts and smaller shares only are not the same."""
+    for words, was_trained_on in (["--validation_fraction", "0.5"], True), (["--dataset", "sample"], False):
         column = ["--text_column", "description"] if "sample" in words else []
         assert measure(run_dir, *words, *column)["same_texts_as_run"] is False
         assert "warning: these are not the texts" in measure.said
-        assert ("learnt some of them" in measure.said) == learnt
+        assert ("trained on some of them" in measure.said) == was_trained_on
 
 
 def test_a_model_from_scratch_has_a_vocabulary_of_its_own(measure):
