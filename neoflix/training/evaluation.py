@@ -22,6 +22,7 @@ from neoflix.model.vocabulary import get_window
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.processes import main_process_first, run_on_main_process
+from neoflix.sampling.architectures import check_can_be_sampled
 from neoflix.training.agreement import check_same_everywhere
 from neoflix.training.trainer import TokenTrainer
 
@@ -43,6 +44,7 @@ def evaluate_only(args: TrainArguments) -> None:
         tokenizer = find_tokenizer(source, texts.train, cache_dir)
     check_same_everywhere(args, texts)
     model = load_model(source, tokenizer, args.weight_dtype, {}, args.allow_pickle)
+    check_can_be_sampled(model)
     max_length = min(args.max_length or get_window(model), get_window(model))
     with main_process_first():
         side = tokenize_texts(texts.validation, tokenizer, max_length, cache_dir, args.loss_on_prompt)
