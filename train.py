@@ -21,6 +21,7 @@ from neoflix.reporting.write import finish_run
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.processes import main_process_first, run_and_exit, run_on_main_process
 from neoflix.runtime.stop_requests import catch_stop_requests
+from neoflix.sampling.architectures import check_can_be_sampled
 from neoflix.training.agreement import check_same_everywhere
 from neoflix.training.deepspeed import connect
 from neoflix.training.evaluation import evaluate_only
@@ -40,15 +41,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args, plan) -> None:
     set_seed(args.seed)
-
     # Texts and tokenizer. The main process comes first and fills the caches that the others read.
     with main_process_first():
         texts = split_texts(read_dataset(args), args.validation_fraction)
         tokenizer = find_tokenizer(args.model_name_or_path, texts.train, args.cache, args.text_template)
     check_same_everywhere(args, texts)
 
-    # Model and tokens.
     model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **args.model_options)
+    check_can_be_sampled(model)
     with main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
         tokens = tokenize_split(texts, tokenizer, max_length, args.cache, args.loss_on_prompt)

@@ -32,7 +32,6 @@ class TrainArguments(TrainFlags, TrainingArguments):
 
     generation: dict = field(default_factory=dict, init=False)
     command = ""  # the command line; not a field
-    on_full_disk = "stop"
 
     def __post_init__(self):
         self.bf16, self.fp16, self.use_cpu = bool(self.bf16), bool(self.fp16), bool(self.use_cpu)

@@ -2,16 +2,19 @@
 
 import json
 import re
+from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT
 
+import train
 from neoflix.arguments.generate import parse_generate_args
 from neoflix.arguments.parse import read_all_flags
 from neoflix.arguments.recipes import read_recipe
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.errors import UserError
+from neoflix.runtime.processes import exit_code_of
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -144,3 +147,14 @@ def test_help_all_shows_hugging_faces_flags_too(capsys):
     shown = capsys.readouterr().out
     for flag in ("--adam_beta2", "--dataset", "--lr_scheduler_kwargs"):
         assert flag in shown
+
+
+def test_where_curves_cannot_go_is_told_at_once(train_words, tmp_path, capfd):
+    missing = next(name for name in ("clearml", "neptune", "wandb") if find_spec(name) is None)
+    for name, said in (
+        (missing, f"{missing}: its package is not installed; `pip install {missing}"),
+        ("wandbb", "'wandb'"),
+    ):
+        assert exit_code_of(lambda: train.main([*train_words, "--report_to", name])) == 2  # noqa: B023 - called here
+        assert said in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""DeepSpeed's operators are compiled once, whatever happened to an earlier build."""
+"""DeepSpeed's internals, as far as this project touches them."""
 
 import shutil
 from pathlib import Path
@@ -18,8 +18,8 @@ print("loaded")
 
 
 @pytest.mark.parametrize("is_held", [False, True])
-def test_a_killed_build_blocks_no_later_one(tmp_path, is_held):
-    """torch's lock is removed if no process holds it, and only then."""
+def test_a_build_that_was_killed_keeps_nobody_waiting(tmp_path, is_held):
+    """torch's lock is passed over where nobody holds it, and only there."""
     run_program(PYTHON, "-c", LOAD)  # built, for certain
     built = Path(_get_build_directory("cpu_adam", verbose=False))
     shutil.copytree(built, tmp_path / "cpu_adam")
