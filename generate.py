@@ -6,6 +6,11 @@ from itertools import islice
 from pathlib import Path
 
 from neoflix.arguments.generate import parse_generate_args
+from neoflix.runtime.early import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_generate_args)  # --help and wrong flags: before the imports below, which take seconds
+
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.checkpoints.find import find_model
 from neoflix.data.encodings import read_lines
