@@ -37,7 +37,6 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: getattr(args, name) for name in SAMPLING_DEFAULTS}
     job = describe_job(model_dir, prompts, num_samples=args.num_samples, seed=args.seed, novel=args.novel, **settings)
     done = find_done(args.output, job) if args.output and not args.sweep else 0
-
     # What is judged by comes before the model: a data set that cannot be read costs seconds then.
     judge = Judge(args) if args.judge or args.novel or args.sweep else None
     sampler = Sampler.load(model_dir, allow_pickle=args.allow_pickle)
