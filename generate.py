@@ -6,6 +6,11 @@ from itertools import islice
 from pathlib import Path
 
 from neoflix.arguments.generate import parse_generate_args
+from neoflix.runtime.early import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_generate_args)  # --help and wrong flags: before the imports below, which take seconds
+
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.checkpoints.find import find_model
 from neoflix.data.encodings import read_lines
@@ -32,7 +37,6 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: getattr(args, name) for name in SAMPLING_DEFAULTS}
     job = describe_job(model_dir, prompts, num_samples=args.num_samples, seed=args.seed, novel=args.novel, **settings)
     done = find_done(args.output, job) if args.output and not args.sweep else 0
-
     # What is judged by comes before the model: a data set that cannot be read costs seconds then.
     judge = Judge(args) if args.judge or args.novel or args.sweep else None
     sampler = Sampler.load(model_dir, allow_pickle=args.allow_pickle)

@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS, check_sampling
-from neoflix.checkpoints.gather import whole_weights
 from neoflix.data.fields import FieldPool
 from neoflix.data.template import find_template
 from neoflix.data.tokenizer import read_tokenizer
@@ -104,10 +103,8 @@ class Sampler:
         Args:
             allow_pickle: take weights from pytorch_model.bin where there is no safetensors file (docs/loading.md).
         """
-        with whole_weights(Path(folder)) as source:
-            model = load_for_reading(str(source), device, allow_pickle)
-            tokenizer = read_tokenizer(source, f"--model_dir {folder}")
-        return cls(model, tokenizer, model_dir=Path(folder))
+        model = load_for_reading(str(folder), device, allow_pickle)
+        return cls(model, read_tokenizer(folder, f"--model_dir {folder}"), model_dir=Path(folder))
 
     def settings(self, **overrides) -> dict:
         """Sampling settings: what is given here, else what the model was saved with, else the defaults."""

@@ -12,12 +12,11 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, as_examples
+from conftest import ROOT, as_examples, parse_train_args
 from transformers import AutoModelForCausalLM
 
 import generate
 from neoflix.arguments.generate import parse_generate_args
-from neoflix.arguments.parse import parse_train_args
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.checkpoints.runs import describe_run, find_start, save_results, save_run
 from neoflix.data.sources import read_dataset
