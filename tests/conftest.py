@@ -19,7 +19,10 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
 
 from neoflix.arguments.quick import PLAN_FLAGS
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.checkpoints.find import list_checkpoints
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.model.load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -68,6 +71,18 @@ def model_dir(tmp_path_factory, titles) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     GPTNeoForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_dir(model_dir, tmp_path_factory) -> Path:
+    """A model's folder as a finished run leaves it; it is only read."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = load_tokenizer(str(model_dir))
+    torch.manual_seed(0)
+    sampling = SAMPLING_DEFAULTS | {"max_new_tokens": 24}
+    load_model(str(model_dir), tokenizer, torch.float32, sampling).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -25,7 +25,7 @@ def find_base_model(args) -> tuple[str | None, str]:
     """(hub name or folder of the model that the run began as, or None; why there is none)."""
     if args.base_model == "none":
         return None, "left out by --base_model none"
-    if isinstance(args.judge, str) and args.base_model is None:
+    if args.judged_file and args.base_model is None:
         return None, "no model was loaded; name one with --base_model"
     name = args.base_model or (find_run(args.model_dir) or {}).get("model")
     if name is None:

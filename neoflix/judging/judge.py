@@ -101,12 +101,6 @@ class Judge:
         return judgement
 
 
-def judge_file(args) -> None:
-    """`--judge FILE`: judges samples that lie there already."""
-    rows = read_samples(args.judge)
-    Judge(args).report(rows, args.judge)
-
-
 def read_samples(path: str) -> list[dict]:
     """Samples of a file, each with a `text`: JSON lines as `generate.py` writes them, or any other table. UserError for
     anything else."""

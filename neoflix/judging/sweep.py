@@ -1,14 +1,12 @@
-"""Sampling settings compared, and sampling of novel texts only."""
+"""Sampling settings compared: samples and figures for every combination."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from neoflix.judging.figures import Judgement, _number, _share
 from neoflix.judging.judge import Judge, _write
-from neoflix.judging.novelty import TrainingTexts
 from neoflix.runtime.console import printable, progress, say
 from neoflix.runtime.errors import UserError
 
@@ -72,43 +70,9 @@ def draw_sweep(judgements: dict[str, Judgement], path: Path) -> bool:
     return True
 
 
-DRAWS_PER_TEXT = 20  # --novel gives up beyond: a model that mostly repeats its texts is not mended by drawing
-
-
-def keep_novel(
-    sample: Callable[..., Iterator], training: TrainingTexts, prompts: list[str], num_samples: int
-) -> Iterator:
-    """Yields `num_samples` samples for each prompt that are neither copies nor near twins of training texts.
-
-    First those that would be drawn anyway, without the dropped ones; then, in their place and with the indices that
-    follow, others. What is kept depends on seed and settings alone.
-
-    Args:
-        sample: `Sampler.sample` with seed and settings; called with prompts, `num_samples` and `first_index`.
-
-    Raises:
-        UserError: where more than 20 draws were needed for each sample that was asked for.
-    """
-    wanted = len(prompts) * num_samples
-    missing, drawn = Counter(dict.fromkeys(range(len(prompts)), num_samples)), 0
-    rounds = [(list(range(len(prompts))), num_samples)]
-    while rounds:
-        for numbers, num in rounds:
-            if drawn + num * len(numbers) > DRAWS_PER_TEXT * wanted:
-                raise UserError(
-                    f"--novel: {drawn:,} texts were drawn and {wanted - missing.total():,} of the {wanted:,} asked for "
-                    "are new; raise --temperature or --top_p, or train for fewer epochs"
-                )
-            samples = sample([prompts[number] for number in numbers], num, first_index=drawn)
-            for place, each in enumerate(samples):
-                drawn += 1
-                if training.is_novel(each.text):
-                    missing[numbers[place // num]] -= 1
-                    yield each
-        rounds = [([number], num) for number, num in missing.items() if num]
-
-
-def sweep(judge: Judge, sample: Callable[..., Iterator], settings: list[dict], output: str) -> dict[str, Judgement]:
+def compare_settings(
+    judge: Judge, sample: Callable[..., Iterator], settings: list[dict], output: str
+) -> dict[str, Judgement]:
     """Samples and judges once for each of the settings; prints a line each.
 
     Args:
