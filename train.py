@@ -12,6 +12,7 @@ from transformers import set_seed
 from neoflix.arguments.parse import parse_train_args
 from neoflix.checkpoints.ownership import opened
 from neoflix.checkpoints.runs import describe_run, find_start, save_results
+from neoflix.data.fields import FieldPool
 from neoflix.data.sources import default_cache_dir, read_dataset
 from neoflix.data.split import split_texts
 from neoflix.data.tokens import count_tokens, fill_up, tokenize_split
@@ -54,12 +55,12 @@ def train(args) -> None:
     model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **options)
     with main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
-        sides = tokenize_split(texts, tokenizer, max_length, cache_dir, args.loss_on_prompt)
-        train_tokens, validation_tokens = sides
+        tokens = tokenize_split(texts, tokenizer, max_length, cache_dir, args.loss_on_prompt)
+    train_tokens, validation_tokens = tokens.train.dataset, tokens.validation.dataset
     run_on_main_process(remember_counts, args, max_length, count_tokens(train_tokens), len(validation_tokens))
 
     # Continue the run in this folder, but never another one.
-    run = describe_run(args, model, tokenizer, train_tokens, validation_tokens)
+    run = describe_run(args, model, tokenizer, *tokens)
     start = run_on_main_process(find_start, args.output_dir, args.resume_from_checkpoint, run, args.override_resumed)
     if start.is_finished:
         return
@@ -69,6 +70,7 @@ def train(args) -> None:
         train_dataset=fill_up(train_tokens, args.texts_per_step, tokenizer.bos_token_id),
         eval_dataset=fill_up(validation_tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
         processing_class=tokenizer,
+        field_pool=FieldPool.from_examples(texts.train) if args.text_template else None,
         plan=args.forecast,
     )
     trainer.train(start=start)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from machine import run_job, write_line
 
 from neoflix.checkpoints.manifest import read_manifest
-from neoflix.data.sources import find_dataset, read_texts
+from neoflix.data.sources import find_dataset, read_examples
 from neoflix.data.tokenizer import train_tokenizer
 
 MEASURED = """
@@ -68,14 +68,14 @@ def main() -> None:
 
 def make_checkpoint(folder: Path, num_processes: int) -> Path:
     """A ZeRO-3 checkpoint of a GPT-Neo-125M with fresh weights, after one step, without whole weights."""
-    texts = read_texts(find_dataset("sample"), "description")
+    texts = [example.completion for example in read_examples(find_dataset("sample"), "description")]
     model = GPTNeoForCausalLM(
         GPTNeoConfig(
             vocab_size=50304, hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]]
         )
     )
     model.save_pretrained(folder / "model")
-    train_tokenizer(list(texts), 4096, folder / "cache").save_pretrained(folder / "model")
+    train_tokenizer(texts, 4096, folder / "cache").save_pretrained(folder / "model")
     config = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
     config["zero_optimization"] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
     (folder / "zero3.json").write_text(json.dumps(config))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from machine import write_line
 
-from neoflix.data.sources import SAMPLE_PATH, read_texts
+from neoflix.data.sources import SAMPLE_PATH, read_examples
 from neoflix.judging.figures import judge
 from neoflix.judging.novelty import NEAR_TWIN, TrainingTexts
 from neoflix.training.meters import peak_host_bytes
@@ -30,7 +30,7 @@ from neoflix.training.meters import peak_host_bytes
 def main() -> None:
     args = parse_args()
     source = Path(os.environ.get("NETFLIX_TITLES_CSV", SAMPLE_PATH))
-    chains = Chains(read_texts(source, "description"))
+    chains = Chains([example.completion for example in read_examples(source, "description")])
     texts = [chains.draw() for _ in range(args.texts)]
     samples = [plant(chains, texts, number) for number in range(args.samples)]
     before = peak_host_bytes()

@@ -85,7 +85,7 @@ def cap_device_memory(gib: float | None) -> None:
 def run_job(script: str, words: list[str], num_processes: int = 1, **environment: str) -> None:
     """Runs a script by the `deepspeed` launcher, with this Python's programs; ends with its output if it fails."""
     programs = Path(sys.executable).parent
-    launcher = [str(programs / "deepspeed"), "--quiet", "--num_accelerators", str(num_processes)]
+    launcher = [sys.executable, str(programs / "deepspeed"), "--quiet", "--num_accelerators", str(num_processes)]
     launcher += ["--master_port", str(random.randint(20_000, 30_000))]
     environment |= {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}  # one ninja for all: see distributed.py
     environment |= {"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}

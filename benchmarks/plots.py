@@ -1,7 +1,7 @@
-"""Draws a folder of benchmark results: `python benchmarks/plots.py [FOLDER]` writes its throughput.png, memory.png
-and growth.png.
+"""Draws a folder of benchmark results: `python benchmarks/plots.py [FOLDER]` writes throughput.png, memory.png,
+growth.png and demo.svg into it.
 
-The newest line of each setting counts. Different hardware gets panels of its own.
+Only the newest line of each setting is drawn. Each kind of hardware gets its own panel.
 """
 
 import json
@@ -19,10 +19,12 @@ COLORS = {"article": "tab:gray", "ours": "tab:blue"}
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "results")
     lines = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    plt.rcParams["svg.fonttype"] = "none"  # text stays text: a small file
     for name, benchmark, draw in (
-        ("throughput", "train", draw_throughput),
-        ("memory", "train", draw_memory),
-        ("growth", "growth", draw_growth),
+        ("throughput.png", "train", draw_throughput),
+        ("memory.png", "train", draw_memory),
+        ("growth.png", "growth", draw_growth),
+        ("demo.svg", "run", draw_run),
     ):
         lines_of = [line for line in lines if line["benchmark"] == benchmark and "lora" not in line]
         machines = sorted({line["hardware"] for line in lines_of})
@@ -33,8 +35,8 @@ def main() -> None:
             draw(axis, [line for line in lines_of if line["hardware"] == machine])
             axis.set_title(machine, fontsize=9)
         figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=120)
-        print(folder / f"{name}.png")
+        figure.savefig(folder / name, dpi=120)
+        print(folder / name)
 
 
 def draw_throughput(axis, lines: list[dict]) -> None:
@@ -93,6 +95,18 @@ def draw_growth(axis, lines: list[dict]) -> None:
     memory.set(ylabel="peak host memory, GiB", ylim=(0, None))
     handles = [handle for each in (axis, memory) for handle in each.get_legend_handles_labels()[0]]
     axis.legend(handles=handles, fontsize=8)
+
+
+def draw_run(axis, lines: list[dict]) -> None:
+    """Held-out perplexity of one run over its epochs, with the unigram model as a baseline."""
+    epochs, perplexity = lines[-1]["epochs"], lines[-1]["perplexity"]
+    axis.semilogy(epochs, perplexity, "o-", color=COLORS["ours"], label="held-out texts")
+    axis.axhline(lines[-1]["unigram_perplexity"], color=COLORS["article"], linestyle="--", label="unigram model")
+    for epoch, value in zip(epochs, perplexity, strict=True):
+        axis.annotate(f"{value:,}", (epoch, value), xytext=(4, 6), textcoords="offset points", fontsize=9)
+    axis.set(xlabel="epoch", ylabel="perplexity per token", ylim=(100, 8000))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from machine import write_line
 
 from neoflix.data.packing import PackedCollator
-from neoflix.data.sources import SAMPLE_PATH, read_texts
+from neoflix.data.sources import SAMPLE_PATH, read_examples
 from neoflix.data.split import split_texts
 from neoflix.data.tokenizer import train_tokenizer
 from neoflix.data.tokens import tokenize_texts
@@ -36,9 +36,9 @@ def main() -> None:
     parser.add_argument("--output", help="JSON lines file to append to")
     args = parser.parse_args()
     torch.manual_seed(0)
-    split = split_texts(read_texts(SAMPLE_PATH, "description"), 0.1)
+    split = split_texts(read_examples(SAMPLE_PATH, "description"), 0.1)
     with tempfile.TemporaryDirectory() as cache:
-        tokenizer = train_tokenizer(split.train, VOCAB_SIZE, Path(cache))
+        tokenizer = train_tokenizer([example.completion for example in split.train], VOCAB_SIZE, Path(cache))
         train, held_out = (tokenize_texts(side, tokenizer, 256, Path(cache))[0][:]["input_ids"] for side in split)
     model = learn(train, len(tokenizer)).eval().to(torch.bfloat16)
     in_bf16 = log_probabilities(model, held_out)

@@ -19,7 +19,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -108,9 +107,7 @@ class Life:
 
     def __init__(self, run: Path, args: argparse.Namespace):
         self.run, self.log = run, run.with_suffix(".log")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = random.SystemRandom().randint(20_000, 30_000)  # not one that the system hands out meanwhile
         flags = {
             "config": "recipes/demo.yaml",
             "deepspeed": args.deepspeed,
@@ -128,10 +125,10 @@ class Life:
             "disable_tqdm": "true",
         }
         words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-        deepspeed = Path(sys.executable).with_name("deepspeed")
+        deepspeed = [sys.executable, Path(sys.executable).with_name("deepspeed")]
         with self.log.open("w") as log:
             self.command = subprocess.Popen(
-                [deepspeed, "--num_accelerators", "2", "--master_port", str(port), "train.py", *words],
+                [*deepspeed, "--num_accelerators", "2", "--master_port", str(port), "train.py", *words],
                 cwd=ROOT,
                 env=os.environ | {"DS_ACCELERATOR": "cpu"},
                 stdout=log,

@@ -21,6 +21,7 @@ from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
 from neoflix.arguments.quick import PLAN_FLAGS
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.checkpoints.find import list_checkpoints
+from neoflix.data.template import Example
 from neoflix.data.tokenizer import load_tokenizer
 from neoflix.model.load import load_model
 
@@ -84,6 +85,11 @@ def run_dir(model_dir, tmp_path_factory) -> Path:
     load_model(str(model_dir), tokenizer, torch.float32, sampling).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def as_examples(texts: list[str]) -> list[Example]:
+    """Texts without prompts, as they are read from a file."""
+    return [Example("", text) for text in texts]
 
 
 def tiny_config(**overrides) -> GPTNeoConfig:
@@ -194,8 +200,10 @@ def run_program(*words: str, expect: int = 0, env: dict | None = None, timeout: 
     A command that takes longer than `timeout` seconds is ended with all that it started, and shows what it printed.
     """
     with tempfile.TemporaryFile("w+") as log:  # not a pipe: a process left behind would hold it open
+        # By this Python: the script's first line may name another, as in a virtual environment that was copied.
+        words = [str(word) for word in (words if words[0] != DEEPSPEED else (PYTHON, *words))]
         program = subprocess.Popen(
-            [str(word) for word in words],
+            words,
             cwd=ROOT,
             env=environment_without_launcher() | (env or {}),
             stdout=log,

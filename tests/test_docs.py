@@ -1,7 +1,8 @@
-"""The commands in the documents: those of the README and of docs/your-texts are run, with a small model and few steps;
-those of the other pages are read by the parsers that would read them. A line may say `# not run by a test: why`, and
-```sh blocks are those of other programs, which the page says no test runs."""
+"""The documents' commands and paths. Commands in README and docs/your-texts are run with a small model and few steps;
+those on other pages are parsed. Lines with `# not run by a test: why` and ```sh blocks (other programs) are skipped.
+"""
 
+import dataclasses
 import importlib
 import os
 import re
@@ -16,11 +17,13 @@ import generate
 import train
 from neoflix.arguments.generate import parse_generate_args
 from neoflix.arguments.parse import parse_train_args
+from neoflix.arguments.training import TrainArguments
 from neoflix.export import parse_export_args
 from neoflix.report import main, parse_report_args
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs" / "your-texts").glob("*.md"))]
+FOLDERS = ("docs", "recipes", "neoflix", "benchmarks", "ds_configs", "tests", "data")
 SMALL = {
     "--max_steps": "4",
     "--deepspeed": "ds_configs/cpu.json",
@@ -31,7 +34,7 @@ SMALL = {
 
 
 def commands(page) -> list[str]:
-    """Lines of a page's ```bash blocks, but for those that say that no test runs them, and for schemes with dots."""
+    """The commands in a page's ```bash blocks, without those that are marked as not run by a test."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line.strip()]
     return [line for line in lines if "not run by a test" not in line and not line.lstrip().startswith("#")]
@@ -47,23 +50,41 @@ def split(line: str) -> tuple[dict[str, str], list[str]]:
     return env, words
 
 
-def test_pages_have_commands():
-    assert len(commands(ROOT / "README.md")) > 15
+def paths(page) -> set[str]:
+    """The paths of this repository that a page mentions (relative to its root), and the targets of its links."""
+    text = page.read_text(encoding="utf-8")
+    mentioned = re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w)", text)
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    return {*mentioned, *(os.path.relpath(page.parent / name, ROOT) for name in linked)}
+
+
+def test_readme_has_commands():
+    assert len(commands(ROOT / "README.md")) > 5
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_that_a_page_names_are_there(page):
-    text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:docs|recipes|neoflix|benchmarks|ds_configs|tests|data)/[\w./-]+\.\w+)`", text):
-        if name != "data/netflix_titles.csv" and "NAME" not in name:  # downloaded; any
-            assert (ROOT / name).exists(), name
-    for name in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (page.parent / name).exists(), name
+def test_paths_on_a_page_exist(page):
+    missing = {name for name in paths(page) if "NAME" not in name and not (ROOT / name).exists()}
+    assert missing <= {"data/netflix_titles.csv"}  # downloaded
+
+
+def test_flags_in_the_readme_exist():
+    known = {f"--{field.name}" for field in dataclasses.fields(TrainArguments)}
+    for words in (parse_generate_args([]), parse_export_args(["--to", "gpt2", "RUN", "OUT"])):
+        known |= {f"--{name}" for name in vars(words)}
+    known |= {"--help", "--help-all", "--setup-only", "--num_accelerators", "--nodes"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert flags
+    assert flags <= known, flags - known
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, model_dir):
-    """A folder that looks like the project's, for commands to write into."""
+    """A copy of the project's folder (by links) where commands can write."""
     folder = tmp_path_factory.mktemp("desk")
     for path in ROOT.iterdir():
         if path.name in {
@@ -85,7 +106,7 @@ def desk(tmp_path_factory, model_dir):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_command_of_a_page_is_one(page, desk, monkeypatch):
+def test_commands_on_a_page_work(page, desk, monkeypatch):
     monkeypatch.chdir(desk)
     for line in commands(page):
         env, words = split(line)
@@ -98,7 +119,7 @@ def without_launcher(words: list[str]) -> list[str]:
 
 
 def read_command(line: str, env: dict, words: list[str]) -> None:
-    """Has the parser of a command read it."""
+    """Parses a command; those without a parser are run."""
     match without_launcher(words):
         case _ if "..." in words:
             pass
@@ -115,12 +136,12 @@ def read_command(line: str, env: dict, words: list[str]) -> None:
 
 
 def run_command(line: str, env: dict, words: list[str]) -> None:
-    """Runs a command, with a small model and few steps; what needs hardware or a cluster as a dry run."""
+    """Runs a command with a small model and few steps; launch.sh and sbatch as a dry run."""
     match without_launcher(words):
         case _ if "..." in words:
             pass
         case ["python", "train.py", *rest]:
-            if "--eval_only" not in rest:  # each line of a list of examples is a run of its own
+            if "--eval_only" not in rest:  # each example is a run of its own
                 shutil.rmtree("results", ignore_errors=True)
             train.main([*rest, *small_run(rest)])
         case ["python", "generate.py", *rest]:
@@ -144,23 +165,23 @@ def run_command(line: str, env: dict, words: list[str]) -> None:
             path = f"{os.path.dirname(os.sys.executable)}:{os.environ['PATH']}"
             subprocess.run(line, shell=True, check=True, env={**os.environ, "PATH": path})
         case _:
-            pytest.fail(f"neither known nor marked as not run by a test: {line}")
+            pytest.fail(f"unknown, and not marked as not run by a test: {line}")
 
 
-def small_run(said: list[str]) -> list[str]:
-    """Flags that make a run small, without the texts or the model that a command is about."""
+def small_run(words: list[str]) -> list[str]:
+    """Flags that make a run small; the data set and the demo model of a command stay."""
     flags = dict(SMALL)
-    if "--eval_only" in said:
+    if "--eval_only" in words:
         return ["--use_cpu", "true", "--cache_dir", "cache"]
-    if "demo" not in said:
+    if "demo" not in words:
         flags["--model_name_or_path"] = "tiny"
-    if "netflix" in said or not ("--dataset" in said or re.search("own-|txt-", " ".join(said))):
+    if "netflix" in words or not ("--dataset" in words or re.search("own-|txt-", " ".join(words))):
         flags["--dataset"] = "sample"
     return [word for pair in flags.items() for word in pair]
 
 
 def prepare_samples(words: list[str]) -> None:
-    """A checkpoint of the number that a command names."""
+    """Makes the checkpoint that a command names, as a copy of the newest."""
     folder = words[words.index("--model_dir") + 1] if "--model_dir" in words else ""
     if "checkpoint-" in folder and not os.path.isdir(folder):
         run = os.path.dirname(folder)

@@ -7,9 +7,9 @@ import torch
 from conftest import ROOT
 
 from neoflix.data.packing import PackedCollator
-from neoflix.data.sources import find_dataset, read_texts
-from neoflix.data.split import _rank, split_texts
-from neoflix.data.template import Template, parts
+from neoflix.data.sources import find_dataset, read_examples
+from neoflix.data.split import hash_words, split_texts
+from neoflix.data.template import Example, Template
 from neoflix.data.tokens import fill_up, name_tokens, tokenize_texts
 from neoflix.data.words import split_words
 from neoflix.model.load import find_tokenizer
@@ -23,28 +23,28 @@ def road(tmp_path_factory):
     """(all texts, their split, the demo's tokenizer, tokens of the texts to learn from), by the page's command."""
     cache = tmp_path_factory.mktemp("cache")
     template = Template(re.search(r"--template '(.+?)'", PAGE)[1])
-    texts = read_texts(find_dataset("sample"), None, template)
+    texts = read_examples(find_dataset("sample"), None, template)
     split = split_texts(texts, 0.1)
     tokenizer = find_tokenizer("demo", split.train, cache, template)
-    return texts, split, tokenizer, tokenize_texts(split.train, tokenizer, 512, cache)[0]
+    return texts, split, tokenizer, tokenize_texts(split.train, tokenizer, 512, cache).dataset
 
 
-def number_of(texts: list[str], words: str) -> int:
-    return next(number for number, text in enumerate(texts) if words in text)
+def number_of(texts: list[Example], words: str) -> int:
+    return next(number for number, text in enumerate(texts) if words in text.whole)
 
 
 def test_the_text_and_its_side(road):
     texts, split, _, _ = road
     text = texts[number_of(texts, "Corridor 14")]
-    prompt, learnt = parts(text)
+    prompt, learnt, _ = text
     assert f"{prompt} the prompt" in PAGE
     assert f"{learnt} the text" in PAGE
     assert f"after {len(prompt)} characters" in PAGE
     assert " ".join(split_words(learnt)) in PAGE
-    assert f"**{_rank(text):.4f}**" in PAGE
+    assert f"**{hash_words(learnt):.4f}**" in PAGE
     assert text in split.train
     other = split.validation[number_of(split.validation, "Check-in is at six")]
-    assert f"{parts(other)[1].strip()}* has {_rank(other):.4f}" in PAGE
+    assert f"{other.completion.strip()}* has {hash_words(other.completion):.4f}" in PAGE
     assert f"Of {len(texts)} texts {len(split.train)} are learnt from, {len(split.validation)} held out" in PAGE
 
 

@@ -24,7 +24,7 @@ def choose_column(path: Path, suffix: str | None = None) -> str:
         UserError: with the columns to choose from, where there is none, or more than one.
     """
     head = read_table(path, limit=HEAD, suffix=suffix)
-    texts = {name: list(filter(_is_text, head.column(name))) for name in head.names}
+    texts = {name: list(filter(is_text, head.column(name))) for name in head.names}
     usual = [name for name in texts if name.strip().lower() in USUAL_COLUMNS and texts[name]]
     prose = [name for name, cells in texts.items() if name not in usual and _num_words(cells) >= PROSE]
     choices = usual if len(usual) == 1 and 2 * len(texts[usual[0]]) >= len(head.rows) else usual + prose
@@ -42,7 +42,7 @@ def choose_column(path: Path, suffix: str | None = None) -> str:
     raise UserError(f"{flag}; texts are in {' and '.join(counts)}: name one")
 
 
-def _is_text(cell) -> bool:
+def is_text(cell) -> bool:
     return isinstance(cell, str) and bool(cell.strip())
 
 
@@ -52,9 +52,9 @@ def _num_words(cells: list[str]) -> float:
     return num_words / max(len(cells), 1)
 
 
-def _clean(cells: list, path: Path, column: str) -> list[str]:
+def clean_texts(cells: list, path: Path, column: str) -> list[str]:
     """Each row's text, trimmed, or "" where it has none. UserError for a column that holds something else."""
-    values = ["" if _is_missing(cell) else cell for cell in cells]
+    values = ["" if is_missing(cell) else cell for cell in cells]
     texts = [value.strip() if isinstance(value, str) else value for value in values]
     filled = [text for text in texts if text != ""]
     if not filled:
@@ -79,5 +79,5 @@ def _is_number(value) -> bool:
 HEAD = 1000  # rows that the column is chosen by
 
 
-def _is_missing(cell) -> bool:
+def is_missing(cell) -> bool:
     return cell is None or cell != cell  # NaN, as pandas writes it

@@ -40,9 +40,6 @@ def group_by_length(layout_NL: torch.Tensor) -> list[torch.Tensor]:
 IGNORE_INDEX = -100  # label of a token that no loss counts, by torch's and Hugging Face's convention
 
 
-MOST_CROWDED = 0.1  # share of the texts that may be left out for want of room
-
-
 class EpochOrder(Sampler[int]):
     """Texts in an order that depends on the seed and the epoch alone: a resumed run, or another number of processes,
     has the same one.

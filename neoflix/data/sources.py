@@ -9,17 +9,12 @@ import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 
-from neoflix.data.columns import (
-    HEAD,
-    _clean,
-    _is_missing,
-    _is_text,
-    choose_column,
-)
-from neoflix.data.hub_copies import hub_copy_file
+from neoflix.data.columns import choose_column, clean_texts, is_text
+from neoflix.data.fields import as_field
+from neoflix.data.hub_copies import find_hub_copy, hub_copy_file
 from neoflix.data.rows import Table
 from neoflix.data.tables import find_text_files, read_table
-from neoflix.data.template import Template
+from neoflix.data.template import Example, Template
 from neoflix.runtime.cache import in_cache, new_path
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
@@ -71,6 +66,15 @@ def find_dataset(name: str, cache_dir: Path | None = None) -> Path:
     return path
 
 
+def find_local_dataset(name: str, cache_dir: Path) -> Path | None:
+    """As `find_dataset`, for data that is on this machine already; None if it would have to be downloaded."""
+    if name.startswith("hf:"):
+        return find_hub_copy(name, cache_dir)
+    if name == "netflix" and not NETFLIX_PATH.is_file():
+        return None
+    return find_dataset(name)
+
+
 def download_netflix(path: Path, url: str = NETFLIX_URL) -> None:
     """Fetches the Netflix catalogue (3 MB, no login); `path` appears whole and checked, or not at all."""
     say(f"Downloading the Netflix titles to {path}")
@@ -114,48 +118,50 @@ def download_from_hub(name: str, cache_dir: Path) -> Path:
     return file
 
 
-def read_texts(
+def read_examples(
     path: Path, column: str | None = None, template: Template | None = None, suffix: str | None = None
-) -> list[str]:
-    """Texts of one column, trimmed, in the file's order. Says which column it is, and how many rows have no text: they
-    are left out.
+) -> list[Example]:
+    """Reads the texts of one column, trimmed, in the file's order. Prints which column it is and how many rows have no
+    text; these are left out.
 
     Args:
         column: None: the template's, else the one that `choose_column` finds.
-        template: gives each text a prompt of other columns (`PromptedText`).
-        suffix: the format, where the file's name does not end in it.
+        template: makes each text a prompt of other columns.
+        suffix: the format, if the file's name does not end in it.
 
     Raises:
-        UserError: for a file that is no table with such columns.
+        UserError: if the file is not a table with such columns.
     """
     column = template.text_field if template else column or choose_column(path, suffix)
     table = _read_columns(path, column, template, suffix=suffix)
-    texts = _fill_in(table, path, column, template)
-    num_empty = len(table.rows) - len(texts)
+    examples = _to_examples(table, path, column, template)
+    num_empty = len(table.rows) - len(examples)
     from_lines = ", one a line" if path.suffix.lower() == ".txt" else ""
     empty = f"; {num_empty:,} of {len(table.rows):,} rows have no text there and are left out" if num_empty else ""
     for name in template.fields if template else []:
-        if missing := sum(not _as_field(cell) for cell in table.column(name)):
+        if missing := sum(not as_field(cell) for cell in table.column(name)):
             empty += f"; column {name} is empty in {missing:,}"
-    warning = "warning: " if num_empty > len(texts) else ""
-    say(f"{warning}{path}: {len(texts):,} texts of column {column}{from_lines}{empty}")
-    return texts
+    warning = "warning: " if num_empty > len(examples) else ""
+    say(f"{warning}{path}: {len(examples):,} texts of column {column}{from_lines}{empty}")
+    return examples
 
 
-def read_dataset(args) -> list[str]:
-    """The texts that `train.py`'s arguments name: `--dataset`, `--text_column`, `--template`."""
+def read_dataset(args) -> list[Example]:
+    """Reads the texts that `train.py`'s arguments name: `--dataset`, `--text_column`, `--template`."""
     path = find_dataset(args.dataset, args.cache_dir and Path(args.cache_dir))
-    return read_texts(path, args.text_column, args.text_template)
+    return read_examples(path, args.text_column, args.text_template)
 
 
-def sample_texts(path: Path, column: str | None, template: Template | None, num_rows: int) -> tuple[list[str], int]:
-    """(texts of the first rows, by the same rules as all of them; how many texts the file has, about)"""
+def sample_examples(
+    path: Path, column: str | None, template: Template | None, num_rows: int
+) -> tuple[list[Example], int]:
+    """(examples of the first rows, by the same rules as all of them; about how many texts the file has)"""
     column = template.text_field if template else column or choose_column(path)
     table = _read_columns(path, column, template, limit=num_rows)
-    if not any(map(_is_text, table.column(column))):  # the first text stands further down, or nowhere
+    if not any(map(is_text, table.column(column))):  # the first text is further down, or there is none
         table = _read_columns(path, column, template)
-    texts = _fill_in(table, path, column, template)
-    return texts, round(len(texts) / table.share)
+    examples = _to_examples(table, path, column, template)
+    return examples, round(len(examples) / table.share)
 
 
 def _read_columns(path: Path, column: str, template: Template | None, **options) -> Table:
@@ -163,49 +169,13 @@ def _read_columns(path: Path, column: str, template: Template | None, **options)
     return read_table(path, columns, column_flag="--template" if template else "--text_column", **options)
 
 
-def _fill_in(table: Table, path: Path, column: str, template: Template | None) -> list[str]:
-    texts = _clean(table.column(column), path, column)
+def _to_examples(table: Table, path: Path, column: str, template: Template | None) -> list[Example]:
+    texts = clean_texts(table.column(column), path, column)
     if template is None:
-        return [text for text in texts if text]
+        return [Example("", text) for text in texts if text]
     rows = zip(texts, table.rows, strict=True)
     return [
-        template.fill({name: _as_field(cell) for name, cell in zip(table.names, row, strict=True)} | {column: text})
+        template.fill({name: as_field(cell) for name, cell in zip(table.names, row, strict=True)} | {column: text})
         for text, row in rows
         if text
     ]
-
-
-def read_fields(given: dict[str, str], file: str | None, template: Template | None) -> list[dict[str, str]]:
-    """The fields of one prompt or, with a file, of one for each row: those of its columns that the template has, where
-    they are not empty, and `given` besides.
-
-    UserError where there is no template, or the file has none of its columns, or a field is none of its.
-    """
-    if template is None:
-        raise UserError("--fields: the model was trained without --template; use --prompt to begin its texts")
-    template.check(given, f"--fields {' '.join(given)}")
-    if file is None:
-        return [given]
-    path = Path(file).expanduser()
-    if not path.exists():
-        raise UserError(f"--fields_file {file}: no such file")
-    flags = {"flag": "--fields_file", "column_flag": "--fields_file"}
-    names = read_table(path, **flags, limit=HEAD).names
-    known = [name for name in template.fields if name in names]
-    if not known:
-        raise UserError(
-            f"--fields_file {file}: has none of the columns {', '.join(template.fields)}, but {', '.join(names)}"
-        )
-    rows = [map(_as_field, row) for row in read_table(path, known, **flags).rows]
-    return [given | {name: value for name, value in zip(known, row, strict=True) if value} for row in rows]
-
-
-def _as_field(cell) -> str:
-    """A cell as a prompt has it: nothing where it is empty, whole numbers without a point, lists with commas."""
-    if _is_missing(cell):
-        return ""
-    if isinstance(cell, str):
-        return cell.strip()
-    if isinstance(cell, list):
-        return ", ".join(map(_as_field, cell))
-    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)

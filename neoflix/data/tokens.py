@@ -1,11 +1,8 @@
-"""The way of the data, once it is read (reading.py): split -> tokenise -> batch -> collate.
-
-Shapes: B = 1 row a batch where texts are packed, else texts; T tokens a row.
-"""
+"""From examples to tokens, kept in a memory-mapped cache file."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,187 +12,213 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from neoflix.data.packing import (
-    MOST_CROWDED,
-)
 from neoflix.data.split import TextSplit
-from neoflix.data.template import parts
+from neoflix.data.template import Example
 from neoflix.runtime.cache import in_cache, new_path
 from neoflix.runtime.console import progress, say
 from neoflix.runtime.errors import UserError
 
-# `prompt_length`: tokens at a text's beginning that are not targets. `num_chars`: characters of the targets.
+# `prompt_length`: tokens at the beginning that are not targets. `num_chars`: characters of the targets.
 TOKENS = Features({"input_ids": List(Value("int32")), "prompt_length": Value("int32"), "num_chars": Value("int32")})
 
-FILE_VERSION = 2  # of the columns above: files of version 1, `{name}.arrow`, call the second one `num_given`
+FILE_VERSION = 2  # of the columns above; files of version 1 are named `{name}.arrow` and have other columns
 
-FEWEST_TOKENS = 8  # of a text that must be kept behind its prompt
+FEWEST_TOKENS = 8  # of a completion that must fit behind its prompt
+
+MOST_LEFT_OUT = 0.1  # share of the texts that may be left out because their prompts leave no room
 
 
 class Tokens(NamedTuple):
-    """A side's tokens: `input_ids` (list of int32), `prompt_length` (tokens that are not targets) and `num_chars`
-    (characters of the targets that were kept); and what was lost of its texts."""
+    """The tokens of one side of the split, and what had to be cut."""
 
-    dataset: Dataset
+    dataset: Dataset  # a row for each text that was kept, with the columns `TOKENS`
     num_tokens: int
     num_cut: int  # texts that were cut
-    num_crowded: int  # texts that were left out, since their prompts leave no room for them
+    num_left_out: int  # texts whose prompts leave no room for them
     longest_prompt: int  # tokens
+    name: str  # `name_tokens`: the identity of the data in a run's record
+
+
+class TokenSplit(NamedTuple):
+    """The tokens of both sides of the split."""
+
+    train: Tokens
+    validation: Tokens
 
 
 def tokenize_split(
-    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, cache_dir: Path, learn_prompt: bool = False
-) -> tuple[Dataset, Dataset]:
-    """Tokens of both sides, (train, validation). Says how many, and how many texts were cut or left out."""
-    sides = {
-        name: tokenize_texts(texts, tokenizer, max_length, cache_dir, learn_prompt)
-        for name, texts in split._asdict().items()
-    }
-    check_room(split, list(sides.values()), max_length)
-    for name, tokens in sides.items():
-        cut = f"; {tokens.num_cut:,} texts longer than {max_length} tokens were cut" if tokens.num_cut else ""
-        crowded = f"; {tokens.num_crowded:,} were left out: their prompts fill {max_length} tokens"
+    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, cache_dir: Path, loss_on_prompt: bool = False
+) -> TokenSplit:
+    """Tokenizes both sides. Prints how many tokens they have, and how many texts were cut or left out.
+
+    Raises:
+        UserError: as `tokenize_texts` and `check_room`.
+    """
+    tokens = TokenSplit(*(tokenize_texts(side, tokenizer, max_length, cache_dir, loss_on_prompt) for side in split))
+    check_room(split, tokens, max_length)
+    for name, side in tokens._asdict().items():
+        cut = f"; {side.num_cut:,} texts longer than {max_length} tokens were cut" if side.num_cut else ""
+        left_out = f"; {side.num_left_out:,} were left out: their prompts fill {max_length} tokens"
         say(
-            f"{name}: {len(tokens.dataset):,} texts, {tokens.num_tokens:,} tokens{cut}"
-            f"{crowded if tokens.num_crowded else ''}"
+            f"{name}: {len(side.dataset):,} texts, {side.num_tokens:,} tokens{cut}"
+            f"{left_out if side.num_left_out else ''}"
         )
-    warn_of_markers([*split.train, *split.validation], tokenizer)
-    return tuple(tokens.dataset for tokens in sides.values())
+    warn_of_control_tokens([*split.train, *split.validation], tokenizer)
+    return tokens
 
 
-def check_room(texts: Iterable[list[str]], sides: list[Tokens], max_length: int) -> None:
-    """UserError where prompts leave no room for too many of the texts, or for all of one side."""
-    num_crowded, num_texts = sum(tokens.num_crowded for tokens in sides), sum(map(len, texts))
-    is_empty = any(side and not len(tokens.dataset) for side, tokens in zip(texts, sides, strict=True))
-    if is_empty or num_crowded > MOST_CROWDED * num_texts:
-        needed = max(tokens.longest_prompt for tokens in sides) + FEWEST_TOKENS + 2
+def check_room(sides: list[list[Example]], tokens: list[Tokens], max_length: int) -> None:
+    """Checks that the prompts leave room for most texts of these sides of the split.
+
+    Raises:
+        UserError: if more than a tenth of the texts, or all texts of one side, were left out.
+    """
+    num_left_out, num_texts = sum(side.num_left_out for side in tokens), sum(map(len, sides))
+    is_empty = any(side and not len(kept.dataset) for side, kept in zip(sides, tokens, strict=True))
+    if is_empty or num_left_out > MOST_LEFT_OUT * num_texts:
+        needed = max(side.longest_prompt for side in tokens) + FEWEST_TOKENS + 2
         raise UserError(
-            f"--max_length {max_length}: the prompts of {num_crowded:,} of {num_texts:,} texts leave room for fewer "
+            f"--max_length {max_length}: the prompts of {num_left_out:,} of {num_texts:,} texts leave room for fewer "
             f"than {FEWEST_TOKENS} tokens of the text; use {needed} or more, if the model's window allows it, or "
             "a shorter --template"
         )
 
 
-def warn_of_markers(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Says where texts hold the names of control tokens: they are read as text."""
-    for marker in dict.fromkeys([tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]):
-        if marker and (count := sum(marker in text for text in texts)):
+def warn_of_control_tokens(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prints a warning if texts contain the names of control tokens, which are tokenized as plain text."""
+    for name in dict.fromkeys([tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]):
+        if name and (count := sum(name in example.whole for example in examples)):
             say(
-                f"warning: {count:,} of {len(texts):,} texts hold {marker!r}, which is read as plain text, not as the "
-                "control token, and the model will write it; remove it: each text gets control tokens of its own"
+                f"warning: {count:,} of {len(examples):,} texts contain {name!r}, which is read as plain text, not as "
+                "the control token, and the model will write it; remove it: each text gets its own control tokens"
             )
 
 
 def tokenize_texts(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, cache_dir: Path, learn_prompt: bool = False
+    examples: list[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    cache_dir: Path,
+    loss_on_prompt: bool = False,
 ) -> Tokens:
-    """`<|startoftext|> prompt text <|endoftext|>` as ids, memory-mapped from a cache file.
+    """Tokenizes each text as `<|startoftext|> prompt completion <|endoftext|>`, memory-mapped from a cache file.
 
-    The file's name begins with `name_tokens`; whoever comes first writes it, under
-    another name until it is whole: several may, at once, where nodes share the folder. Tokens are never all in
-    memory. A control token's name inside a text is text. Prompt and text are made into tokens each by itself, as in
-    sampling. A text of more than `max_length` tokens (prompt and both special ones counted) is cut before its end
-    token; it is left out where its prompt leaves room for fewer than `FEWEST_TOKENS` of it.
+    Prompt and completion are tokenized separately, as in sampling. The name of a control token inside a text is plain
+    text. A text of more than `max_length` tokens (prompt and both control tokens included) is cut before its end token;
+    it is left out if its prompt leaves room for fewer than `FEWEST_TOKENS` tokens of it.
+
+    The file is named by `name_tokens`. The first process writes it, under another name until it is complete; on nodes
+    that share the folder, several may do so at once. The tokens are never all in memory.
 
     Args:
-        learn_prompt: whether prompts are targets too; of texts without one everything but `<|startoftext|>` is.
+        loss_on_prompt: whether prompts are targets too. Of a text without a prompt, all but `<|startoftext|>` is.
 
     Raises:
-        UserError: where the cache cannot be written.
+        UserError: if the cache cannot be written.
     """
-    name = name_tokens(texts, tokenizer, max_length, learn_prompt)
+    name = name_tokens(examples, tokenizer, max_length, loss_on_prompt)
     path = cache_dir / f"{name}.{FILE_VERSION}.arrow"
     with in_cache(cache_dir):
         if not path.is_file():
-            _write_tokens(texts, tokenizer, max_length, path, learn_prompt)
-        counts = {"num_crowded": 0, "longest_prompt": 0} | json.loads(path.with_suffix(".json").read_text())
-        return Tokens(Dataset.from_file(str(path), split=name), **counts)
+            write_tokens(examples, tokenizer, max_length, path, loss_on_prompt)
+        counts = json.loads(path.with_suffix(".json").read_text())
+        return Tokens(Dataset.from_file(str(path)), **counts, name=name)
 
 
 def name_tokens(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, learn_prompt: bool = False
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, loss_on_prompt: bool = False
 ) -> str:
-    """What these texts' tokens are called: a hash of all that they depend on. A run's record has it as "data"."""
-    version = 3 if any(parts(text)[0] for text in texts) else 2  # before 3 no text was left out
-    facts = f"{version} {max_length} {tokenizer.bos_token_id} {tokenizer.eos_token_id} {learn_prompt}"
+    """The name of these texts' tokens: a hash of all that they depend on. A run's record has it as "data"."""
+    version = 3 if any(example.prompt for example in examples) else 2  # before 3, no text was left out
+    facts = f"{version} {max_length} {tokenizer.bos_token_id} {tokenizer.eos_token_id} {loss_on_prompt}"
     digest = hashlib.sha256(facts.encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for text in texts:
-        digest.update("\0".join(parts(text)).encode())
-        digest.update(b"\0")
+    for example in examples:
+        digest.update(f"{example.prompt}\0{example.completion}\0".encode())
     return f"tokens-{digest.hexdigest()[:24]}"
 
 
-def _write_tokens(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, path: Path, learn_prompt: bool = False
+def write_tokens(
+    examples: list[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    path: Path,
+    loss_on_prompt: bool = False,
 ) -> None:
-    counts = dict.fromkeys(Tokens._fields[1:], 0)
+    """Writes an Arrow file with the columns `TOKENS`, a thousand texts at a time, and their counts beside it."""
+    counts = {"num_tokens": 0, "num_cut": 0, "num_left_out": 0, "longest_prompt": 0}
     with new_path(path) as unfinished:
         with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, TOKENS.arrow_schema) as stream:
-            for start in progress(range(0, len(texts), 1000), desc="Tokenizing", unit="k texts", delay=2):
+            for start in progress(range(0, len(examples), 1000), desc="Tokenizing", unit="k texts", delay=2):
                 rows = []
-                for text, prompt, written in _encode(texts[start : start + 1000], tokenizer):
+                for example, prompt, completion in _encode(examples[start : start + 1000], tokenizer):
                     counts["longest_prompt"] = max(counts["longest_prompt"], len(prompt.ids))
-                    if not _has_room(prompt, written, max_length):
-                        counts["num_crowded"] += 1
+                    if not _has_room(prompt, completion, max_length):
+                        counts["num_left_out"] += 1
                         continue
-                    rows.append(_as_row(text, prompt, written, tokenizer, max_length, learn_prompt))
-                    counts["num_cut"] += len(rows[-1]["input_ids"]) - 2 < len(prompt.ids) + len(written.ids)
+                    rows.append(_to_row(example, prompt, completion, tokenizer, max_length, loss_on_prompt))
+                    counts["num_cut"] += len(rows[-1]["input_ids"]) - 2 < len(prompt.ids) + len(completion.ids)
                     counts["num_tokens"] += len(rows[-1]["input_ids"])
                 columns = {name: [row[name] for row in rows] for name in TOKENS}
                 stream.write_batch(pa.record_batch(columns, schema=TOKENS.arrow_schema))
-        with new_path(path.with_suffix(".json")) as counted:  # first: who finds the tokens finds their counts
+        with new_path(path.with_suffix(".json")) as counted:  # before the tokens: whoever finds them finds their counts
             counted.write_text(json.dumps(counts))
-
-
-def _has_room(prompt: "_Encoded", written: "_Encoded", max_length: int) -> bool:
-    """Whether enough of a text is kept behind its prompt: cut to less, it would teach the model to end at once."""
-    return not prompt.ids or max_length - 2 - len(prompt.ids) >= min(FEWEST_TOKENS, len(written.ids))
 
 
 class _Encoded(NamedTuple):
     ids: list[int]
-    ends: list[int]  # where each token ends, in characters
+    ends: list[int]  # of each token, in characters
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, _Encoded, _Encoded]]:
-    """Each text, its prompt's tokens, and those of what is written for it."""
+def _encode(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Example, _Encoded, _Encoded]]:
+    """Each example, with its prompt and its completion encoded."""
     sides = []
-    for side in zip(*map(parts, texts), strict=True):
+    for texts in ([example.prompt for example in examples], [example.completion for example in examples]):
         encoded = tokenizer(
-            list(side), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+            texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
         )
         ends = [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
         sides.append(map(_Encoded, encoded["input_ids"], ends))
-    return zip(texts, *sides, strict=True)
+    return zip(examples, *sides, strict=True)
 
 
-def _as_row(
-    text: str, prompt: _Encoded, written: _Encoded, tokenizer: PreTrainedTokenizerBase, max_length: int, learn_prompt
+def _has_room(prompt: _Encoded, completion: _Encoded, max_length: int) -> bool:
+    """Whether enough of a completion fits behind its prompt: cut shorter, it would teach the model to end at once."""
+    return not prompt.ids or max_length - 2 - len(prompt.ids) >= min(FEWEST_TOKENS, len(completion.ids))
+
+
+def _to_row(
+    example: Example,
+    prompt: _Encoded,
+    completion: _Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    loss_on_prompt: bool,
 ) -> dict:
-    """A row of the data set."""
-    _, learnt = parts(text)
-    kept = [*prompt.ids, *written.ids][: max_length - 2]
+    kept = [*prompt.ids, *completion.ids][: max_length - 2]
     num_prompt = min(len(prompt.ids), len(kept))
-    num_written = len(kept) - num_prompt
-    num_chars = len(learnt) if num_written == len(written.ids) else [0, *written.ends][num_written]
-    if learn_prompt:
+    num_completion = len(kept) - num_prompt
+    is_whole = num_completion == len(completion.ids)
+    num_chars = len(example.completion) if is_whole else [0, *completion.ends][num_completion]
+    if loss_on_prompt:
         num_chars += [0, *prompt.ends][num_prompt]
-    else:  # the space between prompt and text is not the text's own
-        num_chars = max(num_chars - (len(learnt) - len(learnt.lstrip())), 0)
+    else:  # without the space between prompt and completion
+        num_chars = max(num_chars - (len(example.completion) - len(example.completion.lstrip())), 0)
     return {
         "input_ids": [tokenizer.bos_token_id, *kept, tokenizer.eos_token_id],
-        "prompt_length": 1 if learn_prompt else 1 + num_prompt,
+        "prompt_length": 1 if loss_on_prompt else 1 + num_prompt,
         "num_chars": num_chars,
     }
 
 
 def fill_up(dataset: Dataset, multiple: int, bos_token_id: int) -> Dataset:
-    """Makes a data set's length a multiple of the texts a step takes, with texts that count nothing.
+    """Makes a data set's length a multiple of the texts per step, with texts that have no target.
 
-    Each is a lone `<|startoftext|>`: it has no next token, so no label. Without them the last step of an
-    epoch would be short on one process and, on several, be filled with texts seen already: the same run
-    would not be the same on 1 and 2 processes.
+    Each of them is a lone `<|startoftext|>`, which has no next token. Without them, the last step of an epoch would be
+    short on one process and, on several, be filled with texts that were already trained on: the same run would differ
+    between 1 and 2 processes.
     """
     num_missing = -len(dataset) % multiple
     if num_missing == 0:
@@ -206,5 +229,5 @@ def fill_up(dataset: Dataset, multiple: int, bos_token_id: int) -> Dataset:
 
 
 def count_tokens(dataset: Dataset) -> np.ndarray:
-    """Tokens of each text, int64 [texts], without a walk through them."""
+    """Tokens of each text, int64 [texts], without reading the tokens."""
     return pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"]).to_numpy().astype(np.int64)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.runs import find_run
-from neoflix.data.packing import MOST_CROWDED
-from neoflix.data.sources import find_dataset, read_texts
+from neoflix.data.sources import find_dataset, read_examples
 from neoflix.data.split import split_texts
 from neoflix.data.tables import read_table
-from neoflix.data.template import Template, parts
+from neoflix.data.template import Template
+from neoflix.data.tokens import MOST_LEFT_OUT
 from neoflix.judging.base_model import PERPLEXITY_TEXTS, BaseModel, find_base_model
 from neoflix.judging.figures import Judgement, judge, judgement_table
 from neoflix.judging.novelty import TrainingTexts, some
@@ -37,12 +37,12 @@ def read_training_texts(args) -> list[str]:
     if fraction is None:
         fraction = recorded.get("validation_fraction", TrainArguments.validation_fraction)
     template = recorded.get("template") if args.dataset is None and args.text_column is None else None
-    texts = read_texts(find_dataset(dataset), column, Template(template) if template else None)
-    texts = [parts(text)[1].strip() for text in split_texts(texts, fraction).train]
+    examples = read_examples(find_dataset(dataset), column, Template(template) if template else None)
+    texts = [example.completion.strip() for example in split_texts(examples, fraction).train]
     is_as_recorded = (args.dataset, args.text_column, args.validation_fraction) == (None, None, None)
     # Of a run with a template texts may have been left out, whose prompts left no room for them.
-    most_crowded = int(MOST_CROWDED * len(texts) / (1 - fraction)) if template else 0
-    if is_as_recorded and not 0 <= len(texts) - run["num_training_texts"] <= most_crowded:
+    most_left_out = int(MOST_LEFT_OUT * len(texts) / (1 - fraction)) if template else 0
+    if is_as_recorded and not 0 <= len(texts) - run["num_training_texts"] <= most_left_out:
         raise UserError(
             f"{dataset}: has changed since the run learnt from it ({run['num_training_texts']:,} training texts "
             f"then, {len(texts):,} now); name the file as it was with --dataset"

@@ -19,7 +19,7 @@ from transformers.utils import (
     logging,
 )
 
-from neoflix.data.template import Template, attach_template
+from neoflix.data.template import Example, Template, attach_template
 from neoflix.data.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
 from neoflix.model.attention import ATTENTION_NAME, register_attention
 from neoflix.model.folder import holds_adapters
@@ -192,14 +192,14 @@ def load_model(
 
 
 def find_tokenizer(
-    model_name_or_path: str, texts: list[str], cache_dir: Path, template: Template | None = None
+    model_name_or_path: str, examples: list[Example], cache_dir: Path, template: Template | None = None
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which carries the template, if there is one; the demo's is trained on `texts`, and kept in
-    `cache_dir`."""
+    """The model's tokenizer, which carries the template, if there is one. The demo's is trained on these texts and kept
+    in `cache_dir`."""
     if model_name_or_path == DEMO:
-        tokenizer = train_tokenizer(texts, DEMO_VOCAB_SIZE, cache_dir)
+        tokenizer = train_tokenizer([example.whole for example in examples], DEMO_VOCAB_SIZE, cache_dir)
     else:
         check_reachable(model_name_or_path)
         tokenizer = load_tokenizer(model_name_or_path)
-    attach_template(tokenizer, template and template.with_rows(texts))
+    attach_template(tokenizer, template)
     return tokenizer

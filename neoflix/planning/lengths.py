@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 
-from neoflix.data.hub_copies import find_hub_copy
-from neoflix.data.sources import NETFLIX_PATH, default_cache_dir, find_dataset, sample_texts
+from neoflix.data.sources import default_cache_dir, find_local_dataset, sample_examples
 from neoflix.data.tables import find_text_files
 from neoflix.data.template import Template
 from neoflix.model.shape import Shape
@@ -63,7 +62,7 @@ def count_texts(args, shape: Shape) -> Texts:
     with in_cache(_cache_dir(args)):
         if path and path.is_file():
             return Texts(**json.loads(path.read_text()), source="counted by an earlier run")
-    return estimate_texts(_find_data(args), args, shape.window)
+    return estimate_texts(find_local_dataset(args.dataset, _cache_dir(args)), args, shape.window)
 
 
 def remember_counts(args, window: int, lengths_N, num_validation: int) -> None:
@@ -80,22 +79,13 @@ def remember_counts(args, window: int, lengths_N, num_validation: int) -> None:
             unfinished.write_text(json.dumps(counts))
 
 
-def _find_data(args) -> Path | None:
-    """The file of `--dataset`, where it is here already: nothing is downloaded for a plan."""
-    if args.dataset.startswith("hf:"):
-        return find_hub_copy(args.dataset, _cache_dir(args))
-    if args.dataset == "netflix" and not NETFLIX_PATH.is_file():
-        return None
-    return find_dataset(args.dataset)
-
-
 COUNTS_FORMAT = 3  # raised when the same file may be read as other texts than before
 
 
 def _counts_file(args, window: int) -> Path | None:
     """Where the counts of these texts are kept: by file (of a folder, every file in it), column, template, held-out
     share, window and tokenizer (the model's name). None where the data is not on this machine."""
-    data = _find_data(args)
+    data = find_local_dataset(args.dataset, _cache_dir(args))
     if data is None:
         return None
     files = find_text_files(data) if data.is_dir() else [data]
@@ -119,8 +109,8 @@ def estimate_texts(path: Path | None, args, window: int) -> Texts:
         source = netflix if is_netflix else f"a guess: {args.dataset} is not on this machine yet; {netflix}"
         return Texts(7008, 779, 31.8, 4.4, 64, source)
     template = Template(args.template) if args.template else None
-    texts, num_texts = sample_texts(path, args.text_column, template, 4 * SAMPLE_TEXTS)
-    chosen = random.Random(0).sample(texts, min(SAMPLE_TEXTS, len(texts)))
+    examples, num_texts = sample_examples(path, args.text_column, template, 4 * SAMPLE_TEXTS)
+    chosen = [each.whole for each in random.Random(0).sample(examples, min(SAMPLE_TEXTS, len(examples)))]
     tokenizer = _load_tokenizer(args.model_name_or_path)
     if tokenizer:
         lengths = [len(encoding.ids) + 2 for encoding in tokenizer.encode_batch(chosen, add_special_tokens=False)]

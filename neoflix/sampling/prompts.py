@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from neoflix.data.encodings import read_lines
-from neoflix.data.sources import read_fields
+from neoflix.data.fields import read_fields
 from neoflix.data.template import find_template
 from neoflix.data.tokenizer import read_tokenizer
 from neoflix.runtime.errors import UserError

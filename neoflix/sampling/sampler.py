@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS, check_sampling
 from neoflix.checkpoints.gather import whole_weights
+from neoflix.data.fields import FieldPool
 from neoflix.data.template import find_template
 from neoflix.data.tokenizer import read_tokenizer
 from neoflix.model.load import load_for_reading
@@ -30,6 +31,7 @@ from neoflix.sampling.decoder import Decoder, DecoderSettings, Text
 from neoflix.sampling.draw import Draw
 from neoflix.sampling.inference import eval_mode, optimize_for_inference
 from neoflix.sampling.slot_cache import num_rows
+from neoflix.sampling.training_fields import read_field_pool
 
 FIELD_TOKENS = 32  # most tokens of a field that the model writes
 
@@ -76,14 +78,24 @@ class Sampler:
 
     Args:
         in_training: the model is being trained: see `DecoderSettings`.
+        field_pool: where the fields that a prompt leaves out are drawn from. By default the pool is read from the data
+            set of the run in `model_dir`, when a field is left out for the first time.
     """
 
     draw = Draw
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, in_training: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        in_training: bool = False,
+        field_pool: FieldPool | None = None,
+        model_dir: Path | None = None,
+    ):
         self.model, self.tokenizer, self.in_training = model, tokenizer, in_training
         self.saved = model.generation_config
         self.template = find_template(tokenizer)
+        self._field_pool, self._model_dir = field_pool, model_dir
         control = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id, None}
         self.never_sampled = sorted(control | set(range(len(tokenizer), num_rows(model))))
 
@@ -101,7 +113,7 @@ class Sampler:
         with whole_weights(Path(folder)) as source:
             model = load_for_reading(str(source), device, allow_pickle)
             tokenizer = read_tokenizer(source, f"--model_dir {folder}")
-        sampler = cls(model, tokenizer)
+        sampler = cls(model, tokenizer, model_dir=Path(folder))
         if makes_slots(sampler._make_decoder):
             optimize_for_inference(model, batch_size)
         else:
@@ -141,7 +153,7 @@ class Sampler:
             prompts: one or several. In words, a prompt is the beginning of its text; spaces at its end are dropped, as
                 no training text ends there, and the name of a control token is plain text. For a model with a template
                 a prompt can be its fields, such as {"title": "The Last Ferry"}. Fields that are left out are written
-                by the model if it was trained to, and otherwise drawn from its training rows. None leaves out all.
+                by the model if it was trained to, and otherwise drawn from its training texts. None leaves out all.
             batch_size: number of texts that grow at once.
             first_index: index of the first text within the seed's texts.
             skip: number of texts to leave out at the beginning; the others are the same as without `skip`.
@@ -185,7 +197,7 @@ class Sampler:
 
     def _fill_in(self, fields: dict[int, dict], seed: int, batch_size: int, settings: dict) -> dict[int, dict]:
         """All of the template's fields for each text, by its index. Fields that were not given are written by the model
-        in the template's order, each after the fields before it, or drawn from the training rows."""
+        in the template's order, each after the fields before it, or drawn from the training texts."""
         if not fields:
             return fields
         if self.template is None:
@@ -193,7 +205,7 @@ class Sampler:
         for given in fields.values():
             self.template.check(given, f"--fields {' '.join(given)}")
         if not self.template.learns_prompt:
-            return {index: self.template.draw(given, seed, index) for index, given in fields.items()}
+            return {index: self._draw_fields(given, seed, index) for index, given in fields.items()}
         fields = {index: dict(given) for index, given in fields.items()}
         settings = settings | {"max_new_tokens": FIELD_TOKENS}
         for number, name in enumerate(self.template.fields, start=1):
@@ -201,6 +213,14 @@ class Sampler:
             for text in self._grow(jobs, seed + number * 1_000_003, batch_size, settings):  # streams of their own
                 fields[text.index][name] = self.template.cut(name, self._decode(text.new_ids))
         return fields
+
+    def _draw_fields(self, given: dict[str, str], seed: int, index: int) -> dict[str, str]:
+        missing = [name for name in self.template.fields if name not in given]
+        if not missing:
+            return given
+        if self._field_pool is None:
+            self._field_pool = read_field_pool(self._model_dir, self.template, missing)
+        return self._field_pool.draw(given, seed, index)
 
     def _decoder(self, texts: list[Text], seed: int, batch_size: int, settings: dict) -> Decoder | GenerateDecoder:
         settings = DecoderSettings(

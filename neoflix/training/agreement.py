@@ -18,8 +18,8 @@ def check_same_everywhere(args, texts) -> None:
     code, data = hashlib.sha256(), hashlib.sha256()
     for path in [*sorted((ROOT / "neoflix").rglob("*.py")), ROOT / "train.py"]:
         code.update(path.read_bytes())
-    for text in texts.train:
-        data.update(text.encode())
+    for example in texts.train:
+        data.update(f"{example.prompt}\0{example.completion}\0".encode())
     settings = (
         "deepspeed tokens_per_device_batch per_device_train_batch_size gradient_accumulation_steps bf16 fp16 seed"
     )

@@ -49,12 +49,12 @@ def evaluate_only(args: TrainArguments) -> None:
         max_length = min(args.max_length or get_window(model), get_window(model))
         with main_process_first():
             options = (tokenizer, max_length, cache_dir, args.loss_on_prompt)
-            tokens, num_tokens, num_cut, *_ = side = tokenize_texts(texts.validation, *options)
-        check_room([texts.validation], [side], max_length)
+            tokens = tokenize_texts(texts.validation, *options)
+        check_room([texts.validation], [tokens], max_length)
         trainer = TokenTrainer(
             model=model,
             args=args,
-            eval_dataset=fill_up(tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
+            eval_dataset=fill_up(tokens.dataset, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
             processing_class=tokenizer,
         )
         figures = trainer.evaluate()
@@ -65,9 +65,9 @@ def evaluate_only(args: TrainArguments) -> None:
         "eval_loss": figures["eval_loss"],
         "perplexity": figures["eval_perplexity"],
         "eval_bits_per_char": figures["eval_bits_per_char"],
-        "eval_texts": len(tokens),
-        "eval_tokens": num_tokens - sum(tokens["prompt_length"]),
-        "eval_texts_cut": num_cut,
+        "eval_texts": len(tokens.dataset),
+        "eval_tokens": tokens.num_tokens - sum(tokens.dataset["prompt_length"]),
+        "eval_texts_cut": tokens.num_cut,
         "vocab_size": len(tokenizer),
         "dtype": str(args.weight_dtype).removeprefix("torch."),
         "same_texts_as_run": run

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from neoflix.data.fields import FieldPool
 from neoflix.reporting.run_log import read_live_samples, write_live_samples
 from neoflix.runtime.console import is_main_process, printable, say, write_beside_progress
 from neoflix.runtime.processes import gather, num_processes
@@ -56,16 +57,17 @@ class ShowSamples(TrainerCallback):
 
     Args:
         find_writer: what returns TensorBoard's writer, or None.
+        field_pool: where the fields of a template's prompts are drawn from.
     """
 
-    def __init__(self, find_writer: Callable):
-        self._find_writer = find_writer
+    def __init__(self, find_writer: Callable, field_pool: FieldPool | None = None):
+        self._find_writer, self._field_pool = find_writer, field_pool
         self._sampler: Sampler | None = None
         self._prompts: list[str] | list[dict] = []
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         kind = JointSampler if self._is_joint() else Sampler
-        self._sampler = kind(model, processing_class, in_training=True)
+        self._sampler = kind(model, processing_class, in_training=True, field_pool=self._field_pool)
         self._sampler.check_prompts(args.sample_prompts, "--sample_prompts")
         # With a template and no beginnings of the user's own: the fields that each text's number draws.
         self._prompts = [{}] if self._sampler.template and args.sample_prompts == [""] else args.sample_prompts

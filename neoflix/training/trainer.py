@@ -24,6 +24,7 @@ from neoflix.checkpoints.ownership import check_held
 from neoflix.checkpoints.runs import Start, check_progress
 from neoflix.checkpoints.store import check_space, commit, export_best, prune, read_list, temporary
 from neoflix.checkpoints.world_size import check_loadable, convert, needs_conversion
+from neoflix.data.fields import FieldPool
 from neoflix.data.packing import IGNORE_INDEX, EpochOrder, PackedCollator, PaddedCollator, TokenBatches
 from neoflix.data.tokens import count_tokens
 from neoflix.model.folder import WEIGHTS_FILES
@@ -74,7 +75,7 @@ class TokenTrainer(Trainer):
     reads, padding left out; the clock stands still while the run evaluates or saves.
     """
 
-    def __init__(self, model, plan: Plan | None = None, **kwargs):
+    def __init__(self, model, plan: Plan | None = None, field_pool: FieldPool | None = None, **kwargs):
         self.plan = plan
         is_packed = keeps_texts_apart(model)
         collator = PackedCollator() if is_packed else PaddedCollator(kwargs["processing_class"].pad_token_id)
@@ -95,7 +96,7 @@ class TokenTrainer(Trainer):
         if self.eval_dataset:
             self.add_callback(EvaluateAtEnd())
         if self.args.num_progress_samples and not self.args.eval_only:
-            self.add_callback(ShowSamples(self._find_tensorboard))
+            self.add_callback(ShowSamples(self._find_tensorboard, field_pool))
 
     def _find_tensorboard(self):
         """TensorBoard's writer, where curves go there."""

@@ -13,7 +13,6 @@ from neoflix.arguments.parse import parse_train_args
 from neoflix.arguments.recipes import read_recipe
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.arguments.training import TrainArguments
-from neoflix.export import parse_export_args
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.errors import UserError
 
@@ -158,19 +157,6 @@ def test_generate_finds_the_run_of_a_recipe():
     assert parse_generate_args([]).model_dir == "results"
     assert parse_generate_args(["--config", str(ROOT / "recipes" / "article.yaml")]).model_dir == "results-article"
     assert parse_generate_args(["--output_dir", "elsewhere"]).model_dir == "elsewhere"
-
-
-def test_flags_in_the_readme_exist(parse):
-    readme = (ROOT / "README.md").read_text()
-    known = {f"--{name}" for name in vars(parse())}
-    for words in (parse_generate_args([]), parse_export_args(["--to", "gpt2", "RUN", "OUT"])):
-        known |= {f"--{name}" for name in vars(words)}
-    known |= {"--setup-only", "--num_accelerators", "--nodes"}
-    for benchmark in (ROOT / "benchmarks").glob("*.py"):
-        known |= set(re.findall(r'add_argument\("(--\w+)"', benchmark.read_text()))
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", readme))
-    assert flags, "README shows no flag"
-    assert flags <= known, flags - known
 
 
 def test_recipes_find_our_deepspeed_files_from_anywhere(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import as_examples
 from datasets import Dataset
 
 from neoflix.data.sources import (
@@ -17,12 +18,15 @@ from neoflix.data.sources import (
     default_cache_dir,
     download_netflix,
     find_dataset,
-    read_fields,
-    read_texts,
-    sample_texts,
+    read_examples,
+    sample_examples,
 )
-from neoflix.data.template import Template, parts
+from neoflix.data.template import Example, Template
 from neoflix.runtime.errors import UserError
+
+
+def read_texts(path: Path, column: str | None = None) -> list[str]:
+    return [example.completion for example in read_examples(path, column)]
 
 
 def test_sample_catalogue_has_the_shape_it_promises(titles):
@@ -200,7 +204,7 @@ def test_each_file_of_a_folder_is_a_text(tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8")
     found = find_dataset(str(tmp_path))
     assert read_texts(found) == ["The first.", "The second.", "The third."]
-    assert read_texts(found, template=Template("{name}: {text}"))[2] == "old/c: The third."
+    assert read_examples(found, template=Template("{name}: {text}"))[2].whole == "old/c: The third."
     (tmp_path / "d.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"d\.txt: not UTF-8"):
         read_texts(found)
@@ -281,7 +285,7 @@ def test_an_unclear_column_is_asked_about(tmp_path, rows, found):
         read_texts(path)
     assert all(words in str(error.value) for words in found)
     with pytest.raises(UserError, match="--text_column is not given"):
-        sample_texts(path, None, None, 10)
+        sample_examples(path, None, None, 10)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +306,7 @@ def test_rows_without_text_are_counted(tmp_path, capsys):
     path = write(tmp_path / "gaps.csv", {"title": ["A", "", "C"], "text": ["One.", " ", "Two."]})
     read_texts(path, "text")
     assert f"{path}: 2 texts of column text; 1 of 3 rows have no text there and are left out" in capsys.readouterr().out
-    read_texts(path, template=Template("{title}: {text}"))
+    read_examples(path, template=Template("{title}: {text}"))
     assert "; column title is empty in 1" in capsys.readouterr().out
     write(path, {"title": ["A", "B", "C"], "text": ["One.", "", ""]})
     read_texts(path, "text")
@@ -312,12 +316,12 @@ def test_rows_without_text_are_counted(tmp_path, capsys):
 def test_the_plan_samples_the_texts_of_training(tmp_path):
     rows = [f"Text {number} of a few words." for number in range(5_000)]
     path = write(tmp_path / "long.csv", {"story": rows})
-    texts, about = sample_texts(path, None, None, 100)
-    assert texts == read_texts(path)[:100]
+    examples, about = sample_examples(path, None, None, 100)
+    assert examples == read_examples(path)[:100]
     assert about == pytest.approx(5_000, rel=0.2)
-    assert sample_texts(path, "story", None, 5_000) == (rows, 5_000)
+    assert sample_examples(path, "story", None, 5_000) == (as_examples(rows), 5_000)
     write(path, {"n": range(5_000), "text": [""] * 4_999 + ["The last one."]})
-    assert sample_texts(path, "text", None, 100) == (["The last one."], 1)
+    assert sample_examples(path, "text", None, 100) == (as_examples(["The last one."]), 1)
 
 
 def test_a_folder_of_caches_is_that_of_datasets(monkeypatch, tmp_path):
@@ -351,21 +355,13 @@ def test_rows_become_prompts_and_texts(tmp_path):
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     template = Template("{genres} | {year} | {title}: {plot}")
-    texts = read_texts(path, template=template)
-    assert [parts(text) for text in texts] == [
-        ("Horror, Space | 1979 | Alien\\: Again:", " It comes back."),
-        (" |  | :", " Nobody knows."),
+    assert read_examples(path, template=template) == [
+        Example(
+            prompt="Horror, Space | 1979 | Alien\\: Again:",
+            completion=" It comes back.",
+            fields={"genres": "Horror, Space", "year": "1979", "title": "Alien: Again"},
+        ),
+        Example(" |  | :", " Nobody knows.", {"genres": "", "year": "", "title": ""}),
     ]
-    assert template.read(texts[0]) == ["Horror, Space", "1979", "Alien: Again"]
     with pytest.raises(ValueError, match=r"--template genre: not a column of .*; it has title"):
-        read_texts(path, template=Template("{genre}: {plot}"))
-
-
-def test_fields_come_from_a_file(tmp_path):
-    template = Template("{type} | {title}: {description}")
-    path = write(tmp_path / "new.csv", {"title": ["The Last Ferry", ""], "note": ["x", "y"]})
-    assert read_fields({}, str(path), template) == [{"title": "The Last Ferry"}, {}]
-    with pytest.raises(ValueError, match="none of the columns type, title, but note"):
-        read_fields({}, str(write(tmp_path / "other.csv", {"note": ["x"]})), template)
-    with pytest.raises(ValueError, match="no such file"):
-        read_fields({}, str(tmp_path / "none.csv"), template)
+        read_examples(path, template=Template("{genre}: {plot}"))

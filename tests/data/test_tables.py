@@ -17,9 +17,10 @@ from conftest import PYTHON, ROOT
 
 from neoflix.checkpoints.names import LIVE_SAMPLES_FILE
 from neoflix.data.encodings import read_lines
-from neoflix.data.sources import read_fields, read_texts
+from neoflix.data.fields import read_fields
+from neoflix.data.sources import read_examples
 from neoflix.data.tables import find_text_files, read_table
-from neoflix.data.template import Template, parts
+from neoflix.data.template import Template
 from neoflix.judging.judge import read_samples
 from neoflix.reporting.run_log import read_live_samples, write_live_samples
 from neoflix.runtime.errors import UserError
@@ -27,6 +28,10 @@ from neoflix.runtime.errors import UserError
 # All that str.splitlines takes for a line's end and a file does not.
 NOT_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 PIECES = [*"abc ,;|\t\"'", "\n", "\r\n", "\r", '""', "word", "é", "日本", "😀", "\0", *NOT_LINE_ENDS]
+
+
+def read_texts(path: Path, column: str | None = None) -> list[str]:
+    return [example.completion for example in read_examples(path, column)]
 
 
 def random_cell(rng: random.Random, longest: int) -> str:
@@ -80,7 +85,7 @@ def test_large_files_are_read_exactly_by_all_who_read(tmp_path, suffix):
     path.write_bytes(gzip.compress(content, 1) if suffix.endswith(".gz") else content)
     texts = [text for _, text in rows]
     assert read_texts(path) == texts
-    assert [parts(text) for text in read_texts(path, template=Template("{title}: {text}"))[:2]] == [
+    assert [each[:2] for each in read_examples(path, template=Template("{title}: {text}"))[:2]] == [
         ("Song 0:", f" {texts[0]}"),
         ("Song 1:", f" {texts[1]}"),
     ]
@@ -185,7 +190,7 @@ def test_a_column_that_is_the_index_of_a_parquet_file(tmp_path):
     frame.to_parquet(tmp_path / "index.parquet")
     assert read_table(tmp_path / "index.parquet", ["key", "text"]).rows == [["a", "One."], ["b", None]]
     assert [
-        parts(text) for text in read_texts(tmp_path / "index.parquet", template=Template("{n} | {key}: {text}"))
+        each[:2] for each in read_examples(tmp_path / "index.parquet", template=Template("{n} | {key}: {text}"))
     ] == [("1 | a:", " One.")]
     frame[:0].to_parquet(tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="has no rows"):

@@ -5,7 +5,7 @@ import re
 import unicodedata
 
 import pytest
-from conftest import netflix_csv
+from conftest import as_examples, netflix_csv
 
 from neoflix.data.split import split_texts
 from neoflix.data.words import is_character, split_words
@@ -65,7 +65,7 @@ def test_texts_without_words_are_told_apart():
     texts = ["🙂🙃", "🙂🙂", "🏴\U000e0067\U000e0062\U000e0065\U000e007f", "🏴\U000e0067\U000e0062\U000e0073\U000e007f"]
     texts += ["...", "?!", "♪♪", *("🙂" * n + "🎬" for n in range(200))]
     assert len({tuple(split_words(text)) for text in texts}) == len(texts)
-    held_out = split_texts(texts, 0.5).validation
+    held_out = split_texts(as_examples(texts), 0.5).validation
     assert 70 < len(held_out) < 140, "about half"
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, as_examples
 from transformers import AutoModelForCausalLM
 
 import generate
@@ -327,16 +327,20 @@ def read_rows(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def train_side(texts: list[str], validation_fraction: float) -> list[str]:
+    return [example.completion for example in split_texts(as_examples(texts), validation_fraction).train]
+
+
 def test_training_texts_are_the_runs_own_side(learnt, titles, tmp_path):
     def read(*words):
         return read_training_texts(parse_generate_args(list(map(str, words))))
 
-    assert read("--model_dir", learnt) == split_texts(titles[:100], 0.2).train
+    assert read("--model_dir", learnt) == train_side(titles[:100], 0.2)
     (learnt / "checkpoint-3").mkdir(exist_ok=True)
-    assert read("--model_dir", learnt / "checkpoint-3") == split_texts(titles[:100], 0.2).train
+    assert read("--model_dir", learnt / "checkpoint-3") == train_side(titles[:100], 0.2)
     other = ("--dataset", "sample", "--text_column", "description")
-    assert read("--model_dir", learnt, *other) == split_texts(titles, 0.2).train
-    assert read("--model_dir", tmp_path, *other) == split_texts(titles, 0.1).train
+    assert read("--model_dir", learnt, *other) == train_side(titles, 0.2)
+    assert read("--model_dir", tmp_path, *other) == train_side(titles, 0.1)
     assert read("--model_dir", tmp_path, "--dataset", "sample", "--validation_fraction", 0) == titles
 
 
@@ -356,7 +360,7 @@ def test_samples_just_made_are_judged_beside_their_file(learnt, model_dir, title
     judged = json.loads((tmp_path / "samples.judged.json").read_text())
     rows = read_rows(output)
     assert judged["samples"]["num_texts"] == judged["texts"]["num_texts"] == len(rows) == 4
-    assert judged["num_training_texts"] == len(split_texts(titles[:100], 0.2).train)
+    assert judged["num_training_texts"] == len(train_side(titles[:100], 0.2))
     assert judged["base_model"] == str(model_dir)
     base = BaseModel.load(str(model_dir))
     assert judged["samples"]["perplexity"] == pytest.approx(base.perplexity([row["text"] for row in rows]))

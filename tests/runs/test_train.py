@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 import train
 from neoflix.checkpoints.find import find_model, list_checkpoints
 from neoflix.data.packing import PackedCollator
-from neoflix.data.sources import read_texts
+from neoflix.data.sources import read_examples
 from neoflix.data.split import split_texts
 from neoflix.data.tokenizer import load_tokenizer
 from neoflix.data.tokens import fill_up, tokenize_texts
@@ -48,9 +48,9 @@ def test_run_leaves_what_it_promises(run, model_dir, catalogue, capsys):
     assert model.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
 
     # The reported loss is the mean over the held-out texts' tokens, end token counted, beginning not.
-    held_out = split_texts(read_texts(catalogue, "description"), 0.1).validation
+    held_out = split_texts(read_examples(catalogue, "description"), 0.1).validation
     total = count = characters = 0
-    for text in held_out:
+    for _, text, _ in held_out:
         ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         ids = torch.tensor([ids])
         total += model(ids, labels=ids).loss.item() * (ids.numel() - 1)
@@ -139,7 +139,7 @@ def test_run_is_a_plain_torch_loop(run, model_dir, catalogue, tmp_path):
     folder = run("run", "--max_steps", "5", "--eval_strategy", "no", "--save_strategy", "steps", "--warmup_steps", "1")
     tokenizer = load_tokenizer(str(model_dir))
     model = load_model(str(model_dir), tokenizer, torch.float32, {})
-    texts = split_texts(read_texts(catalogue, "description"), 0.1).train
+    texts = split_texts(read_examples(catalogue, "description"), 0.1).train
     dataset = fill_up(tokenize_texts(texts, tokenizer, 256, tmp_path)[0], 8, tokenizer.bos_token_id)
     order = list(SeedableRandomSampler(dataset, generator=torch.Generator(), data_seed=42))
 

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from conftest import PYTHON, ROOT
+from conftest import PYTHON, ROOT, as_examples
 
 from neoflix.data.tokenizer import load_tokenizer, train_tokenizer
 from neoflix.data.tokens import tokenize_texts
@@ -64,7 +64,10 @@ def test_only_what_nobody_writes_is_removed(tmp_path):
 def test_a_cache_that_cannot_be_written(tmp_path, tokenizer, titles):
     (tmp_path / "file").touch()
     cache = tmp_path / "file" / "cache"
-    for use in (lambda: tokenize_texts(titles, tokenizer, 64, cache), lambda: train_tokenizer(titles, 500, cache)):
+    for use in (
+        lambda: tokenize_texts(as_examples(titles), tokenizer, 64, cache),
+        lambda: train_tokenizer(titles, 500, cache),
+    ):
         with pytest.raises(UserError, match=r"--cache_dir .*file.cache: cannot be read or written \(Not a directory\)"):
             use()
     with pytest.raises(UserError, match="Permission denied"), in_cache(cache):
@@ -74,5 +77,5 @@ def test_a_cache_that_cannot_be_written(tmp_path, tokenizer, titles):
 @pytest.mark.parametrize("small_disk", ["200k"], indirect=True)
 def test_a_disk_that_is_full_while_texts_become_tokens(small_disk, tokenizer, titles):
     with pytest.raises(UserError, match="No space left on device"):
-        tokenize_texts(titles * 50, tokenizer, 256, small_disk)
+        tokenize_texts(as_examples(titles * 50), tokenizer, 256, small_disk)
     assert list(small_disk.iterdir()) == [], "what was begun is removed"

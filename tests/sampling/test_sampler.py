@@ -109,7 +109,7 @@ def test_settings_that_mean_nothing(sampler, bad):
     ((name, value),) = bad.items()
     with pytest.raises(ValueError, match=f"{name}={value}: "):
         sampler.sample(**bad)
-    with pytest.raises(TypeError, match="'temprature'.*temperature, top_k"):
+    with pytest.raises(TypeError, match=r"'temprature'.*temperature, top_k"):
         sampler.sample(temprature=1.0)
 
 

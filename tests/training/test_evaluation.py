@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from neoflix.checkpoints.find import list_checkpoints
 from neoflix.checkpoints.names import RUN_FILE
-from neoflix.data.sources import read_texts
+from neoflix.data.sources import read_examples
 from neoflix.data.split import split_texts
 from neoflix.data.tokenizer import load_tokenizer
 from neoflix.model.load import load_model
@@ -79,7 +79,8 @@ def plain_figures(model, tokenizer, texts: list[str]) -> tuple[float, float]:
 
 
 def held_out(run_dir: Path) -> list[str]:
-    return split_texts(read_texts(run_dir.parent / "catalogue.csv", "synopsis"), 0.2).validation
+    examples = read_examples(run_dir.parent / "catalogue.csv", "synopsis")
+    return [example.completion for example in split_texts(examples, 0.2).validation]
 
 
 def test_a_run_gets_its_own_figure_on_its_own_texts(run_dir, measure):

@@ -30,13 +30,13 @@ from neoflix.data.packing import PackedCollator
 from neoflix.data.tokens import fill_up, tokenize_texts
 from neoflix.data.split import split_texts
 from neoflix.model.load import load_model
-from neoflix.data.sources import read_texts
+from neoflix.data.sources import read_examples
 from neoflix.data.tokenizer import load_tokenizer
 
 model_dir, catalogue, lora, out = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4])
 set_seed(42)  # LoRA draws its matrices by it
 tokenizer = load_tokenizer(model_dir)
-texts = split_texts(read_texts(Path(catalogue), "description"), 0.1).train
+texts = split_texts(read_examples(Path(catalogue), "description"), 0.1).train
 dataset = fill_up(tokenize_texts(texts, tokenizer, 256, out)[0], 8, tokenizer.bos_token_id)
 args = TrainingArguments(
     output_dir=str(out), use_cpu=True, per_device_train_batch_size=8, max_steps=20, weight_decay=0.5, warmup_steps=5,
