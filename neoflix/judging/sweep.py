@@ -5,67 +5,67 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from neoflix.judging.figures import Judgement, _number, _share
-from neoflix.judging.judge import Judge, _write
+from neoflix.judging.figures import Judgement, format_number, format_share
+from neoflix.judging.judge import Judge, write_figures
 from neoflix.runtime.console import printable, progress, say
 from neoflix.runtime.errors import UserError
 
 SWEEP_COLUMNS = (
     ("copies", lambda j: f"{j.copies:.1%}"),
-    ("twins", lambda j: f"{j.near_twins:.1%}"),
-    ("longest", lambda j: str(j.longest_run)),
+    ("near duplicates", lambda j: f"{j.near_twins:.1%}"),
+    ("longest run", lambda j: str(j.longest_run)),
     ("new trigrams", lambda j: f"{j.novel_trigrams:.1%}"),
-    ("unknown words", lambda j: _share(j.unknown_words)),
+    ("unknown words", lambda j: format_share(j.unknown_words)),
     ("distinct-2", lambda j: f"{j.samples.distinct_2:.3f}"),
-    ("self-BLEU", lambda j: _number(j.samples.self_bleu, 3)),
+    ("self-BLEU", lambda j: format_number(j.samples.self_bleu, 3)),
     ("length", lambda j: f"{j.samples.mean_words:.1f}"),
-    ("ended", lambda j: _share(j.ended)),
-    ("perplexity", lambda j: _number(j.samples.perplexity, 1)),
+    ("ended", lambda j: format_share(j.ended)),
+    ("perplexity", lambda j: format_number(j.samples.perplexity, 1)),
 )
 
 
 def sweep_header(width: int) -> str:
-    """The first line of a sweep's table; `width`: of the longest setting's name."""
+    """The first line of a sweep's table. `width` is that of the longest name of a setting."""
     return " " * width + "".join(f"{name:>{len(name) + 2}}" for name, _ in SWEEP_COLUMNS)
 
 
 def sweep_line(name: str, judgement: Judgement, width: int) -> str:
-    """One setting's line."""
+    """The line of one setting."""
     cells = (f"{show(judgement):>{len(column) + 2}}" for column, show in SWEEP_COLUMNS)
     return f"{name:<{width}}" + "".join(cells)
 
 
 def draw_sweep(judgements: dict[str, Judgement], path: Path) -> bool:
-    """Draws novelty (trigrams that no training text has) against fluency, a point for each setting, as PNG.
+    """Plots novelty (share of trigrams in no training text) against fluency, one point per setting, as PNG.
 
-    Fluency is the base model's perplexity, low is up; where there is none, words of the training vocabulary. Returns
-    False, and draws nothing, where neither was measured.
+    Fluency is the perplexity under the base model, low values up; without it, the share of words that occur in the
+    training texts. Returns False, and draws nothing, if neither was measured.
     """
-    from matplotlib.figure import Figure  # half a second that only a sweep has to wait
+    from matplotlib.figure import Figure  # takes half a second, which only a sweep needs
 
     has_perplexity = all(judgement.samples.perplexity for judgement in judgements.values())
     if not has_perplexity and any(judgement.unknown_words is None for judgement in judgements.values()):
         return False
     figure = Figure(figsize=(8, 6), layout="constrained")
     axis = figure.subplots()
-    axis.margins(x=0.25)  # room for names
+    axis.margins(x=0.25)  # room for the names
     for name, judgement in judgements.items():
         fluency = judgement.samples.perplexity if has_perplexity else 1 - judgement.unknown_words
         point = (judgement.novel_trigrams, fluency)
-        # An empty mark: some of the samples are copies or near twins.
+        # An empty mark: some of the samples are copies or near duplicates.
         axis.plot(*point, "o", color="tab:blue", markerfacecolor="tab:blue" if judgement.novel == 1 else "white")
         axis.annotate(name, point, xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axis.set_xlabel("novelty: share of trigrams that no training text has")
+    axis.set_xlabel("novelty: share of trigrams in no training text")
     if has_perplexity:
         if text_perplexity := next(iter(judgements.values())).texts.perplexity:
             axis.axhline(text_perplexity, color="tab:gray", linestyle="--", label="training texts")
             axis.legend()
         axis.set_yscale("log")
         axis.invert_yaxis()
-        axis.set_ylabel("fluency: perplexity under the base model (up is better)")
+        axis.set_ylabel("fluency: perplexity under the base model (axis inverted)")
     else:
         axis.set_ylabel("fluency: share of words in the training vocabulary")
-    axis.set_title("filled: every sample is novel; empty: copies or near twins among them", fontsize=9)
+    axis.set_title("filled: all samples are novel; empty: some are copies or near duplicates", fontsize=9)
     figure.savefig(path, dpi=120)
     return True
 
@@ -73,17 +73,20 @@ def draw_sweep(judgements: dict[str, Judgement], path: Path) -> bool:
 def compare_settings(
     judge: Judge, sample: Callable[..., Iterator], settings: list[dict], output: str
 ) -> dict[str, Judgement]:
-    """Samples and judges once for each of the settings; prints a line each.
+    """Samples and judges with each of the settings, and prints a line for each.
 
     Args:
-        sample: `Sampler.sample` with all that stays the same; called with one of `settings`.
-        output: a new folder; gets each setting's samples, the figures (sweep.json) and the drawing (sweep.png).
+        sample: `Sampler.sample` with the arguments that stay the same; called with one of `settings`.
+        output: a new folder for each setting's samples, the figures (sweep.json) and the plot (sweep.png).
+
+    Raises:
+        UserError: if the folder exists or cannot be made.
     """
     folder, judgements, rows = Path(output), {}, []
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be made a folder ({error.strerror})") from error
+        raise UserError(f"--output {output}: the folder cannot be made ({error.strerror})") from error
     names = [",".join(f"{name}={value}" for name, value in each.items()) for each in settings]
     width = max(map(len, names))
     print(sweep_header(width), flush=True)
@@ -94,11 +97,11 @@ def compare_settings(
         judgements[name] = judge.judge(samples)
         print(printable(sweep_line(name, judgements[name], width)), flush=True)
         rows.append({"settings": each, **asdict(judgements[name])})
-        _write(folder / "sweep.json", {"base_model": judge.base_name, "rows": rows})
+        write_figures(folder / "sweep.json", {"base_model": judge.base_name, "rows": rows})
     if judge.no_base:
         print(f"perplexity not measured: {judge.no_base}")
     if draw_sweep(judgements, folder / "sweep.png"):
         say(f"Novelty against fluency: {folder / 'sweep.png'}")
     else:
-        say("No sweep.png: texts without spaces between words need --base_model, whose perplexity measures fluency")
+        say("No sweep.png: for texts without spaces between words, fluency needs the perplexity of --base_model")
     return judgements
