@@ -25,6 +25,7 @@ from neoflix.runtime.console import say
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.processes import main_process_first, run_and_exit, run_on_main_process
 from neoflix.runtime.stop_requests import catch_stop_requests
+from neoflix.sampling.architectures import check_can_be_sampled
 from neoflix.training.agreement import check_same_everywhere
 from neoflix.training.evaluation import evaluate_only
 from neoflix.training.trainer import TokenTrainer
@@ -53,6 +54,7 @@ def train(args) -> None:
     # Model and tokens.
     options = {"allow_pickle": args.allow_pickle, "lora": args.lora_settings}
     model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **options)
+    check_can_be_sampled(model)
     with main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
         tokens = tokenize_split(texts, tokenizer, max_length, cache_dir, args.loss_on_prompt)

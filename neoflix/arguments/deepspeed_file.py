@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import sysconfig
-from contextlib import suppress
 from pathlib import Path
 
 from neoflix.runtime.errors import UserError
@@ -181,12 +180,3 @@ def check_compiler(config: dict) -> None:
             "DeepSpeed compiles its CPU Adam on first use and found no Python headers: install them "
             "(Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
         )
-
-
-def _is_open(file: Path) -> bool:
-    """Whether a process of this machine has the file open."""
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if descriptor.samefile(file):
-                return True
-    return False

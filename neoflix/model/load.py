@@ -29,7 +29,6 @@ from neoflix.model.source import _in_one_sentence, check_architecture, check_rea
 from neoflix.model.vocabulary import _padded, resize_embeddings, set_token_ids
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import has_gpu
-from neoflix.sampling.architectures import find_decoder
 
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
 
@@ -178,14 +177,12 @@ def load_model(
         allow_pickle: see `load_pretrained`.
         lora: rank and alpha of adapters to be trained in the model's stead, which it is then wrapped in.
 
-    UserError as `load_pretrained`, and for a model that could not be sampled once it is trained.
+    UserError as `load_pretrained`.
     """
     if model_name_or_path == DEMO:
         model = build_demo_model(_padded(len(tokenizer)))
     else:
         model = load_pretrained(model_name_or_path, dtype, allow_pickle)
-        if not is_deepspeed_zero3_enabled():  # no process has whole weights there: found at the first evaluation
-            find_decoder(model)
         resize_embeddings(model, tokenizer, model_name_or_path)
     set_token_ids(model, tokenizer, sampling)
     return add_adapters(model, base=model_name_or_path, **lora) if lora else model

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from neoflix.model.attention import ATTENTION_NAME
 from neoflix.runtime.errors import UserError
@@ -140,6 +141,13 @@ def find_decoder(model: PreTrainedModel) -> Callable[..., Decoder | GenerateDeco
         f"{model.name_or_path}: a {model.config.model_type} model computes something else token by token than for a "
         "whole text, so that what it learns could not be sampled; use one of the architectures in docs/loading.md"
     )
+
+
+def check_can_be_sampled(model: PreTrainedModel) -> None:
+    """Raises UserError for a model that no decoder can sample. Not checked under ZeRO-3, where no process has the whole
+    weights."""
+    if not is_deepspeed_zero3_enabled():
+        find_decoder(model)
 
 
 def makes_slots(make: Callable[..., Decoder | GenerateDecoder]) -> bool:

@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS, check_sampling
-from neoflix.checkpoints.gather import whole_weights
 from neoflix.data.fields import FieldPool
 from neoflix.data.template import find_template
 from neoflix.data.tokenizer import read_tokenizer
@@ -82,8 +81,6 @@ class Sampler:
             set of the run in `model_dir`, when a field is left out for the first time.
     """
 
-    draw = Draw
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -110,10 +107,8 @@ class Sampler:
             allow_pickle: load weights from pytorch_model.bin if there is no safetensors file (docs/loading.md).
             batch_size: number of texts that will be written at once; any other is possible too, but slower.
         """
-        with whole_weights(Path(folder)) as source:
-            model = load_for_reading(str(source), device, allow_pickle)
-            tokenizer = read_tokenizer(source, f"--model_dir {folder}")
-        sampler = cls(model, tokenizer, model_dir=Path(folder))
+        model = load_for_reading(str(folder), device, allow_pickle)
+        sampler = cls(model, read_tokenizer(folder, f"--model_dir {folder}"), model_dir=Path(folder))
         if makes_slots(sampler._make_decoder):
             optimize_for_inference(model, batch_size)
         else:
@@ -227,7 +222,7 @@ class Sampler:
             num_slots=min(batch_size, len(texts)),
             num_places=max(len(text.prompt_ids) + text.limit for text in texts),
             seed=seed,
-            draw=self.draw(settings["temperature"], settings["top_k"], settings["top_p"]),
+            draw=Draw(settings["temperature"], settings["top_k"], settings["top_p"]),
             repetition_penalty=settings["repetition_penalty"],
             eos_token_id=self.tokenizer.eos_token_id,
             never_drawn=self.never_sampled,

@@ -1,12 +1,9 @@
 import json
-import shutil
 import sysconfig
-from pathlib import Path
 
 import pytest
-from conftest import PYTHON, ROOT, run_program
+from conftest import ROOT
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
-from torch.utils.cpp_extension import _get_build_directory
 
 import train
 from neoflix.arguments.deepspeed_file import OPEN_BLOCKS, check_compiler, read_ds_config
@@ -89,30 +86,3 @@ def test_missing_headers_name_the_package(monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match="apt install python3-dev"):
         check_compiler({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
-
-
-LOAD = """
-from neoflix.runtime.environment import prepare_environment
-prepare_environment()
-from neoflix.training.deepspeed import build_operators, disable_shm_collectives
-disable_shm_collectives()
-build_operators({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
-print("loaded")
-"""
-
-
-@pytest.mark.parametrize("is_held", [False, True])
-def test_a_build_that_was_killed_keeps_nobody_waiting(tmp_path, is_held):
-    """torch's lock is passed over where nobody holds it, and only there."""
-    run_program(PYTHON, "-c", LOAD)  # built, for certain
-    built = Path(_get_build_directory("cpu_adam", verbose=False))
-    shutil.copytree(built, tmp_path / "cpu_adam")
-    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    lock = (tmp_path / "cpu_adam" / "lock").open("w")
-    if not is_held:
-        lock.close()
-        assert "loaded" in run_program(PYTHON, "-c", LOAD, env=env, timeout=60)
-        return
-    with pytest.raises(AssertionError, match="still running"):
-        run_program(PYTHON, "-c", LOAD, env=env, timeout=15)
-    lock.close()

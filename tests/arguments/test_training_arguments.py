@@ -3,11 +3,13 @@
 import json
 import re
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import train
 from neoflix.arguments.generate import parse_generate_args
 from neoflix.arguments.parse import parse_train_args
 from neoflix.arguments.recipes import read_recipe
@@ -15,6 +17,7 @@ from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.arguments.training import TrainArguments
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.errors import UserError
+from neoflix.runtime.processes import exit_code_of
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -199,3 +202,14 @@ def test_a_bug_in_a_check_is_no_user_error(monkeypatch, parse):
     with pytest.raises(ValueError, match="a bug") as caught:
         parse()
     assert not isinstance(caught.value, UserError)
+
+
+def test_where_curves_cannot_go_is_told_at_once(train_words, tmp_path, capfd):
+    missing = next(name for name in ("clearml", "neptune", "wandb") if find_spec(name) is None)
+    for name, said in (
+        (missing, f"{missing}: its package is not installed; `pip install {missing}"),
+        ("wandbb", "'wandb'"),
+    ):
+        assert exit_code_of(lambda: train.main([*train_words, "--report_to", name])) == 2  # noqa: B023 - called here
+        assert said in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()

@@ -79,7 +79,7 @@ SAME = [
     ["--logging_steps", "3", "--report_to", "tensorboard", "--disable_tqdm", "false", "--run_name", "x"],
     ["--dataloader_num_workers", "2", "--dataloader_persistent_workers", "true", "--dataloader_prefetch_factor", "4"],
     ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--per_device_eval_batch_size", "3"],
-    ["--save_total_limit", "9", "--on_full_disk", "go_on", "--num_progress_samples", "0", "--sample_prompts", "A", "B"],
+    ["--save_total_limit", "9", "--num_progress_samples", "0", "--sample_prompts", "A", "B"],
     ["--activation_checkpointing", "true", "--eval_on_start", "false", "--plan_must_fit", "false"],
     ["--deepspeed", "ds_configs/no_offload.json"],
     ["--deepspeed", {"steps_per_print": 7, "zero_optimization": {"stage": 1}}],

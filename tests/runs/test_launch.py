@@ -44,8 +44,10 @@ def dry_run(tmp_path, monkeypatch):
 )
 def test_recipe_follows_the_hardware(dry_run, gpus, host, recipe, processes):
     output = dry_run(gpus=gpus, host=host)
-    assert ("recipes/gpt-neo-125m.yaml gives real English" in output) == (not gpus)
-    assert f"taking {recipe}" in output
+    explanation = output.partition(" train.py ")[0]  # before the commands
+    assert recipe in explanation
+    assert ("recipes/gpt-neo-125m.yaml" in explanation) == (not gpus or recipe == "recipes/gpt-neo-125m.yaml")
+    assert ("No GPU" in explanation) == (not gpus)
     assert f"--num_accelerators {processes} " in output
     assert f"train.py --config {recipe} \n" in output
     assert f"python generate.py --config {recipe} \n" in output
@@ -66,7 +68,7 @@ def test_arguments_go_to_train_and_the_run_to_generate(dry_run):
     assert "--num_accelerators 2 " in output
     assert r"train.py --config recipes/article.yaml --seed 3 --output_dir=my\ run " in output
     assert r"generate.py --config recipes/article.yaml --output_dir my\ run " in output
-    assert "taking" not in output
+    assert "GPU" not in output  # nothing is chosen
 
 
 def test_of_several_output_dirs_the_last_counts(dry_run):
@@ -125,7 +127,7 @@ def test_named_gpus_are_left_to_deepspeed(dry_run, ngpu, launcher):
 
 def test_no_gpu_is_taken_where_all_are_hidden(dry_run):
     output = dry_run(gpus=[24576], CUDA_VISIBLE_DEVICES="")
-    assert "No GPU found" in output
+    assert "No GPU" in output
 
 
 def test_hostfile_is_handed_on(dry_run, tmp_path):
@@ -139,7 +141,7 @@ def test_hostfile_is_handed_on(dry_run, tmp_path):
 def test_a_missing_hostfile_is_one_sentence(dry_run):
     """DeepSpeed would go on with this machine alone."""
     output = dry_run("--config", "recipes/demo.yaml", HOSTFILE="missing", expect=2)
-    assert output.startswith("error: HOSTFILE=missing: no such file")
+    assert output.startswith("error: HOSTFILE=missing")
     assert "train.py" not in output
 
 
@@ -171,7 +173,8 @@ def test_sbatch_from_elsewhere_is_one_sentence(tmp_path):
     """sbatch runs a copy from its spool, where the call was made."""
     shutil.copy(ROOT / "launch.sh", tmp_path)
     output = run_program("bash", "-c", f"cd {tmp_path} && ./launch.sh", expect=2)
-    assert output.startswith(f"error: {tmp_path} is not the project's folder")
+    assert output.startswith(f"error: {tmp_path}")
+    assert "--chdir" in output
 
 
 def test_old_python_is_one_sentence(tmp_path):
@@ -182,7 +185,7 @@ def test_old_python_is_one_sentence(tmp_path):
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
     output = run_program(tmp_path / "launch.sh", "--setup-only", env={"PYTHON": str(old)}, expect=2)
-    assert "error: Python 3.11 or newer is needed" in output
+    assert "error: Python 3.11" in output
     assert not (tmp_path / ".venv").exists()
 
 
@@ -195,8 +198,7 @@ def test_main_command_trains_and_samples(tmp_path):
     output = run_program(
         *("./launch.sh", "--config", "recipes/demo.yaml", "--output_dir", tmp_path / "run", "--max_steps", "4")
     )
-    assert "Best model in" in output
     assert " 20. " in output
     assert (tmp_path / "run" / "model.safetensors").is_file()
-    assert output.splitlines()[-1] == f"Report: {tmp_path / 'run'}/report.html (open it in a browser)"
+    assert f"{tmp_path / 'run'}/report.html" in output.splitlines()[-1]
     assert (tmp_path / "run" / "report.html").is_file()

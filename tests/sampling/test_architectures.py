@@ -18,7 +18,7 @@ from neoflix.model.load import load_model, load_pretrained
 from neoflix.model.vocabulary import get_window
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.processes import exit_code_of
-from neoflix.sampling.architectures import GenerateDecoder, find_decoder, makes_slots
+from neoflix.sampling.architectures import GenerateDecoder, check_can_be_sampled, find_decoder, makes_slots
 from neoflix.sampling.decoder import Decoder, DecoderSettings, Text
 from neoflix.sampling.draw import Draw
 from neoflix.sampling.sampler import Sampler
@@ -216,8 +216,10 @@ def test_others_are_sampled_by_generate(name, trained, capsys):
 def test_what_cannot_be_sampled_is_refused_before_training(name, model_dir, tmp_path):
     source = save_untrained(name, model_dir, tmp_path / "model")
     message = rf"{source}: a {ALL[name][0]} model computes something else token by token"
-    with pytest.raises(UserError, match=message):
-        load_model(str(source), load_tokenizer(str(source)), torch.float32, {})
+    for lora in (None, {"rank": 2, "alpha": 4.0}):
+        model = load_model(str(source), load_tokenizer(str(source)), torch.float32, {}, lora=lora)
+        with pytest.raises(UserError, match=message):
+            check_can_be_sampled(model)
     with pytest.raises(UserError, match=message):
         write(Sampler.load(source, device="cpu"))
 

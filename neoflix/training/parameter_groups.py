@@ -1,4 +1,4 @@
-"""The optimizer and its schedule: what can be made at all, and Trainer's parameter groups where DeepSpeed makes it."""
+"""The optimizer's parameter groups, as Trainer makes them."""
 
 from pathlib import Path
 
@@ -9,16 +9,16 @@ from neoflix.runtime.errors import UserError
 
 
 def group_parameters(model: torch.nn.Module, decay_names: list[str], weight_decay: float) -> list[dict]:
-    """Trainer's parameter groups: matrices are decayed, biases and normalization layers aren't.
+    """Returns Trainer's parameter groups: matrices are decayed, biases and normalization layers aren't.
 
-    transformers hands DeepSpeed all parameters in one group where the DeepSpeed file has an `optimizer` block, and then
+    Where the DeepSpeed file has an `optimizer` block, transformers hands DeepSpeed all parameters in one group, and
     every parameter is decayed.
 
     Args:
         decay_names: names of the decayed parameters, by `Trainer.get_decay_parameter_names`.
 
     Returns:
-        One or two groups; frozen parameters are in none, and a group without parameters is left out.
+        One or two groups. Frozen parameters are left out, and so is a group without parameters.
     """
     decayed, rest = [], []
     for name, parameter in model.named_parameters():
@@ -29,7 +29,7 @@ def group_parameters(model: torch.nn.Module, decay_names: list[str], weight_deca
 
 
 def check_groups(checkpoint: Path, num_groups: int) -> None:
-    """UserError where the optimizer in a checkpoint has other parameter groups than the one that is to load it."""
+    """UserError where the optimizer in a checkpoint has another number of parameter groups than the one to load it."""
     saved = read_manifest(checkpoint).get("optimizer_groups", 1)  # absent in older checkpoints: all in one group
     if saved != num_groups:
         raise UserError(

@@ -15,7 +15,7 @@ from neoflix.checkpoints.manifest import read_manifest
 from neoflix.data.tokenizer import load_tokenizer
 from neoflix.model.load import load_model
 from neoflix.runtime.errors import UserError
-from neoflix.training.optimizer import check_groups, group_parameters
+from neoflix.training.parameter_groups import check_groups, group_parameters
 
 # A schedule with a warm-up, and enough decay for a decayed bias or LayerNorm to show.
 STEPS = ["--max_steps", "20", "--weight_decay", "0.5", "--warmup_steps", "5", "--learning_rate", "1e-3"]
