@@ -1,21 +1,24 @@
 """Sample new texts from a fine-tuned model: `python generate.py --model_dir results --num_samples 20`."""
 
-from collections.abc import Iterable
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from neoflix.arguments.generate import parse_generate_args
+from neoflix.runtime.early import answer_early
+
+if __name__ == "__main__":
+    answer_early(parse_generate_args)  # --help and wrong flags: before the imports below, which take seconds
+
 from neoflix.checkpoints.find import find_model
 from neoflix.judging.judge import Judge, read_samples
 from neoflix.judging.novel_samples import keep_novel
 from neoflix.judging.sweep import compare_settings
-from neoflix.runtime.console import printable
 from neoflix.runtime.environment import tune_malloc
 from neoflix.runtime.processes import run_and_exit
 from neoflix.sampling.prompts import read_prompts
-from neoflix.sampling.sample_files import SampleFile, open_sample_file
-from neoflix.sampling.sampler import PrintableStreamer, Sample, Sampler
+from neoflix.sampling.sample_files import open_output
+from neoflix.sampling.sampler import PrintableStreamer, Sampler
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,29 +40,29 @@ def judge_file(args) -> None:
 
 def sweep(args, model_dir: Path, prompts: list) -> None:
     """`--sweep`: samples with every combination of settings and compares the figures."""
-    # The judge comes first: a data set that cannot be read is reported before the model is loaded.
-    judge, sampler = Judge(args), load_sampler(args, model_dir, prompts)
-    draw = partial(sampler.sample, prompts, args.num_samples, **args.sampling)
-    compare_settings(judge, draw, args.sweep, args.output)
+    judge = Judge(args)  # before the model: a data set that cannot be read is reported within seconds
+    sampler = load_sampler(args, model_dir, prompts)
+    compare_settings(
+        judge, partial(sampler.sample, prompts, args.num_samples, **args.sampling), args.sweep, args.output
+    )
 
 
 def sample_novel(args, model_dir: Path, prompts: list) -> None:
     """`--novel`: samples until enough texts are no duplicates of training texts."""
-    file = open_sample_file(args, model_dir, prompts)
+    output = open_output(args, model_dir, prompts)
     judge, sampler = Judge(args), load_sampler(args, model_dir, prompts)
     samples = keep_novel(partial(sampler.sample, **args.sampling), judge.training, prompts, args.num_samples)
-    samples = islice(samples, file.num_done if file else 0, None)  # drawn again: only then are they known
-    write(args, samples, file, judge if args.judge else None)
+    # Which samples a resumed file has already is known only once they are drawn again.
+    write(args, islice(samples, output.num_done, None), output, judge if args.judge else None)
 
 
 def sample(args, model_dir: Path, prompts: list) -> None:
     """Samples `--num_samples` texts for each prompt."""
-    file = open_sample_file(args, model_dir, prompts)
+    output = open_output(args, model_dir, prompts)
     judge, sampler = Judge(args) if args.judge else None, load_sampler(args, model_dir, prompts)
     streamer = PrintableStreamer(sampler.tokenizer) if args.stream else None
-    num_done = file.num_done if file else 0
-    samples = sampler.sample(prompts, args.num_samples, skip=num_done, streamer=streamer, **args.sampling)
-    write(args, samples, file, judge)
+    samples = sampler.sample(prompts, args.num_samples, skip=output.num_done, streamer=streamer, **args.sampling)
+    write(args, samples, output, judge)
 
 
 def load_sampler(args, model_dir: Path, prompts: list) -> Sampler:
@@ -67,15 +70,10 @@ def load_sampler(args, model_dir: Path, prompts: list) -> Sampler:
     return Sampler.load(model_dir, allow_pickle=args.allow_pickle, batch_size=batch_size)
 
 
-def write(args, samples: Iterable[Sample], file: SampleFile | None, judge: Judge | None) -> None:
-    """Writes the samples to the file or prints them, and judges them."""
-    rows = []
-    for number, each in enumerate(file.append(samples, quiet=args.stream) if file else samples, start=1):
-        if not (file or args.stream):
-            print(f"{number:>3}. {' '.join(printable(each.whole).split())}", flush=True)
-        rows.append(each.to_dict())
+def write(args, samples, output, judge: Judge | None) -> None:
+    rows = output.write(samples)
     if judge:
-        judge.report(read_samples(args.output) if file else rows, args.output)
+        judge.report(read_samples(args.output) if args.output else rows, args.output)
 
 
 if __name__ == "__main__":

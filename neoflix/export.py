@@ -28,11 +28,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.hf_argparser import string_to_bool
 
-from neoflix.arguments.parse import (
-    _PlainParser,
-)
+from neoflix.arguments.command_line import SWITCH, Parser
 from neoflix.checkpoints.find import find_model
 from neoflix.data.tokenizer import read_tokenizer
 from neoflix.model.folder import WEIGHTS_FILES, holds_adapters
@@ -45,15 +42,14 @@ from neoflix.runtime.processes import run_and_exit
 
 def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line of `python -m neoflix.export`."""
-    parser = _PlainParser(prog="python -m neoflix.export", description="Rewrite a model for other engines.")
+    parser = Parser(prog="python -m neoflix.export", description="Rewrite a model for other engines.")
     add = parser.add_argument
     layouts = (
         "gpt2: GPT-2's, exact up to GPT-Neo's window of 256 tokens; merged: the model's own, LoRA's adapters merged"
     )
     add("--to", choices=["gpt2", "merged"], required=True, help=layouts)
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as they were saved)")
-    yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
-    add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")
+    add("--allow_pickle", **SWITCH, default=False, help="take weights from a pickle (pytorch_model.bin) if need be")
     add("run", metavar="RUN", help="a run's folder, or one checkpoint of it")
     add("out", metavar="OUT", help="the folder to write; must not exist yet, or be empty")
     return parser.parse_args(argv)

@@ -1,5 +1,6 @@
 """What the tests stand on: a small GPT-Neo of true architecture in a folder, a catalogue, and ways to run."""
 
+import argparse
 import csv
 import json
 import os
@@ -19,12 +20,21 @@ from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
 
-from neoflix.arguments.quick import PLAN_FLAGS
+from neoflix.arguments.deepspeed_file import read_ds_config
+from neoflix.arguments.parse import read_all_flags
+from neoflix.arguments.reader import DEFAULTS, read_train_flags
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
+from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.find import list_checkpoints
 from neoflix.data.template import Example
 from neoflix.data.tokenizer import load_tokenizer
 from neoflix.model.load import load_model
+from neoflix.model.shape import Shape, read_shape
+from neoflix.planning.forecast import Plan, forecast
+from neoflix.planning.lengths import Texts
+from neoflix.planning.settings import read_settings
+from neoflix.runtime.environment import prepare_environment
+from neoflix.runtime.hardware import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -47,7 +57,83 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def no_run_by_default(monkeypatch):
     """A plan depends on the run in its folder, and ./launch.sh may have left one in results/."""
-    monkeypatch.setitem(PLAN_FLAGS, "output_dir", "no-run")
+    monkeypatch.setitem(DEFAULTS, "output_dir", "no-run")
+
+
+def parse_train_args(words: list[str]) -> TrainArguments:
+    """The arguments of a run by its command line, without its plan."""
+    flags = read_all_flags(words)
+    if flags.eval_only:
+        return TrainArguments.from_flags(flags)
+    from neoflix.training.deepspeed import connect  # seconds
+
+    return connect(flags)
+
+
+@pytest.fixture
+def demo_flags(tmp_path):
+    """demo_flags("--seed", "7"): the checked flags of recipes/demo.yaml with these words."""
+    prepare_environment()
+    words = [
+        "--config",
+        str(ROOT / "recipes" / "demo.yaml"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--use_cpu",
+        "true",
+    ]
+    return lambda *more: read_all_flags([*words, *more])
+
+
+@pytest.fixture
+def demo_args(demo_flags):
+    """demo_args("--seed", "7"): the arguments of recipes/demo.yaml with these words."""
+    from neoflix.training.deepspeed import connect  # seconds
+
+    return lambda *more: connect(demo_flags(*more))
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+GIB = 2**30
+NETFLIX = Texts(7008, 779, 31.8, 4.4, 64, "given")
+
+
+def shape_of(size: str) -> Shape:
+    """The shape of GPT-Neo "125M", "1.3B" or "2.7B"."""
+    return read_shape(f"EleutherAI/gpt-neo-{size}")
+
+
+def card(gib: float, host: float = 512, **more) -> Machine:
+    """A node with GPUs of so many GiB, and as much disk as needed."""
+    values = {"num_devices": 1, "device_name": "a card", "capability": (8, 0)} | more
+    return Machine(int(host * GIB), None, 16, device_memory=int(gib * GIB), **values)
+
+
+def plan_flags(*words: str) -> argparse.Namespace:
+    return read_train_flags(["--plan", *words])
+
+
+def forecast_of(size: str, machine: Machine, *words: str, deepspeed: str = "ds_config.json") -> Plan:
+    """The plan of GPT-Neo on Netflix descriptions by these flags."""
+    flags, shape = plan_flags("--deepspeed", deepspeed, *words), shape_of(size)
+    settings = read_settings(flags, shape, NETFLIX, machine, read_ds_config(flags.deepspeed))
+    return forecast(shape, NETFLIX, settings, machine)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """processes(8) makes a plan believe in 8 processes, on one node or as many per node as given."""
+
+    def set_processes(total: int, on_a_node: int | None = None) -> None:
+        monkeypatch.setenv("WORLD_SIZE", str(total))
+        monkeypatch.setenv("LOCAL_SIZE", str(on_a_node or total))
+
+    set_processes(1)
+    return set_processes
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 def free_port() -> str:
@@ -91,12 +177,10 @@ def run_dir(model_dir, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def recorded_run(model_dir, titles, tmp_path_factory) -> Path:
     """A run's folder with the record that train.py writes, without the training; it is only read."""
-    from neoflix.arguments.parse import parse_train_args
     from neoflix.checkpoints.runs import describe_run, save_results, save_run
     from neoflix.data.sources import read_dataset
     from neoflix.data.split import split_texts
     from neoflix.data.tokens import tokenize_split
-    from neoflix.runtime.environment import prepare_environment
 
     folder = tmp_path_factory.mktemp("recorded")
     table = folder / "titles.jsonl"

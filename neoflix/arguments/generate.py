@@ -3,14 +3,13 @@
 import argparse
 import itertools
 from collections.abc import Iterable
+from dataclasses import fields
 
-from transformers.hf_argparser import string_to_bool
-
-from neoflix.arguments.parse import (
-    _PlainParser,
-    _read_recipe,
-)
+from neoflix.arguments.command_line import SWITCH, Parser
+from neoflix.arguments.paths import expand_paths
+from neoflix.arguments.recipes import check_keys, read_recipe
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS, SAMPLING_RULES, check_sampling
+from neoflix.arguments.train_flags import TrainFlags
 from neoflix.runtime.errors import UserError
 
 DEFAULT_SWEEP_FOLDER = "samples-sweep"
@@ -30,7 +29,7 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: if a value is not valid, or if two flags contradict each other.
     """
-    args = _build_parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     args.fields = parse_fields(args.fields or [])
     args.sweep = parse_sweep(args.sweep) if args.sweep else None
     args.judged_file = args.judge if isinstance(args.judge, str) else None
@@ -43,47 +42,44 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = _PlainParser(prog="generate.py", description="Sample new texts from a fine-tuned model.")
-    switch = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
-
-    def add(*names: str, help: str, **options) -> None:
-        parser.add_argument(*names, help=help, **options)
-
-    add("--model_dir", "--output_dir", help="a run's folder, or one of its checkpoints (default: results)")
-    add(
-        "--allow_pickle",
-        **switch,
-        help="load weights from a pickle (pytorch_model.bin) if there is no safetensors file",
+def make_parser() -> Parser:
+    """The parser of `generate.py`, whose help shows the most used flags first."""
+    parser = Parser(
+        prog="generate.py",
+        usage="python generate.py [--model_dir DIR] [--prompt TEXT] [--FLAG VALUE ...]",
+        description="Sample new texts from a fine-tuned model.",
+        add_help=False,
     )
-    add("--prompt", default="", help="the beginning of each text, or a file with one beginning per line")
-    fields = "the fields of the prompt, for a model with a template: title='The Last Ferry' listed_in=Thrillers"
-    add("--fields", nargs="+", metavar="NAME=VALUE", help=fields)
-    add("--fields_file", help="a table of fields (CSV, TSV, JSONL or Parquet): one prompt per row")
-    add("--num_samples", type=int, help="number of texts per prompt (default: 20; with --fields_file: 1)")
-    add("--seed", type=int, default=42, help="sample i of a seed is the same text for any batch size (default: 42)")
-    add("--batch_size", type=int, default=20, help="number of texts to write at once (default: 20)")
-    add("--output", help="JSONL file to write, one sample per line; the same command resumes an interrupted file")
-    add("--stream", **switch, help="print each text while it is written")
-    recipe = "a recipe: its output_dir is the default --model_dir, its 'generation' section sets the sampling flags"
-    add("--config", help=recipe)
-    add(
-        "--judge",
-        nargs="?",
-        const=True,
-        metavar="FILE",
-        help="judge the new samples or, given a JSONL file, those in it",
-    )
-    add("--novel", **switch, help="replace samples that are duplicates or near duplicates of training texts")
-    sweep = "sample and judge every combination: temperature=0.7,1.0 top_p=0.9,1.0; --output is a folder then"
-    add("--sweep", nargs="+", metavar="SETTING=A,B", help=sweep)
-    add("--dataset", help="training texts to judge against, as for train.py (default: those of the run)")
-    add("--text_column", help="column of the training texts (default: the run's)")
-    add("--validation_fraction", type=float, help="share held out of training (default: the run's, or 0.1)")
-    base = "hub name or folder of the model that measures perplexity; 'none' skips it (default: the run's base model)"
-    add("--base_model", help=base)
+    add = parser.add_argument_group("most used").add_argument
+    add("--model_dir", "--output_dir", metavar="DIR", help="a run's folder, or one of its checkpoints (results)")
+    add("--prompt", metavar="TEXT", default="", help="beginning of each text, or a file with one prompt per line")
+    fields_help = "columns of the prompt, for a model trained with a template: title='The Last Ferry' type=Movie"
+    add("--fields", nargs="+", metavar="NAME=VALUE", help=fields_help)
+    add("--num_samples", type=int, metavar="N", help="texts for each prompt (20; with --fields_file 1)")
+    add("--output", metavar="FILE", help="JSONL file to write, one text per line; the same command continues it")
+    add("--seed", type=int, metavar="N", default=42, help="a seed gives the same texts for any batch size (42)")
     for name, default in SAMPLING_DEFAULTS.items():
-        add(f"--{name}", type=type(default), help="default: what the model was saved with")
+        kind = {int: "N", float: "X"}[type(default)]
+        add(f"--{name}", type=type(default), metavar=kind, help="by default as saved with the model")
+    add = parser.add_argument_group("input and output").add_argument
+    add("--config", metavar="FILE", help="a recipe: samples its run with the settings of its 'generation' section")
+    add("--fields_file", metavar="FILE", help="a table with a prompt in each row (CSV, TSV, JSONL or Parquet)")
+    add("--batch_size", type=int, metavar="N", default=20, help="texts that are sampled at the same time (20)")
+    add("--stream", **SWITCH, default=False, metavar="true|false", help="print each text while it is written")
+    pickle_help = "load weights from a pickle (pytorch_model.bin) if there is no safetensors file"
+    add("--allow_pickle", **SWITCH, default=False, metavar="true|false", help=pickle_help)
+    add = parser.add_argument_group("judging").add_argument
+    add("--judge", nargs="?", const=True, metavar="FILE", help="judge the new samples, or those of a JSONL file")
+    novel_help = "replace copies and near-duplicates of training texts by new samples"
+    add("--novel", **SWITCH, default=False, metavar="true|false", help=novel_help)
+    sweep_help = "sample and judge each combination: temperature=0.7,1.0 top_p=0.9,1.0; --output is a folder"
+    add("--sweep", nargs="+", metavar="SETTING=A,B", help=sweep_help)
+    add("--dataset", metavar="FILE", help="training texts to judge by, as for train.py (those of the run)")
+    add("--text_column", metavar="NAME", help="column with the texts (as in the run, or description)")
+    add("--validation_fraction", type=float, metavar="X", help="fraction that was held out (as in the run, or 0.1)")
+    base_help = "hub name or folder of the model that gives the samples' perplexity; 'none': no perplexity (the run's)"
+    add("--base_model", metavar="MODEL", help=base_help)
+    parser.add_argument_group("help").add_argument("-h", "--help", action="help", help="show these flags and exit")
     return parser
 
 
@@ -98,6 +94,17 @@ def _fill_in_defaults(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
+def _read_recipe(path: str) -> tuple[dict, dict]:
+    """The flags of train.py that a recipe sets, and its sampling settings."""
+    flags, generation = read_recipe(path)
+    known = {f.name for f in fields(TrainFlags)} - {"config"}
+    if not flags.keys() <= known:
+        from neoflix.arguments.training import TrainArguments  # seconds, and needed for few recipes
+
+        check_keys(path, flags, {f.name for f in fields(TrainArguments) if f.init} - {"config"})
+    return expand_paths(flags), generation
+
+
 def parse_fields(words: list[str]) -> dict[str, str]:
     """['title=The Last Ferry', 'type='] -> {'title': 'The Last Ferry', 'type': ''}"""
     fields = {}
@@ -105,8 +112,8 @@ def parse_fields(words: list[str]) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if not equals or not name or name in fields:
             raise UserError(
-                f"--fields {word}: must be NAME=VALUE, each name once; quote values with spaces, as in --fields "
-                "title='The Last Ferry'"
+                f"--fields {word}: must be NAME=VALUE, each name once, with quotes around spaces: "
+                "--fields title='The Last Ferry'"
             )
         fields[name] = value
     return fields
@@ -119,7 +126,7 @@ def parse_sweep(words: list[str]) -> list[dict]:
         name, _, values = word.partition("=")
         if name not in SAMPLING_DEFAULTS:
             known = ", ".join(SAMPLING_DEFAULTS)
-            raise UserError(f"--sweep {word}: {name!r} is not a sampling setting; use one of {known}")
+            raise UserError(f"--sweep {word}: {name!r} must be one of {known}, as in top_p=0.9,1.0")
         if name in axes:
             raise UserError(f"--sweep {word}: {name} is given twice; put its values in one list")
         number = type(SAMPLING_DEFAULTS[name])
@@ -127,7 +134,7 @@ def parse_sweep(words: list[str]) -> list[dict]:
             axes[name] = list(dict.fromkeys(map(number, values.split(","))))
         except ValueError:
             kind = "whole numbers" if number is int else "numbers"
-            raise UserError(f"--sweep {word}: must be {name}= followed by {kind}, separated by commas") from None
+            raise UserError(f"--sweep {word}: must be {name}= and {kind}, separated by commas") from None
         for value in axes[name]:
             check_sampling(f"--sweep {name}={value}", name, value)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

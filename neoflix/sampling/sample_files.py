@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from neoflix.model.folder import list_loaded_files
-from neoflix.runtime.console import progress
+from neoflix.runtime.console import printable, progress
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import write_json
 from neoflix.runtime.locks import acquire
@@ -28,13 +28,31 @@ def describe_job(model_dir: Path, prompts: list[str] | list[dict], **settings) -
     }
 
 
-def open_sample_file(args, model_dir: Path, prompts: list[str] | list[dict]) -> "SampleFile | None":
-    """The file that `generate.py`'s arguments name; None if they name none. Errors as `SampleFile`."""
+def open_output(args, model_dir: Path, prompts: list[str] | list[dict]) -> "SampleFile | Screen":
+    """Where `generate.py`'s arguments want the samples. Errors as `SampleFile`."""
     if not args.output:
-        return None
+        return Screen(is_streamed=args.stream)
     settings = {name: value for name, value in args.sampling.items() if name != "batch_size"}
     job = describe_job(model_dir, prompts, num_samples=args.num_samples, novel=args.novel, **settings)
-    return SampleFile(args.output, job, len(prompts) * args.num_samples)
+    return SampleFile(args.output, job, len(prompts) * args.num_samples, quiet=args.stream)
+
+
+class Screen:
+    """Prints samples, unless they are streamed already."""
+
+    num_done = 0
+
+    def __init__(self, is_streamed: bool):
+        self.is_streamed = is_streamed
+
+    def write(self, samples: Iterable) -> list[dict]:
+        """Prints the samples as they come, and returns them as rows of a file."""
+        rows = []
+        for number, sample in enumerate(samples, start=1):
+            if not self.is_streamed:
+                print(f"{number:>3}. {' '.join(printable(sample.whole).split())}", flush=True)
+            rows.append(sample.to_dict())
+        return rows
 
 
 class SampleFile:
@@ -43,36 +61,46 @@ class SampleFile:
     Args:
         job: what the file is to hold (`describe_job`).
         num_samples: how many samples it holds when it is finished.
+        quiet: no progress bar.
 
     Raises:
         UserError: if the file belongs to another job, is finished, cannot be written, or is in use by another process.
     """
 
-    def __init__(self, path: str, job: dict, num_samples: int):
-        self.path, self.job, self.num_samples = path, job, num_samples
+    def __init__(self, path: str, job: dict, num_samples: int, quiet: bool = False):
+        self.path, self.job, self.num_samples, self.quiet = path, job, num_samples, quiet
         with self._locked():
             self.num_done, _ = self._read_done()
 
-    def append(self, samples: Iterable, quiet: bool = False) -> Iterator:
+    def write(self, samples: Iterable) -> list[dict]:
+        """Writes the samples after the first `num_done`, as they come, and returns them as rows."""
+        return [sample.to_dict() for sample in self.append(samples)]
+
+    def append(self, samples: Iterable) -> Iterator:
         """Writes each sample to the file as it comes, and yields it. Removes an unfinished last line first.
 
         Args:
             samples: those after the first `num_done`.
-            quiet: no progress bar.
         """
         with self._locked():
             num_done, num_bytes = self._read_done()
             if num_done != self.num_done:
                 raise UserError(f"--output {self.path}: another process has written to it; run the command again")
             note = Path(f"{self.path}.job")
-            bar = {"total": self.num_samples, "initial": num_done, "desc": "Sampling", "unit": "text", "disable": quiet}
+            bar = {
+                "total": self.num_samples,
+                "initial": num_done,
+                "desc": "Sampling",
+                "unit": "text",
+                "disable": self.quiet,
+            }
             try:
                 exists = Path(self.path).exists()
                 write_json(note, self.job)
                 with open(self.path, "r+b" if exists else "xb") as output:
                     output.truncate(num_bytes)
                     output.seek(num_bytes)
-                    for sample in progress(samples, **bar):
+                    for sample in progress(samples, disable=self.quiet, **bar):
                         output.write(json.dumps(sample.to_dict(), ensure_ascii=False).encode() + b"\n")
                         output.flush()
                         yield sample

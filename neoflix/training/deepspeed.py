@@ -7,10 +7,18 @@ from pathlib import Path
 
 import torch
 
-from neoflix.arguments.deepspeed_file import is_json
+from neoflix.arguments.deepspeed_file import is_json, read_ds_config
+from neoflix.arguments.training import TrainArguments
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.redaction import redact
+
+
+def connect(flags) -> TrainArguments:
+    """Prepares DeepSpeed for a run with these flags, and makes the arguments, which connects the run's processes."""
+    disable_shm_collectives()
+    build_operators(read_ds_config(flags.deepspeed))
+    return TrainArguments.from_flags(flags)
 
 
 @contextmanager

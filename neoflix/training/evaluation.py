@@ -5,6 +5,7 @@ to predict and there are fewer of them. Bits per character do compare: the losse
 bits, divided by the number of the texts' own characters.
 """
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import set_seed
 from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.find import find_model
 from neoflix.checkpoints.runs import describe_texts, find_run
-from neoflix.data.sources import default_cache_dir, read_dataset
+from neoflix.data.sources import read_dataset
 from neoflix.data.split import split_texts
 from neoflix.data.tokens import check_room, fill_up, name_tokens, tokenize_texts
 from neoflix.model.load import find_tokenizer, load_model
@@ -29,25 +30,26 @@ from neoflix.training.trainer import TokenTrainer
 RESULTS = "eval_results.jsonl"  # in --output_dir, one line for each evaluation
 
 
-def evaluate_only(args: TrainArguments) -> None:
+def evaluate_only(flags: argparse.Namespace) -> None:
     """Prints a model's loss, perplexity and bits per character on the held-out texts, as a table and as JSON.
 
     `--model_name_or_path` is a run's folder (its best model), one of its checkpoints, any other model's folder or hub
     name, or `demo`. Nothing is written to it. The figures are those that a run itself reports: the same split, the same
     tokens, the same sum over all processes. Collective.
     """
+    args = TrainArguments.from_flags(flags)
     set_seed(args.seed)
-    cache_dir, output_dir = Path(args.cache_dir or default_cache_dir()), args.output_dir
+    output_dir = args.output_dir
     source = _find_source(args.model_name_or_path)
     with main_process_first():
         texts = split_texts(read_dataset(args), args.validation_fraction)
-        tokenizer = find_tokenizer(source, texts.train, cache_dir)
+        tokenizer = find_tokenizer(source, texts.train, args.cache)
     check_same_everywhere(args, texts)
     model = load_model(source, tokenizer, args.weight_dtype, {}, args.allow_pickle)
     check_can_be_sampled(model)
     max_length = min(args.max_length or get_window(model), get_window(model))
     with main_process_first():
-        side = tokenize_texts(texts.validation, tokenizer, max_length, cache_dir, args.loss_on_prompt)
+        side = tokenize_texts(texts.validation, tokenizer, max_length, args.cache, args.loss_on_prompt)
     check_room([texts.validation], [side], max_length)
     with tempfile.TemporaryDirectory() as args.output_dir:  # Trainer wants one
         figures = TokenTrainer(

@@ -6,9 +6,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import ON_CPU, losses, results
+from conftest import ON_CPU, losses, parse_train_args, results
 
-from neoflix.arguments.parse import parse_train_args
 from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.find import list_checkpoints
 from neoflix.checkpoints.manifest import write_manifest

@@ -29,7 +29,7 @@ TEXTS = [Sample("one\u2028line"), Sample("two"), Sample("three")]
 
 def write(file: SampleFile, num: int):
     """A writer that has written `num` samples of three and waits."""
-    writer = file.append(iter(TEXTS[file.num_done :]), quiet=True)
+    writer = file.append(iter(TEXTS[file.num_done :]))
     for _ in range(num):
         next(writer)
     return writer
@@ -60,10 +60,10 @@ def test_shards_are_part_of_the_model(tmp_path):
 
 
 def test_an_interrupted_file_is_gone_on_with(path):
-    write(SampleFile(path, JOB, 3), 2).close()
+    write(SampleFile(path, JOB, 3, quiet=True), 2).close()
     with open(path, "a") as file:
         file.write('{"text": "tor')
-    again = SampleFile(path, JOB, 3)
+    again = SampleFile(path, JOB, 3, quiet=True)
     assert again.num_done == 2
     assert list(write(again, 0)) == TEXTS[2:]
     assert [json.loads(line)["text"] for line in Path(path).read_text().strip().split("\n")] == [
@@ -73,21 +73,21 @@ def test_an_interrupted_file_is_gone_on_with(path):
 
 
 def test_two_processes_do_not_write_one_file(path):
-    file, other = SampleFile(path, JOB, 3), SampleFile(path, JOB, 3)
+    file, other = SampleFile(path, JOB, 3, quiet=True), SampleFile(path, JOB, 3, quiet=True)
     writer = write(file, 1)
     with pytest.raises(ValueError, match=r"--output .*samples.jsonl: .*\(process \d+ on "):
-        SampleFile(path, JOB, 3)
+        SampleFile(path, JOB, 3, quiet=True)
     with pytest.raises(ValueError, match=r"--output .*samples.jsonl: .*\(process \d+ on "):
         write(other, 1)
     written = Path(path).read_text()
     writer.close()
     assert Path(path).read_text() == written
-    assert SampleFile(path, JOB, 3).num_done == 1
+    assert SampleFile(path, JOB, 3, quiet=True).num_done == 1
 
 
 def test_one_that_read_before_another_wrote_is_refused(path):
-    file = SampleFile(path, JOB, 3)
-    write(SampleFile(path, JOB, 3), 1).close()
+    file = SampleFile(path, JOB, 3, quiet=True)
+    write(SampleFile(path, JOB, 3, quiet=True), 1).close()
     with pytest.raises(ValueError, match="another process has written to it"):
         write(file, 1)
     assert len(Path(path).read_text().strip().split("\n")) == 1
@@ -97,7 +97,7 @@ def test_one_that_read_before_another_wrote_is_refused(path):
 def test_a_users_file_of_such_a_name_is_left_alone(path, suffix):
     Path(path + suffix).write_text('{"mine": true}')
     with pytest.raises(ValueError, match=rf"samples\.jsonl{suffix}:? is not a"):
-        SampleFile(path, JOB, 3)
+        SampleFile(path, JOB, 3, quiet=True)
     assert Path(path + suffix).read_text() == '{"mine": true}'
 
 
@@ -107,7 +107,7 @@ def test_a_folder_that_is_not_there_is_a_sentence(path):
 
 
 def test_another_job_is_refused_with_what_differs(path):
-    write(SampleFile(path, JOB, 3), 1).close()
+    write(SampleFile(path, JOB, 3, quiet=True), 1).close()
     for job, said in ((JOB | {"seed": 7}, r"seed \(42, now 7\)"), (JOB | {"model": "9"}, "other model")):
         with pytest.raises(ValueError, match=said):
             SampleFile(path, job, 3)

@@ -1,20 +1,17 @@
-"""Recipes, the command line, and what is refused before anything is loaded."""
+"""All flags of train.py, by recipe and command line."""
 
 import json
 import re
-from dataclasses import fields
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 import train
 from neoflix.arguments.generate import parse_generate_args
-from neoflix.arguments.parse import parse_train_args
+from neoflix.arguments.parse import read_all_flags
 from neoflix.arguments.recipes import read_recipe
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
-from neoflix.arguments.training import TrainArguments
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.processes import exit_code_of
@@ -27,19 +24,9 @@ def parse(tmp_path):
     prepare_environment()
 
     def parse(*words):
-        return parse_train_args(["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", *words])
+        return read_all_flags(["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", *words])
 
     return parse
-
-
-def test_no_argument_is_the_promised_run(parse):
-    args = parse()
-    assert args.model_name_or_path == "EleutherAI/gpt-neo-2.7B"
-    assert (args.dataset, args.text_column, args.validation_fraction) == ("netflix", None, 0.1)
-    assert args.deepspeed == str(ROOT / "ds_config.json")
-    assert parse_train_args(["--use_cpu", "true"]).output_dir == "results"
-    assert not args.bf16
-    assert not args.fp16
 
 
 def test_command_line_wins_over_recipe_and_recipe_over_default(parse, tmp_path):
@@ -48,7 +35,7 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(parse, tmp_path):
     args = parse("--config", str(recipe), "--seed", "8")
     assert (args.learning_rate, args.seed, args.eval_on_start, args.max_length) == (1e-4, 8, False, None)
     assert args.weight_decay == 0.01
-    assert args.report_to == []
+    assert args.report_to == ["none"]
 
 
 def test_every_hugging_face_flag_works(parse):
@@ -68,7 +55,7 @@ def test_shipped_recipes_parse(parse, path, tmp_path):
 
 def test_default_recipe_says_what_the_defaults_are(parse, tmp_path):
     recipe = ROOT / "recipes" / "gpt-neo-2.7b.yaml"
-    flags, _ = read_recipe(str(recipe), {field.name for field in fields(TrainArguments)})
+    flags, _ = read_recipe(str(recipe))
     defaults, by_recipe = parse(), parse("--config", str(recipe))
     assert len(flags) > 8
     for key in flags:
@@ -122,14 +109,6 @@ def test_bad_recipes_are_told(parse, tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_output_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        parse_train_args(["--output_dir", str(tmp_path / "file" / "run")])
-    with pytest.raises(ValueError, match="cannot write in /proc"):  # not even root can
-        parse_train_args(["--output_dir", "/proc/run"])
-
-
 def test_deepspeed_file_is_checked_before_anything_else(parse, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimisation": {}}))
@@ -137,53 +116,10 @@ def test_deepspeed_file_is_checked_before_anything_else(parse, tmp_path):
         parse("--deepspeed", str(path))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--temperature", "0"],
-        ["--temperature", "-1"],
-        ["--top_p", "0"],
-        ["--top_p", "1.1"],
-        ["--top_k", "-1"],
-        ["--num_samples", "0"],
-        ["--batch_size", "0"],
-        ["--max_new_tokens", "0"],
-        ["--repetition_penalty", "0"],
-    ],
-)
-def test_sampling_settings_that_mean_nothing(words):
-    with pytest.raises(ValueError, match=words[0]):
-        parse_generate_args(words)
-
-
-def test_generate_finds_the_run_of_a_recipe():
-    assert parse_generate_args([]).model_dir == "results"
-    assert parse_generate_args(["--config", str(ROOT / "recipes" / "article.yaml")]).model_dir == "results-article"
-    assert parse_generate_args(["--output_dir", "elsewhere"]).model_dir == "elsewhere"
-
-
 def test_recipes_find_our_deepspeed_files_from_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    args = parse_train_args(["--config", str(ROOT / "recipes" / "demo.yaml"), "--output_dir", str(tmp_path / "run")])
+    args = read_all_flags(["--config", str(ROOT / "recipes" / "demo.yaml"), "--output_dir", str(tmp_path / "run")])
     assert args.deepspeed == str(ROOT / "ds_configs" / "cpu.json")
-
-
-def test_auto_is_decided_once_and_told_to_all(monkeypatch, model_dir, catalogue, parse):
-    """By the main process, whose answer names a file of the project's, wherever that lies."""
-    asked = []
-
-    def ask(function, *args):
-        asked.append(function(*args))
-        return asked[-1]
-
-    monkeypatch.setattr("neoflix.arguments.parse.run_on_main_process", ask)
-    words = ["--model_name_or_path", str(model_dir), "--dataset", str(catalogue)]
-    args = parse(*words, "--deepspeed", "auto", "--tokens_per_device_batch", "auto")
-    (choices,) = asked
-    assert (ROOT / choices["deepspeed"]).is_file()
-    assert not Path(choices["deepspeed"]).is_absolute()
-    assert Path(args.deepspeed).resolve() == (ROOT / choices["deepspeed"]).resolve()
-    assert args.tokens_per_device_batch == choices["tokens_per_device_batch"] > 0
 
 
 @pytest.mark.parametrize(
@@ -195,13 +131,22 @@ def test_what_transformers_refuses_is_a_user_error(words, parse):
 
 
 def test_a_bug_in_a_check_is_no_user_error(monkeypatch, parse):
-    def check(self):
+    def check(flags):
         int("a bug")
 
-    monkeypatch.setattr(TrainArguments, "check", check)
+    monkeypatch.setattr("neoflix.arguments.parse.check_words", check)
     with pytest.raises(ValueError, match="a bug") as caught:
         parse()
     assert not isinstance(caught.value, UserError)
+
+
+def test_help_all_shows_hugging_faces_flags_too(capsys):
+    with pytest.raises(SystemExit) as end:
+        read_all_flags(["--help-all"])
+    assert not end.value.code
+    shown = capsys.readouterr().out
+    for flag in ("--adam_beta2", "--dataset", "--lr_scheduler_kwargs"):
+        assert flag in shown
 
 
 def test_where_curves_cannot_go_is_told_at_once(train_words, tmp_path, capfd):
