@@ -1,9 +1,9 @@
-"""Seconds and memory that judging samples takes: `python benchmarks/judge.py --samples 10000 --texts 8000`.
+"""Seconds and memory of judging samples: `python benchmarks/judge.py --samples 10000 --texts 8000`.
 
-Texts are chains of words: each follows the last as it does somewhere in data/sample_titles.csv or, where the variable
-NETFLIX_TITLES_CSV names the real catalogue, there. Of the samples, one in twenty is a training text and one in twenty a
-training text with another last word, which the judgement must find; the others are chains of their own. The last line
-is JSON; with --output it is also appended to a file. What is left out: reading files, and the base model's perplexity.
+Texts are chains of words in which each word follows the last one somewhere in data/sample_titles.csv or, if
+NETFLIX_TITLES_CSV names it, in the real catalogue. One sample in twenty is a training text and one in twenty a
+training text with another last word; judging must find them. The others are chains of their own. Reading files and
+the base model's perplexity are not included. The last line is JSON; --output also appends it to a file.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class Chains:
-    """Texts in which every pair of neighbours stands in a real text, of the real texts' lengths."""
+    """Texts in which every pair of adjacent words occurs in a real text, with the real texts' lengths."""
 
     def __init__(self, texts: list[str]):
         self.random = random.Random(0)
