@@ -42,9 +42,8 @@ def sweep(args, model_dir: Path, prompts: list) -> None:
     """`--sweep`: samples with every combination of settings and compares the figures."""
     judge = Judge(args)  # before the model: a data set that cannot be read is reported within seconds
     sampler = load_sampler(args, model_dir, prompts)
-    compare_settings(
-        judge, partial(sampler.sample, prompts, args.num_samples, **args.sampling), args.sweep, args.output
-    )
+    draw = partial(sampler.sample, prompts, args.num_samples, **args.sampling)
+    compare_settings(judge, draw, args.sweep, args.output)
 
 
 def sample_novel(args, model_dir: Path, prompts: list) -> None:

@@ -87,13 +87,7 @@ class SampleFile:
             if num_done != self.num_done:
                 raise UserError(f"--output {self.path}: another process has written to it; run the command again")
             note = Path(f"{self.path}.job")
-            bar = {
-                "total": self.num_samples,
-                "initial": num_done,
-                "desc": "Sampling",
-                "unit": "text",
-                "disable": self.quiet,
-            }
+            bar = {"total": self.num_samples, "initial": num_done, "desc": "Sampling", "unit": "text"}
             try:
                 exists = Path(self.path).exists()
                 write_json(note, self.job)
