@@ -97,7 +97,7 @@ def _read_json(file: BinaryIO, columns: list[str] | None, limit: int | None) -> 
             items = ((f"item {number}", item) for number, item in enumerate(array, start=1))
             share = min(1.0, limit / max(len(array), 1)) if limit else 1.0
         else:
-            items = _parse_lines(lines)
+            items = parse_json_lines(lines)
         for place, row in islice(items, limit):
             if isinstance(row, str):
                 row = {"text": row}
@@ -118,7 +118,7 @@ def _first_character(lines: TextIO) -> str:
     return first
 
 
-def _parse_lines(lines: TextIO) -> Iterator[tuple[str, object]]:
+def parse_json_lines(lines: TextIO) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(lines, start=1):
         line = line.strip().removeprefix("\ufeff")  # where files with byte order marks were joined
         if line:
