@@ -40,7 +40,7 @@ from architectures import ARCHITECTURES, PADDED_LENGTH, build_model, draw_texts
 from machine import cap_device_memory, now, product_flops_per_second, run_job, write_line
 
 from neoflix.arguments.training import RECOMPUTING, TrainArguments
-from neoflix.checkpoints.runs import Start
+from neoflix.checkpoints.start import Start
 from neoflix.model.lora import add_adapters
 from neoflix.runtime.environment import prepare_environment
 from neoflix.training.meters import peak_host_bytes

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 import generate
 from neoflix.arguments.generate import parse_generate_args
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
-from neoflix.checkpoints.runs import describe_run, find_start, save_results, save_run
+from neoflix.checkpoints.runs import describe_run, save_results, save_run
+from neoflix.checkpoints.start import find_start
 from neoflix.data.sources import read_dataset
 from neoflix.data.split import split_texts
 from neoflix.data.tokenizer import load_tokenizer

@@ -78,5 +78,5 @@ def test_steps_that_are_skipped_one_after_the_other_end_the_run(train_words, mon
 
     monkeypatch.setattr(train, "load_model", load_overflowing_model)
     words = ["--max_steps", "20", "--eval_strategy", "no", "--save_strategy", "no"]
-    with pytest.raises(ValueError, match="step 10: 10 steps .*overflow"):
+    with pytest.raises(ValueError, match=r"step 10: 10 steps .*overflow"):
         train.main([*train_words, *words])
