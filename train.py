@@ -9,7 +9,7 @@ from transformers import set_seed
 
 from neoflix.arguments.parse import read_all_flags
 from neoflix.checkpoints.run_folder import open_run_folder
-from neoflix.checkpoints.runs import describe_run, save_results
+from neoflix.checkpoints.runs import describe_run
 from neoflix.checkpoints.start import find_start
 from neoflix.data.fields import FieldPool
 from neoflix.data.sources import read_dataset
@@ -72,8 +72,7 @@ def train(args, plan) -> None:
     )
     trainer.train(start=start)
     trainer.save_best()
-    run_on_main_process(save_results, args.output_dir, trainer.results())
-    run_on_main_process(finish_run, args.output_dir)
+    run_on_main_process(finish_run, args.output_dir, trainer.results())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
 from neoflix.arguments.deepspeed_file import read_ds_config
 from neoflix.arguments.parse import read_all_flags
 from neoflix.arguments.reader import DEFAULTS, read_train_flags
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.find import list_checkpoints
 from neoflix.checkpoints.manifest import write_manifest
@@ -29,6 +31,8 @@ from neoflix.checkpoints.names import LIST_FILE
 from neoflix.checkpoints.ownership import read_list
 from neoflix.checkpoints.run_folder import claim
 from neoflix.data.template import Example
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.model.load import load_model
 from neoflix.model.shape import Shape, read_shape
 from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import Texts
@@ -160,6 +164,59 @@ def model_dir(tmp_path_factory, titles) -> Path:
     torch.manual_seed(0)
     GPTNeoForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_dir(model_dir, tmp_path_factory) -> Path:
+    """A model's folder as a finished run leaves it; it is only read."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = load_tokenizer(str(model_dir))
+    torch.manual_seed(0)
+    sampling = SAMPLING_DEFAULTS | {"max_new_tokens": 24}
+    load_model(str(model_dir), tokenizer, torch.float32, sampling).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recorded_run(model_dir, titles, tmp_path_factory) -> Path:
+    """A run's folder with the record that train.py writes, without the training; it is only read."""
+    from neoflix.checkpoints.runs import describe_run, save_results, save_run
+    from neoflix.data.sources import read_dataset
+    from neoflix.data.split import split_texts
+    from neoflix.data.tokens import tokenize_split
+
+    folder = tmp_path_factory.mktemp("recorded")
+    table = folder / "titles.jsonl"
+    table.write_text("".join(json.dumps({"plot": text}) + "\n" for text in titles[:100]))
+    prepare_environment()
+    words = ["--use_cpu", "true", "--deepspeed", str(ROOT / "ds_configs" / "cpu.json"), "--validation_fraction", "0.2"]
+    words += ["--model_name_or_path", str(model_dir), "--dataset", str(table), "--text_column", "plot"]
+    args = parse_train_args([*words, "--output_dir", str(folder / "run")])
+    texts, tokenizer = split_texts(read_dataset(args), 0.2), load_tokenizer(str(model_dir))
+    torch.manual_seed(0)
+    model = load_model(str(model_dir), tokenizer, torch.float32, SAMPLING_DEFAULTS | {"max_new_tokens": 24})
+    run = describe_run(args, model, tokenizer, *tokenize_split(texts, tokenizer, 256, folder / "cache"))
+    model.save_pretrained(folder / "run")
+    tokenizer.save_pretrained(folder / "run")
+    save_run(folder / "run", run)
+    save_results(folder / "run", {})
+    return folder / "run"
+
+
+def generate_words(run: Path, *words) -> list[str]:
+    """Words of a generate.py command for four texts of a run's model."""
+    return ["--model_dir", str(run), "--num_samples", "4", "--seed", "3", *map(str, words)]
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def random_texts(num: int, num_words: int, seed: int) -> list[list[str]]:
+    """Texts of few different words, as their words, so that runs of words come again."""
+    draw = random.Random(seed)
+    return [[f"w{draw.randrange(num_words)}" for _ in range(draw.randrange(0, 14))] for _ in range(num)]
 
 
 def as_examples(texts: list[str]) -> list[Example]:

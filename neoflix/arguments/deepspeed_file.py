@@ -109,13 +109,9 @@ def _check_zero(zero: dict, path: str | Path) -> None:
 def follow_arguments(config: dict) -> dict:
     """The DeepSpeed file with "auto", the flag's value, for every setting of a flag that the file leaves out.
 
-    Otherwise DeepSpeed would silently use its own default: no clipping, one batch per step, its own betas. At ZeRO
-    stage 3 weights are gathered for a checkpoint, which is not DeepSpeed's default either.
+    Otherwise DeepSpeed would silently use its own default: no clipping, one batch per step, its own betas.
     """
     config = {"gradient_clipping": "auto", **dict.fromkeys(_BATCH_KEYS, "auto"), **config}
-    if config.get("zero_optimization", {}).get("stage") == 3:
-        gathers = {"stage3_gather_16bit_weights_on_model_save": True}
-        config["zero_optimization"] = gathers | config["zero_optimization"]
     optimizer = config.get("optimizer")
     if optimizer and optimizer.get("type", "").lower() in ("adam", "adamw"):
         params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | optimizer.get("params", {})

@@ -5,7 +5,7 @@ from conftest import ROOT
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 
 import train
-from neoflix.arguments.deepspeed_file import OPEN_BLOCKS, follow_arguments, read_ds_config
+from neoflix.arguments.deepspeed_file import OPEN_BLOCKS, read_ds_config
 from neoflix.planning.plan_run import plan_run
 from neoflix.runtime.errors import UserError
 
@@ -106,11 +106,3 @@ def test_what_a_file_leaves_out_follows_the_flags(demo_args):
     assert config["gradient_clipping"] == 1.0
     assert config["train_micro_batch_size_per_gpu"] == 16
     assert config["optimizer"]["params"] == {"lr": 5e-4, "betas": [0.8, 0.999], "eps": 1e-8, "weight_decay": 0.01}
-
-
-def test_stage_3_gathers_weights_for_a_checkpoint():
-    """DeepSpeed's own default is a checkpoint without whole weights."""
-    config = follow_arguments({"zero_optimization": {"stage": 3}})
-    assert config["zero_optimization"][GATHERS] is True
-    assert GATHERS not in follow_arguments({"zero_optimization": {"stage": 2}})["zero_optimization"]
-    assert follow_arguments({})["gradient_clipping"] == "auto"

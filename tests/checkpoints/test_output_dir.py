@@ -54,7 +54,7 @@ def test_a_file_that_a_run_would_replace_is_refused(tmp_path, name):
 def test_plain_trainers_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     (tmp_path / "checkpoint-500" / "trainer_state.json").write_text("{}")
-    with pytest.raises(ValueError, match="checkpoint-500.* not written"):
+    with pytest.raises(ValueError, match=r"checkpoint-500.* not written"):
         check_output_dir(str(tmp_path), OTHER)
 
 

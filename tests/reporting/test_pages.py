@@ -160,7 +160,7 @@ def test_a_run_does_not_fail_for_its_report(run, capsys):
     (run / REPORT_FILE).unlink()
     (run / REPORT_FILE).mkdir()
     (run / "trainer_state.json").write_text('{"log_history": [{"eval_loss": "?", "step": 0}]}')
-    finish_run(str(run))
+    finish_run(str(run), json.loads((run / "all_results.json").read_text()))
     said = capsys.readouterr().out.splitlines()
     assert all(line.startswith("warning: no report") for line in said[:-1])
     assert said[-1].startswith(f"Best model in {run}, perplexity ")
@@ -192,7 +192,7 @@ def test_judged_samples_are_in_it(run, titles):
     assert "judged" in page.ids
     for said in (
         "s.judged.json",
-        "a training text, word for word 100.0%",
+        "copies of training texts 100.0%",
         "sweep/sweep.json",
         "temperature=0.7 100.0%",
     ):
