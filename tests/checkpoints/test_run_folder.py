@@ -3,7 +3,8 @@
 import os
 
 import pytest
-from conftest import PYTHON, list_names, run_program
+from conftest import list_names
+from forked import launch
 
 import train
 from neoflix.checkpoints import run_folder
@@ -35,7 +36,7 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(train_words, tm
     run = tmp_path / "run"
     with open_run_folder(str(run)):
         before = {path.name: path.read_bytes() for path in run.iterdir()}
-        output = run_program(PYTHON, "train.py", *train_words, "--deepspeed", "ds_configs/cpu.json", expect=2)
+        output = launch(0, "train.py", *train_words, "--deepspeed", "ds_configs/cpu.json", expect=2)
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
         assert LOCK_FILE in before
     sentence = next(line for line in output.splitlines() if line.startswith("error:"))

@@ -175,6 +175,3 @@ def test_one_that_lost_its_lock_knows_and_leaves_the_new_one_alone(path):
     assert not lock.is_held()
     lock.release()
     assert json.loads(path.read_text())["host"] == "node7"
-
-
-# ---- a run's folder ------------------------------------------------------------------------------------------
