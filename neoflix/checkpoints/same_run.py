@@ -10,7 +10,7 @@ from neoflix.runtime.errors import UserError
 # Arguments that do not change what is learned: paths, logs, speed, memory, rounding. Any other is compared.
 NOT_COMPARED = frozenset(
     """
-    output_dir config cache_dir command plan plan_must_fit plan_device_memory plan_host_memory on_full_disk allow_pickle
+    output_dir config cache_dir command plan plan_must_fit plan_device_memory plan_host_memory allow_pickle
     eval_only do_train do_eval do_predict resume_from_checkpoint override_resumed overwrite_output_dir local_rank
     logging_dir logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica
     log_on_each_node include_num_input_tokens_seen include_tokens_per_second include_for_metrics disable_tqdm debug

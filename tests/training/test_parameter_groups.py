@@ -111,7 +111,7 @@ def without_optimizer(tmp_path) -> str:
 
 def test_every_file_decays_what_trainer_decays(run_with, run_plain_trainer, tmp_path):
     plain = run_plain_trainer()
-    names = ["cpu", "multi_gpu", "multi_gpu_zero1", "no_offload", "twin_flow", "zero3_offload"]
+    names = ["cpu", "multi_gpu", "multi_gpu_zero1", "no_offload", "zero3_offload"]
     files = ["ds_config.json", *(f"ds_configs/{name}.json" for name in names), without_optimizer(tmp_path)]
     for file in files:
         assert_equal(run_with(file), plain)
