@@ -13,7 +13,7 @@ from neoflix.arguments.parse import parse_train_args
 from neoflix.checkpoints.ownership import opened
 from neoflix.checkpoints.runs import describe_run, find_start, save_results
 from neoflix.data.fields import FieldPool
-from neoflix.data.sources import default_cache_dir, read_dataset
+from neoflix.data.sources import read_dataset
 from neoflix.data.split import split_texts
 from neoflix.data.tokens import count_tokens, fill_up, tokenize_split
 from neoflix.model.load import find_tokenizer, load_model
@@ -21,6 +21,7 @@ from neoflix.model.vocabulary import get_window
 from neoflix.planning.lengths import remember_counts
 from neoflix.planning.table import plan_table
 from neoflix.reporting.write import finish_run
+from neoflix.runtime.cache import default_cache_dir
 from neoflix.runtime.console import say
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.processes import main_process_first, run_and_exit, run_on_main_process

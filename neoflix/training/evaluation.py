@@ -21,6 +21,7 @@ from neoflix.data import sources, split
 from neoflix.data.tokens import check_room, fill_up, name_tokens, tokenize_texts
 from neoflix.model.load import find_tokenizer, load_model
 from neoflix.model.vocabulary import get_window
+from neoflix.runtime.cache import default_cache_dir
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.processes import main_process_first, run_on_main_process
@@ -39,7 +40,7 @@ def evaluate_only(args: TrainArguments) -> None:
     tokens, the same sum over all processes. Collective.
     """
     set_seed(args.seed)
-    cache_dir = Path(args.cache_dir or sources.default_cache_dir())
+    cache_dir = Path(args.cache_dir or default_cache_dir())
     output_dir = args.output_dir
     with _find_weights(args.model_name_or_path) as source, tempfile.TemporaryDirectory() as args.output_dir:
         with main_process_first():

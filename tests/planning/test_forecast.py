@@ -14,7 +14,6 @@ from neoflix.arguments.deepspeed_file import read_ds_config
 from neoflix.arguments.parse import _Parser, parse_train_args
 from neoflix.arguments.quick import OTHER_FLAGS, PLAN_FLAGS
 from neoflix.arguments.training import TrainArguments
-from neoflix.data.hub_copies import find_hub_copy, hub_copy_file
 from neoflix.data.packing import PackedCollator
 from neoflix.data.sources import find_dataset
 from neoflix.model.load import build_model
@@ -601,16 +600,6 @@ def test_data_sets_of_the_hub_are_found_in_the_cache(model_dir, tmp_path, titles
     newer = copy.with_name(copy.name.replace(copy.stem[-16:], "0123456789abcdef"))
     newer.write_bytes(copy.read_bytes())
     assert count_texts(args, shape).source.startswith("estimated"), "another revision"
-
-
-def test_copies_of_similar_names_are_kept_apart(tmp_path):
-    names = ("hf:a/b", "hf:a-b", "hf:a/b@c", "hf:a/b:test", "hf:a/b:train[:10]", "hf:a/b/c:train")
-    files = {name: hub_copy_file(name, "0123456789abcdef", tmp_path) for name in names}
-    for file in files.values():
-        file.touch()
-    assert {name: find_hub_copy(name, tmp_path) for name in names} == files
-    assert find_hub_copy("hf:a/b:train", tmp_path) == files["hf:a/b"], "the split by default"
-    assert find_hub_copy("hf:a", tmp_path) is None
 
 
 def test_counts_of_a_folder_are_those_of_its_files(tmp_path):
