@@ -1,15 +1,13 @@
 """Fine-tune GPT-Neo on short texts: `deepspeed train.py`, or by a recipe, `deepspeed train.py --config FILE`."""
 
-from pathlib import Path
-
-from neoflix.planning.plan_run import answer_quickly
+from neoflix.planning.plan_run import answer_plan, plan_run
 
 if __name__ == "__main__":
-    answer_quickly()  # `--plan`: before the imports below, which take seconds
+    answer_plan()  # --plan, --help and wrong flags: before the imports below, which take seconds
 
 from transformers import set_seed
 
-from neoflix.arguments.parse import parse_train_args
+from neoflix.arguments.parse import read_all_flags
 from neoflix.checkpoints.ownership import opened
 from neoflix.checkpoints.runs import describe_run, find_start, save_results
 from neoflix.data.fields import FieldPool
@@ -19,46 +17,41 @@ from neoflix.data.tokens import count_tokens, fill_up, tokenize_split
 from neoflix.model.load import find_tokenizer, load_model
 from neoflix.model.vocabulary import get_window
 from neoflix.planning.lengths import remember_counts
-from neoflix.planning.table import plan_table
 from neoflix.reporting.write import finish_run
-from neoflix.runtime.cache import default_cache_dir
-from neoflix.runtime.console import say
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.processes import main_process_first, run_and_exit, run_on_main_process
 from neoflix.runtime.stop_requests import catch_stop_requests
 from neoflix.sampling.architectures import check_can_be_sampled
 from neoflix.training.agreement import check_same_everywhere
+from neoflix.training.deepspeed import connect
 from neoflix.training.evaluation import evaluate_only
 from neoflix.training.trainer import TokenTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
     prepare_environment()
-    if (args := parse_train_args(argv, must_fit=True)).eval_only:
-        return evaluate_only(args)
-    say(plan_table(args.forecast))
-    if not args.plan:
-        with opened(args.output_dir):
-            train(args)
+    flags = read_all_flags(argv)
+    if flags.eval_only:
+        return evaluate_only(flags)
+    plan = plan_run(flags, decide=run_on_main_process)  # UserError if the run does not fit
+    if not flags.plan:
+        with opened(flags.output_dir):
+            train(connect(flags), plan)
 
 
-def train(args) -> None:
+def train(args, plan) -> None:
     set_seed(args.seed)
-    cache_dir = Path(args.cache_dir or default_cache_dir())
-
     # Texts and tokenizer. The main process comes first and fills the caches that the others read.
     with main_process_first():
         texts = split_texts(read_dataset(args), args.validation_fraction)
-        tokenizer = find_tokenizer(args.model_name_or_path, texts.train, cache_dir, args.text_template)
+        tokenizer = find_tokenizer(args.model_name_or_path, texts.train, args.cache, args.text_template)
     check_same_everywhere(args, texts)
 
-    # Model and tokens.
-    options = {"allow_pickle": args.allow_pickle, "lora": args.lora_settings}
-    model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **options)
+    model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **args.model_options)
     check_can_be_sampled(model)
     with main_process_first():
         max_length = min(args.max_length or get_window(model), get_window(model))
-        tokens = tokenize_split(texts, tokenizer, max_length, cache_dir, args.loss_on_prompt)
+        tokens = tokenize_split(texts, tokenizer, max_length, args.cache, args.loss_on_prompt)
     train_tokens, validation_tokens = tokens.train.dataset, tokens.validation.dataset
     run_on_main_process(remember_counts, args, max_length, count_tokens(train_tokens), len(validation_tokens))
 
@@ -74,7 +67,7 @@ def train(args) -> None:
         eval_dataset=fill_up(validation_tokens, args.eval_batch_size * args.world_size, tokenizer.bos_token_id),
         processing_class=tokenizer,
         field_pool=FieldPool.from_examples(texts.train) if args.text_template else None,
-        plan=args.forecast,
+        plan=plan,
     )
     trainer.train(start=start)
     trainer.save_best()

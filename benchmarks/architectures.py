@@ -1,4 +1,4 @@
-"""The models and texts that the benchmarks run on: GPT-Neo's shapes with random weights, random tokens."""
+"""The models and texts of the benchmarks: GPT-Neo's shapes with random weights, and random tokens."""
 
 import random
 from typing import NamedTuple
@@ -54,8 +54,8 @@ def build_model(architecture: str, dtype: torch.dtype, device: str | torch.devic
 
 
 def spread_logits(model: GPTNeoForCausalLM) -> None:
-    """Makes logits as unlike each other as a trained model's: at temperature 0.8 about 500 of 50,304 tokens hold
-    top_p's 95%. Random weights as they come would make all tokens alike. (transformers sorts all, however they are.)
+    """Scales weights so that logits differ as much as a trained model's: at temperature 0.8 about 500 of 50,304 tokens
+    hold top_p's 95%. With plain random weights all tokens would be about equally likely.
     """
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(LOGITS_DEVIATION / (0.02 * model.config.hidden_size**0.5))

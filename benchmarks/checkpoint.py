@@ -1,10 +1,10 @@
-"""What it costs that a checkpoint is complete or does not count: a save with and without a manifest.
+"""The cost of complete checkpoints: a save with and without a manifest.
 
     python benchmarks/checkpoint.py --gib 2
 
-Both write the same state, of Adam's shape, and wait until it is on the disk (fsync): DeepSpeed's own way, torch.save
-to a path; and ours, torch.save through a hash, then the manifest. In turns, on the disk of --folder. Also: how long
-the check before a resume takes, which reads and hashes every file.
+Both save the same state, of Adam's shape, and flush it to the disk (fsync): DeepSpeed with torch.save to a path, this
+project with torch.save through a hash, then the manifest. The two take turns on the disk of --folder. The check
+before a resume, which reads and hashes every file, is measured too.
 """
 
 import argparse

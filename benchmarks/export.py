@@ -1,13 +1,13 @@
-"""Sampling by this project and by CTranslate2 out of `python -m neoflix.export`: same weights, same CPU cores.
+"""Sampling with this project and with CTranslate2 from `python -m neoflix.export`: same weights, same CPU cores.
 
-    python benchmarks/export.py                        # GPT-Neo-125M's shape, random weights: speed does not care
+    python benchmarks/export.py                        # GPT-Neo-125M's shape with random weights
     python benchmarks/export.py --architecture small
 
-CTranslate2 (`pip install -r requirements-dev.txt`) runs the export in fp32 and in int8; this project runs the GPT-Neo
-that it was made from. The sides take turns, so that what else the machine does falls on all of them: where other work
-ran beside it, only the ratios count. A turn goes from the prompt, a beginning token, to decoded texts, greedy (top_k 1)
-or sampled (temperature 0.8 and top_p 0.95, as `python generate.py` does). No text ends before its last token, and every
-turn's tokens are counted. The last line is JSON; with --output it is also appended to a file.
+CTranslate2 (`pip install -r requirements-dev.txt`) runs the export in fp32 and int8; this project runs the GPT-Neo
+that was exported. The sides take turns, so that other work on the machine affects both; on a busy machine only the
+ratios count. A turn goes from the prompt (a start token) to decoded texts, greedy (top_k 1) or sampled (temperature
+0.8, top_p 0.95, as `python generate.py`). No text ends early, and every turn's tokens are counted. The last line is
+JSON; --output also appends it to a file.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_run(architecture: str, folder: Path) -> None:
-    """A model as a run leaves it, with a tokenizer of as many tokens as the model has rows."""
+    """A model as a run saves it, with a tokenizer of as many tokens as the model has rows."""
     torch.manual_seed(0)
     model = build_model(architecture, torch.float32, "cpu", "ours")
     spread_logits(model)
@@ -98,7 +98,7 @@ def write_run(architecture: str, folder: Path) -> None:
 
 
 def build_sides(folder: Path, args: argparse.Namespace) -> dict[str, Callable]:
-    """Functions that write so many texts at once, in a way, and return how many tokens they wrote."""
+    """Functions that sample so many texts at once, greedily or not, and return the number of tokens."""
     sampler = Sampler.load(folder / "run", device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder / "gpt2")
     sides = {"ours": lambda *asked: sample_with_ours(sampler, args.max_new_tokens, *asked)}
@@ -113,14 +113,14 @@ def build_sides(folder: Path, args: argparse.Namespace) -> dict[str, Callable]:
 
 
 def sample_with_ours(sampler: Sampler, num_tokens: int, num_texts: int, settings: dict) -> int:
-    """As `python generate.py` does."""
+    """Samples as `python generate.py` does."""
     settings = settings | {"max_new_tokens": num_tokens}
     samples = sampler.sample([""], num_samples=num_texts, seed=42, batch_size=num_texts, **settings)
     return sum(sample.num_tokens for sample in samples)
 
 
 def sample_with_ctranslate2(engine, tokenizer, num_tokens: int, num_texts: int, settings: dict) -> int:
-    """As docs/export.md shows, to the text."""
+    """Samples with CTranslate2 as docs/export.md shows."""
     results = engine.generate_batch(
         [[tokenizer.bos_token]] * num_texts,
         max_length=num_tokens,
@@ -136,7 +136,7 @@ def sample_with_ctranslate2(engine, tokenizer, num_tokens: int, num_texts: int, 
 
 
 def take_turns(sides: dict[str, Callable], num_texts: int, settings: dict, args: argparse.Namespace) -> dict:
-    """{side: seconds of each turn}, after a first one that is not counted."""
+    """{side: seconds of each turn}, after one turn of warm-up."""
     seconds = {name: [] for name in sides}
     for _ in range(args.turns + 1):
         for name, sample in sides.items():
@@ -149,7 +149,7 @@ def take_turns(sides: dict[str, Callable], num_texts: int, settings: dict, args:
 
 
 def summarise(seconds: dict[str, list[float]], num_tokens: int) -> dict:
-    """Medians over the turns. `ratio`: how many times as fast as ours, turn by turn."""
+    """Medians over the turns; `ratio` is the speed relative to ours, turn by turn."""
     figures = {}
     for name, timed in seconds.items():
         ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], timed, strict=True)]

@@ -1,17 +1,16 @@
-"""Sampling by transformers' eager `generate` and by this project, side by side: same weights, same device.
+"""Sampling with transformers' eager `generate` and with this project, in turn: same weights, same device.
 
     python benchmarks/generate.py                        # a small GPT-Neo with the real vocabulary's size
-    python benchmarks/generate.py --architecture 2.7B    # random weights: speed does not care
-    python benchmarks/generate.py --mixed_texts 1000     # besides: slots refilled against batches that wait
+    python benchmarks/generate.py --architecture 2.7B    # random weights
+    python benchmarks/generate.py --mixed_texts 1000     # also: refilled slots against batches that wait
 
-The two take turns (transformers, ours, transformers, ours, ...), so that what else the machine does falls on both.
-A turn goes from the prompt, a beginning token, to decoded texts, with the sampling settings of `python generate.py`.
-No text ends before its last token, and every turn's tokens are counted. The last line is JSON; with --output it is
-also appended to a file.
+The two take turns, so that other work on the machine affects both. A turn goes from the prompt (a start token) to
+decoded texts, with the sampling settings of `python generate.py`. No text ends early, and every turn's tokens are
+counted. The last line is JSON; --output also appends it to a file.
 
-One token-step must at least read every weight and the keys and values so far. How long that takes at the bandwidth
-of a plain copy, against how long the step took, is the share of the limit. A cache that holds the model (a server
-CPU's may hold the small one) can lift it above 100%.
+A step for one token must read every weight and the keys and values so far. The time this takes at the bandwidth of a
+plain copy, divided by the step's time, is the share of the memory limit. A cache that holds the model (a server CPU's
+may hold the small one) can raise it above 100%.
 """
 
 import argparse
@@ -37,6 +36,7 @@ from machine import cap_device_memory, copy_bytes_per_second, write_line
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.runtime.environment import tune_malloc
 from neoflix.sampling.decoder import Text
+from neoflix.sampling.inference import optimize_for_inference
 from neoflix.sampling.sampler import Sampler
 
 TOKENIZER_SIZE = 50_259  # GPT-Neo's tokens and two more special ones; the 45 rows beyond are padding
@@ -54,6 +54,7 @@ def main() -> None:
     spread_logits(model)
     sampler = Sampler(model, build_tokenizer(model.config.vocab_size))
     sides = build_sides(sampler, args)
+    optimize_for_inference(model, max(args.batch_sizes))  # as Sampler.load does
 
     batches = {}
     print_header()
@@ -91,7 +92,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_sides(sampler: Sampler, args: argparse.Namespace) -> dict[str, Callable]:
-    """Functions that write so many texts at once and return how many tokens they wrote."""
+    """Functions that sample so many texts at once and return the number of tokens."""
     model = sampler.model
     eager = build_model(args.architecture, model.dtype, model.device, "eager").eval()
     eager.load_state_dict(model.state_dict(), assign=True)  # the very same weights, in memory once
@@ -103,8 +104,8 @@ def build_sides(sampler: Sampler, args: argparse.Namespace) -> dict[str, Callabl
 
 
 def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
-    """As many tokens as the real tokenizer has. The model has no row for the end token: no side can draw it, and
-    neither does more work for that than it does in use."""
+    """A tokenizer as large as the real one. The model has no row for the end token, so neither side can draw it, at no
+    extra cost."""
     num_words = min(vocab_size, TOKENIZER_SIZE) - 3
     ids = {f"word{i}": i for i in range(num_words)} | {"bos": num_words, "pad": num_words + 1, "eos": vocab_size}
     words = Tokenizer(WordLevel(ids, unk_token="word0"))
@@ -115,7 +116,7 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
 def sample_with_transformers(
     model: GPTNeoForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: dict, num_texts: int
 ) -> int:
-    """As whoever has the model and transformers would: eager attention, a cache that grows."""
+    """Samples with plain transformers: eager attention, a cache that grows."""
     prompt = torch.tensor([[tokenizer.bos_token_id]], device=model.device)
     output = model.generate(
         prompt,
@@ -133,13 +134,13 @@ def sample_with_transformers(
 
 
 def sample_with_ours(sampler: Sampler, settings: dict, num_texts: int) -> int:
-    """As `python generate.py` does."""
+    """Samples as `python generate.py` does."""
     samples = sampler.sample(num_samples=num_texts, batch_size=num_texts, **settings)
     return sum(sample.num_tokens for sample in samples)
 
 
 def take_turns(sides: dict[str, Callable], batch_size: int, num_tokens: int, turns: int) -> dict[str, list[float]]:
-    """Seconds of each turn, after a first one that is not counted."""
+    """Seconds of each turn, after one turn of warm-up."""
     seconds = {name: [] for name in sides}
     for _ in range(turns + 1):
         for name, sample in sides.items():
@@ -152,8 +153,8 @@ def take_turns(sides: dict[str, Callable], batch_size: int, num_tokens: int, tur
 
 
 def compare_refilling(sampler: Sampler, args: argparse.Namespace) -> dict:
-    """Texts of 8 to 96 tokens, every length as likely as any other, in 20 slots: a finished text's slot goes to the
-    next text, against the same engine with batches of 20, each of which waits for its longest text."""
+    """Texts of 8 to 96 tokens (uniform): 20 slots that are refilled, against the same decoder with batches of 20 that
+    wait for their longest text."""
     rng = random.Random(0)
     limits = [rng.randint(8, 96) for _ in range(args.mixed_texts)]
     seconds = {"refilled": [], "batches": []}
@@ -179,7 +180,7 @@ def grow(sampler: Sampler, limits: list[int]) -> None:
 
 
 def step_bytes(model: GPTNeoForCausalLM, batch_size: int, num_tokens: int) -> float:
-    """What one token-step must read at least, on average over a text: weights, and the cache with its own token.
+    """Bytes that a step for one token must read, on average over a text: weights and cache.
 
     Token embeddings are also the head, and so are read whole; of the position embeddings a step reads one row.
     """
@@ -191,7 +192,7 @@ def step_bytes(model: GPTNeoForCausalLM, batch_size: int, num_tokens: int) -> fl
 
 
 def summarise(seconds: dict[str, list[float]], batch_size: int, num_tokens: int, limit: float) -> dict:
-    """Medians over the turns; `limit` is the fewest seconds that a token-step can take."""
+    """Medians over the turns; `limit` is the minimum number of seconds of a step for one token."""
     ratios = [theirs / ours for theirs, ours in zip(seconds["transformers"], seconds["ours"], strict=True)]
     figures = {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
     for name, timed in seconds.items():

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every figure that needs a GPU, in one command and under 8 minutes: the gpu-marked tests, losses and attention,
-# training against the article, without offload and by LoRA, sampling. Results go to benchmarks/results/gpu.jsonl.
-# Without a GPU it is a dry run: the same commands on a small model, results to a file that is thrown away.
+# Measures everything that needs a GPU, in under 8 minutes: the gpu-marked tests, losses and attention, training against
+# the article, without offload and with LoRA, sampling. Results go to benchmarks/results/gpu.jsonl. Without a GPU it is a
+# dry run: the same commands on a small model, and the results are deleted.
 #
 #   benchmarks/gpu.sh
 #   PYTHON=python3 benchmarks/gpu.sh    # another Python than .venv's
@@ -24,7 +24,7 @@ fi
 part() {
   local began=$SECONDS
   printf '\n== %s\n' "$*"
-  timeout --kill-after=10 400 "$@" || echo "FAILED: $*"  # the other figures are wanted all the same
+  timeout --kill-after=10 400 "$@" || echo "FAILED: $*"  # go on with the other figures
   echo "== $((SECONDS - began)) s"
 }
 
@@ -35,7 +35,7 @@ part "$python" benchmarks/train.py --architecture $large --turns 1 --steps $step
   --article_texts_per_step 15 --texts_per_step "${step_texts[0]}" --output "$output"
 part "$python" benchmarks/train.py --architecture $large --turns 1 --steps $steps --device_memory_gib 12 --sides ours \
   --texts_per_step "${step_texts[1]}" --activation_checkpointing --output "$output"
-# Forecast beside measured peaks, of the device and of the host.
+# Forecast and measured peak, of device and host.
 part "$python" benchmarks/plan.py --only $plan_runs --output "$output"
 # The whole GPU, no offload.
 if ((memory > 70)); then
@@ -44,7 +44,7 @@ if ((memory > 70)); then
   part "$python" benchmarks/train.py --architecture $large --turns 1 --steps $steps --sides ours \
     --texts_per_step $whole_step_texts --deepspeed ds_configs/no_offload.json --output "$output"
 fi
-# LoRA as on a 24 GB card, nothing offloaded, beside all weights with the optimizer offloaded (above).
+# LoRA as on a 24 GB card without offload, against all weights with the optimizer offloaded (above).
 part "$python" benchmarks/train.py --architecture $large --turns 1 --steps $steps --device_memory_gib 24 --sides lora \
   --texts_per_step "${step_texts[0]}" --deepspeed ds_configs/no_offload.json --output "$output"
 part "$python" benchmarks/generate.py --architecture $large --turns 1 --max_new_tokens $new_tokens --output "$output"

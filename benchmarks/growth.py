@@ -1,13 +1,13 @@
-"""What a run costs as it grows: in rows of the data set, and in processes; and where its start-up goes.
+"""How a run's cost grows with the rows of the data set and with processes, and where start-up time goes.
 
     python benchmarks/growth.py                                   # 1,000 to 1,000,000 rows, 1 to 4 processes
     python benchmarks/growth.py --rows 1000 --processes 1 2
 
-Every line is a whole run of train.py by the demo recipe (a small GPT-Neo from scratch, a tokenizer of its own) on
-made-up descriptions, cut after some steps. For each number of rows it runs twice: cold, when the texts
-are tokenised, and warm, when they lie in the cache. Start-up is the time from the process's start to the end of its
-first step; its parts are the imports, train.py's own steps, and DeepSpeed's engine. Each run ends with a line of
-JSON; with --output it is also appended to a file.
+Each line is a whole run of train.py with the demo recipe (a small GPT-Neo from scratch, its own tokenizer) on
+generated descriptions, ended after some steps. Each number of rows runs twice: cold, when the texts are tokenized,
+and warm, when they are in the cache. Start-up is the time from the process's start to the end of its first step:
+imports, train.py's own steps, and DeepSpeed's engine. Each run ends with a line of JSON; --output also appends it to
+a file.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, default=30, help="after which a run is cut")
+    parser.add_argument("--steps", type=int, default=30, help="steps of each run")
     parser.add_argument("--output", help="JSON lines file to append to")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_rows(path: Path, num_rows: int) -> Path:
-    """A CSV of made-up descriptions from the sample catalogue's words, nearly all of them different."""
+    """Writes a CSV of generated descriptions, nearly all different, with the sample catalogue's words."""
     with open(ROOT / "data" / "sample_titles.csv", encoding="utf-8", newline="") as file:
         words = sorted({word for row in csv.DictReader(file) for word in row["description"].split()})
     rng = random.Random(0)
@@ -71,7 +71,7 @@ def write_rows(path: Path, num_rows: int) -> Path:
 
 
 def run(folder: Path, dataset: Path, num_steps: int, num_processes: int) -> dict:
-    """A run of train.py in `num_processes` processes, cut after `num_steps` steps."""
+    """Runs train.py in `num_processes` processes for `num_steps` steps."""
     from machine import run_job  # not at the top: a run's own process imports torch by the clock
 
     figures, output_dir = folder / "figures.json", folder / f"run-{random.getrandbits(32)}"
@@ -97,7 +97,7 @@ def run(folder: Path, dataset: Path, num_steps: int, num_processes: int) -> dict
 
 
 def measure(figures_path: str, train_words: list[str]) -> None:
-    """In a run's own process: train.py, with a clock around each of the parts of its start."""
+    """Runs train.py in this process and times each part of its start."""
     parts = {"launcher": time.time() - float(os.environ["STARTED"])}
 
     def timed(name: str, function):

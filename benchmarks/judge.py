@@ -1,9 +1,9 @@
-"""Seconds and memory that judging samples takes: `python benchmarks/judge.py --samples 10000 --texts 8000`.
+"""Seconds and memory of judging samples: `python benchmarks/judge.py --samples 10000 --texts 8000`.
 
-Texts are chains of words: each follows the last as it does somewhere in data/sample_titles.csv or, where the variable
-NETFLIX_TITLES_CSV names the real catalogue, there. Of the samples, one in twenty is a training text and one in twenty a
-training text with another last word, which the judgement must find; the others are chains of their own. The last line
-is JSON; with --output it is also appended to a file. What is left out: reading files, and the base model's perplexity.
+Texts are chains of words in which each word follows the last one somewhere in data/sample_titles.csv or, if
+NETFLIX_TITLES_CSV names it, in the real catalogue. One sample in twenty is a training text and one in twenty a
+training text with another last word; judging must find them. The others are chains of their own. Reading files and
+the base model's perplexity are not included. The last line is JSON; --output also appends it to a file.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from machine import write_line
 
 from neoflix.data.sources import SAMPLE_PATH, read_examples
 from neoflix.judging.figures import judge
-from neoflix.judging.novelty import NEAR_TWIN, TrainingTexts
+from neoflix.judging.novelty import NEAR_DUPLICATE, TrainingTexts
 from neoflix.training.meters import peak_host_bytes
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     ended = time.process_time(), time.perf_counter()
     planted = len(range(0, args.samples, 10)) / args.samples
     if found.near_twins < 0.99 * planted:
-        sys.exit(f"error: {found.near_twins:.1%} near twins found, {planted:.1%} were planted")
+        sys.exit(f"error: {found.near_twins:.1%} near duplicates found, {planted:.1%} were planted")
     write_line(
         {
             "num_samples": args.samples,
@@ -54,7 +54,7 @@ def main() -> None:
             "wall_seconds": ended[1] - began[1],
             "peak_bytes_before": before,  # imports, texts and samples
             "peak_bytes": peak_host_bytes(),
-            "near_twin_from": NEAR_TWIN,
+            "near_twin_from": NEAR_DUPLICATE,
             "found": asdict(found),
         },
         args.output,
@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class Chains:
-    """Texts in which every pair of neighbours stands in a real text, of the real texts' lengths."""
+    """Texts in which every pair of adjacent words occurs in a real text, with the real texts' lengths."""
 
     def __init__(self, texts: list[str]):
         self.random = random.Random(0)

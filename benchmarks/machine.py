@@ -1,4 +1,4 @@
-"""What a benchmark ran on, what that machine can do at most, and the line that keeps the figures."""
+"""The machine of a benchmark, its limits, and the line of JSON that records the figures."""
 
 import json
 import os
@@ -19,7 +19,7 @@ TRIES = 10  # the best counts: a limit is what the machine does when nothing els
 
 
 def hardware() -> str:
-    """The GPU with its memory, or else the CPU; and the CPU cores that this process may use."""
+    """Names the GPU with its memory, or the CPU, and the number of CPU cores of this process."""
     cores = f"{len(os.sched_getaffinity(0))} CPU cores"
     if not torch.cuda.is_available():
         return f"{_cpu_model()}, {cores}"
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def product_flops_per_second(device: str | torch.device, dtype: torch.dtype) -> float:
-    """Multiplications and additions a second in a product of square matrices, measured now.
+    """Multiplications and additions per second in a product of square matrices, measured now.
 
     A GPU needs 8,192 columns to show its best (1.1 TFLOP: 2 ms on an H100 in bf16); a CPU is there at 1,024
     (2.1 GFLOP: 13 ms on one core of a 2023 Xeon in fp32).
@@ -52,7 +52,7 @@ def product_flops_per_second(device: str | torch.device, dtype: torch.dtype) -> 
 
 
 def copy_bytes_per_second(device: str | torch.device) -> float:
-    """Bytes read plus bytes written a second in a copy that no cache holds, measured now."""
+    """Bytes read plus bytes written per second in a copy larger than any cache, measured now."""
     num_bytes = 2**30 if torch.device(device).type == "cuda" else 2**28
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)  # written: unwritten pages would all be one page
     target = torch.empty_like(source)
@@ -69,21 +69,21 @@ def _best_seconds(work: Callable) -> float:
 
 
 def now() -> float:
-    """Seconds; on a GPU those when all that it was told to do is done."""
+    """The time in seconds, after all work of the GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def cap_device_memory(gib: float | None) -> None:
-    """Leaves this process so much of the GPU's memory; None, or no GPU: all there is."""
+    """Limits this process to so much of the GPU's memory; None, or no GPU: no limit."""
     if gib and torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole)
 
 
 def run_job(script: str, words: list[str], num_processes: int = 1, **environment: str) -> None:
-    """Runs a script by the `deepspeed` launcher, with this Python's programs; ends with its output if it fails."""
+    """Runs a script with the `deepspeed` launcher of this Python; exits with its output if it fails."""
     programs = Path(sys.executable).parent
     launcher = [sys.executable, str(programs / "deepspeed"), "--quiet", "--num_accelerators", str(num_processes)]
     launcher += ["--master_port", str(random.randint(20_000, 30_000))]
@@ -97,12 +97,12 @@ def run_job(script: str, words: list[str], num_processes: int = 1, **environment
 
 
 def command() -> str:
-    """How the running benchmark was called."""
+    """The command line of this benchmark."""
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def write_line(figures: dict, output: str | None) -> None:
-    """Prints a benchmark's figures as one line of JSON that also says where, how and when they were measured.
+    """Prints a benchmark's figures as one line of JSON with hardware, versions, command and date.
 
     Args:
         output: a JSON lines file to append the line to.

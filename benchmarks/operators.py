@@ -1,10 +1,10 @@
-"""The loss and the attention by themselves, each way there is: milliseconds and memory, forward and backward.
+"""Ways to compute the loss and the attention: milliseconds and memory, forward and backward.
 
     python benchmarks/operators.py                           # on a CPU: few tokens, narrow; on a GPU: 2.7B's shapes
     python benchmarks/operators.py --num_texts 256
 
-A way that the machine or the installed torch does not have is left out and named. Every way's gradients are held
-against the first's before it is timed. The last line is JSON; with --output it is also appended to a file.
+Ways that the machine or the installed torch does not have are skipped and named. Each way's gradients are compared
+with the first's before it is timed. The last line is JSON; --output also appends it to a file.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def losses(num_tokens: int, args: argparse.Namespace) -> dict[str, Callable]:
-    """Each takes no argument and returns the gradients of the hidden states and of the head."""
+    """Functions without arguments that return the gradients of the hidden states and of the head."""
     hidden = torch.randn(1, num_tokens, args.width, dtype=args.dtype).requires_grad_()
     head = (torch.randn(VOCAB_SIZE, args.width, dtype=args.dtype) * 0.02).requires_grad_()
     labels = torch.randint(VOCAB_SIZE, (1, num_tokens))
@@ -95,7 +95,7 @@ def losses(num_tokens: int, args: argparse.Namespace) -> dict[str, Callable]:
 
 
 def attentions(lengths: list[int], args: argparse.Namespace) -> dict[str, Callable]:
-    """Each takes no argument and returns the gradients of query, key and value [T, H, D]; a local layer's."""
+    """Functions without arguments that return the gradients of a local layer's query, key and value [T, H, D]."""
     shape = (sum(lengths), args.num_heads, args.width // args.num_heads)
     query, key, value = (torch.randn(*shape, dtype=args.dtype).requires_grad_() for _ in range(3))
     layout = lay_out_texts(lengths)
@@ -152,7 +152,7 @@ def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def compare(title: str, ways: dict[str, Callable], device: str) -> dict[str, dict[str, float]]:
-    """Milliseconds (median) and, on a GPU, MiB above what is there before, of each way; in turn."""
+    """Median milliseconds of each function and, on a GPU, MiB allocated on top; in turn."""
     expected = next(iter(ways.values()))()
     milliseconds, memory = {name: [] for name in ways}, {}
     for name, way in ways.items():

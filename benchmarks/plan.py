@@ -2,12 +2,12 @@
 
     python benchmarks/plan.py --output benchmarks/results/plan-cpu.jsonl
     python benchmarks/plan.py --only 38M-offload 38M-cpu-2
-    python benchmarks/plan.py --again benchmarks/results/plan-cpu.jsonl    # what was measured, by the formulas of today
+    python benchmarks/plan.py --again benchmarks/results/plan-cpu.jsonl    # new forecasts for runs already measured
 
-Each configuration is a whole run by the `deepspeed` launcher: the untouched model measured, two steps, a checkpoint, an
-evaluation. The models have random weights and GPT-Neo's vocabulary, so that embedding and head weigh what they weigh in
-the real ones; texts are those of the sample catalogue. One line of JSON each, with what it takes to forecast it anew:
-tests/planning/test_forecast.py holds the formulas as they stand against the measured peaks.
+Each configuration is a whole run with the `deepspeed` launcher: evaluation, two steps, a checkpoint, evaluation. The
+models have random weights and GPT-Neo's vocabulary, so that embedding and head have their real share; the texts are
+the sample catalogue's. Each run gives one line of JSON with everything that a new forecast needs:
+tests/planning/test_forecast.py compares the formulas with the measured peaks.
 
 On a machine with a GPU the same command compares device memory too.
 """
@@ -30,11 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from machine import run_job, write_line
+from neoflix.planning.memory import Settings
 
 from neoflix.model.shape import Shape
 from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import Texts
-from neoflix.planning.memory import Settings
 from neoflix.planning.plan_run import plan_run, read_quickly
 from neoflix.runtime.hardware import Machine
 
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--output", help="JSON lines file to append to")
-    parser.add_argument("--again", metavar="FILE", help="runs nothing: forecasts the lines of a file anew, in place")
+    parser.add_argument("--again", metavar="FILE", help="runs nothing; replaces the forecasts in a file")
     args = parser.parse_args()
     if args.again:
         forecast_again(Path(args.again))
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def compare(name: str, configuration: Configuration, folder: Path) -> dict:
-    """Runs a configuration and returns what it took and what was forecast."""
+    """Runs a configuration and returns measured and forecast memory."""
     size, deepspeed, num_processes, more, texts = configuration
     catalogue = folder / "titles.csv"
     if not catalogue.is_file():
@@ -161,7 +161,7 @@ def forecast_again(file: Path) -> None:
 
 
 def forecast_in(words: list[str], num_processes: int) -> Plan:
-    """What train.py forecasts with these words, in as many processes."""
+    """The forecast of train.py for these flags, in as many processes."""
     before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_SIZE")}
     os.environ |= dict.fromkeys(before, str(num_processes))
     try:
@@ -172,7 +172,7 @@ def forecast_in(words: list[str], num_processes: int) -> Plan:
 
 
 def build_folder(folder: Path, num_layers: int, width: int) -> Path:
-    """A model as the hub has it: random weights, GPT-Neo's vocabulary size, a small tokenizer."""
+    """Saves a model like those on the hub: random weights, GPT-Neo's vocabulary size, a small tokenizer."""
     if folder.is_dir():
         return folder
     with open(ROOT / "data" / "sample_titles.csv", encoding="utf-8", newline="") as file:

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def draw_throughput(axis, lines: list[dict]) -> None:
-    """Real tokens/s against real tokens a step, a line for each architecture and side."""
+    """Real tokens/s against real tokens per step, one line per architecture and side."""
     for architecture in dict.fromkeys(line["architecture"] for line in lines):
         for side, color in COLORS.items():
             points = {
@@ -53,12 +53,12 @@ def draw_throughput(axis, lines: list[dict]) -> None:
             axis.plot(
                 x, y, "o-", color=color, label=f"{architecture}, {side}", alpha=0.4 + 0.6 * (architecture == "small")
             )
-    axis.set(xlabel="real tokens a step", ylabel="real tokens/s", ylim=(0, None))
+    axis.set(xlabel="real tokens per step", ylabel="real tokens/s", ylim=(0, None))
     axis.legend(fontsize=8)
 
 
 def draw_memory(axis, lines: list[dict]) -> None:
-    """Peak memory against the model's size, at the smallest step measured of each."""
+    """Peak memory against the model's size, at the smallest step that was measured."""
     for side, color in COLORS.items():
         smallest = {}
         for line in sorted(lines, key=lambda line: -line["texts_per_step"]):

@@ -1,10 +1,10 @@
-"""What rounding the scaled queries costs `python -m neoflix.export`: log-probabilities on held-out texts.
+"""The effect of rounding the scaled queries in `python -m neoflix.export`: log-probabilities on held-out texts.
 
     python benchmarks/rounding.py
 
-A small GPT-Neo with heads 128 wide (as 1.3B and 2.7B have them) learns the sample titles for six epochs and is cast to
-bf16. Against these weights, computed in fp32: the export in three dtypes, computed in fp32, and the same weights
-computed in bf16. The last line is JSON; with --output it is also appended to a file.
+A small GPT-Neo with heads 128 wide (like 1.3B and 2.7B) is trained on the sample titles for six epochs and cast to
+bf16. The reference is these weights computed in fp32. Compared with it: the export in three dtypes, computed in fp32,
+and the same weights computed in bf16. The last line is JSON; --output also appends it to a file.
 """
 
 import argparse
@@ -85,8 +85,8 @@ def log_probabilities(model, texts: list[list[int]]) -> torch.Tensor:
 
 
 def compare(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """Mean difference of log-probabilities (nats), mean Kullback-Leibler divergence (nats), and how often the likeliest
-    token is the same."""
+    """Mean difference of log-probabilities (nats), mean Kullback-Leibler divergence (nats), and the share of positions
+    with the same most likely token."""
     return {
         "difference": (found - expected).abs().mean().item(),
         "divergence": (expected.exp() * (expected - found)).sum(-1).mean().item(),

@@ -1,14 +1,14 @@
-"""Kills a run of two processes again and again, at random moments and inside saves, and checks what is left.
+"""Kills a run of two processes again and again, at random moments and inside saves, and checks the result.
 
     python benchmarks/soak.py --kills 30          # 6 minutes on 2 CPU cores
-    python benchmarks/soak.py --kills 3 --seed 7  # the same kills again: their targets and moments come from the seed
+    python benchmarks/soak.py --kills 3 --seed 7  # the seed decides targets and moments
 
-A run that is never touched comes first. Then the same run is started, killed with SIGKILL (one rank, all ranks,
-DeepSpeed's launcher, the `deepspeed` command), started again by the same command, and so on to its end, and anew
-from the beginning until there were enough kills. Checked: after each kill nothing runs any more within 60 s; each
-start goes on from the newest checkpoint whose every file matches its checksum; each finished run is the untouched
-one's, bit for bit: weights, optimizer, schedule, random states, losses. Exit code 1 at the first difference.
-Ends with a line of JSON; with --output it is also appended to a file.
+First an undisturbed run. Then the same run is started, killed with SIGKILL (one rank, all ranks, DeepSpeed's
+launcher, the `deepspeed` command) and started again by the same command until its end, and again from the beginning
+until there were enough kills. Checked: after each kill nothing runs after 60 s; each start resumes from the newest
+checkpoint whose files all match their checksums; each finished run equals the undisturbed one bit for bit: weights,
+optimizer, schedule, random states, losses. Exit code 1 at the first difference. Ends with a line of JSON; --output
+also appends it to a file.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=60, help="of each run; it saves every second one")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each run, with a save after every second one")
     parser.add_argument("--deepspeed", default="ds_config.json", help="DeepSpeed file of the runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="JSON lines file to append to")
@@ -103,7 +103,7 @@ def soak(folder: Path, args: argparse.Namespace) -> dict:
 
 
 class Life:
-    """One start of the run, up to its end or its kill."""
+    """One start of the run, until it ends or is killed."""
 
     def __init__(self, run: Path, args: argparse.Namespace):
         self.run, self.log = run, run.with_suffix(".log")
@@ -136,7 +136,7 @@ class Life:
             )
 
     def processes(self) -> list[psutil.Process]:
-        """Command, launcher, ranks: all that runs for this folder, by their command lines."""
+        """All processes of this folder's run (command, launcher, ranks), by their command lines."""
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             words = process.info["cmdline"] or []
@@ -152,7 +152,7 @@ class Life:
         return False
 
     def await_moment(self, seconds: float, wants_save: bool) -> bool:
-        """Waits for a save to begin, or some time; False where the run ended before."""
+        """Waits for a save to begin, or for some time; False if the run ended before."""
         moment = time.time() + seconds
         while self.command.poll() is None:
             if any(self.run.glob("checkpoint-*.part")) if wants_save else time.time() > moment:
@@ -162,7 +162,7 @@ class Life:
         return False
 
     def kill(self, target: str, number: int = signal.SIGKILL) -> float:
-        """Sends a signal that ends the run; returns the seconds until nothing of it is left."""
+        """Kills the run and returns the seconds until no process of it is left."""
         began = time.time()
         for process in self.processes():
             if role(process.cmdline()) == target or (target == "all ranks" and "rank" in role(process.cmdline())):
@@ -189,7 +189,7 @@ def role(words: list[str]) -> str:
 
 
 def fingerprint(run: Path) -> dict:
-    """What makes a run the same: the contents of its last checkpoint, and its losses."""
+    """What two equal runs share: the contents of the last checkpoint, and the losses."""
     last = list_numbered(run)[-1]
     names = [name for name in read_manifest(last)["files"] if name.endswith((".pt", ".pth"))]
     states = {name: digest(torch.load(last / name, weights_only=False)) for name in names if "args" not in name}
@@ -201,7 +201,7 @@ def fingerprint(run: Path) -> dict:
 
 
 def digest(value) -> str:
-    """The same for the same values: a file's own bytes also tell which of them once were one object."""
+    """A hash of the values: a file's bytes also depend on which objects were shared."""
     if isinstance(value, dict):
         parts = [str((key, digest(inner))) for key, inner in value.items()]
     elif isinstance(value, list | tuple):

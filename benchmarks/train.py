@@ -1,21 +1,20 @@
-"""The article's training recipe and this project's, side by side: same texts, same model, same device.
+"""The 2021 article's training recipe and this project's, in turn: same texts, same model, same device.
 
     python benchmarks/train.py                                    # a small GPT-Neo with the real vocabulary's size
     python benchmarks/train.py --texts_per_step 15 32 64 --turns 1
-    python benchmarks/train.py --architecture 2.7B                # random weights: speed and memory do not care
+    python benchmarks/train.py --architecture 2.7B                # random weights
     python benchmarks/train.py --architecture 125M --sides ours lora --texts_per_step 32    # --lora against all weights
 
-Each side runs as its own `deepspeed` job, the two in turn (article, ours, article, ours, ...), so that what else
-the machine does falls on both. Tokens are random numbers; texts have the real descriptions' lengths. Real tokens
-are those of texts: what a side pads costs it time and earns it nothing. Each number of texts a step ends with a line of
-JSON; with --output it is also appended to a file.
+Each side is its own `deepspeed` job, and the sides take turns, so that other work on the machine affects both. Tokens
+are random numbers; texts have the lengths of the Netflix descriptions. Real tokens are those of texts: padding costs
+time and does not count. Each number of texts per step ends with a line of JSON; --output also appends it to a file.
 
-A job's steps: first some that do not count, then those that are timed, untouched; then some whose phases are timed
-one by one (on a GPU the host waits at each border, so that they add up to more than an untouched step), and
-some under Python's profiler (which slows Python down: its shares are upper bounds).
+A job's steps: first some that do not count, then timed ones, then some whose phases are timed one by one (on a GPU
+the host waits between phases, so they add up to more than a plain step), and some under Python's profiler (which
+slows Python down, so its shares are upper bounds).
 
-MFU is 6 N flops a real token, N all parameters (the tied embedding once), with LoRA 4 N, over what the device does in a
-product of large square matrices, measured in the same job.
+MFU is 6 N FLOPs per real token (N = all parameters, the tied embedding once; with LoRA 4 N) over the rate of the
+device in a product of large square matrices, measured in the same job.
 """
 
 import argparse
@@ -97,14 +96,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="small")
     parser.add_argument("--texts_per_step", type=int, nargs="+", default=[15], help="default: the article's batch")
-    parser.add_argument("--article_texts_per_step", type=int, help="where it is to differ from ours")
-    parser.add_argument("--texts_per_batch", type=int, help="our side adds up batches of so many; default: all at once")
+    parser.add_argument("--article_texts_per_step", type=int, help="for the article's side, if different")
+    parser.add_argument("--texts_per_batch", type=int, help="our side's batch size; default: all at once")
     parser.add_argument("--steps", type=int, default=8, help="steps of a turn that are timed")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES[:2])
-    parser.add_argument("--deepspeed", default=str(default_ds_config), help="our side's DeepSpeed file")
-    parser.add_argument("--activation_checkpointing", action="store_true", help="our side's")
-    parser.add_argument("--device_memory_gib", type=float, help="our side's share of the GPU's memory")
+    parser.add_argument("--deepspeed", default=str(default_ds_config), help="DeepSpeed file of our side")
+    parser.add_argument("--activation_checkpointing", action="store_true", help="for our side")
+    parser.add_argument("--device_memory_gib", type=float, help="limit of our side's GPU memory")
     parser.add_argument("--output", help="JSON lines file to append to")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--figures", help=argparse.SUPPRESS)
@@ -113,7 +112,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def run_side(args: argparse.Namespace, side: str, texts_per_step: int) -> dict:
-    """Runs one side in a job of its own and returns its figures."""
+    """Runs one side in its own job and returns its figures."""
     if side == "article" and args.article_texts_per_step:
         texts_per_step = args.article_texts_per_step
     with tempfile.TemporaryDirectory() as folder:
@@ -203,7 +202,7 @@ def build_article_trainer(args, texts_per_step: int, texts: list[list[int]], com
     pad = ARCHITECTURES[args.architecture].vocab_size - 1
 
     def pad_to_the_longest(examples: list[dict]) -> dict:
-        """Every text as long as the data set's longest, and padding is a label too."""
+        """Pads every text to the data set's longest, and counts padding in the loss."""
         rows = [example["input_ids"] + [pad] * (PADDED_LENGTH - len(example["input_ids"])) for example in examples]
         input_ids = torch.tensor(rows)
         return {"input_ids": input_ids, "attention_mask": (input_ids != pad).long(), "labels": input_ids.clone()}
@@ -217,7 +216,7 @@ def build_article_trainer(args, texts_per_step: int, texts: list[list[int]], com
 
 
 class Clock(TrainerCallback):
-    """Times a job's steps: first all at once, then their phases, then what of them is Python."""
+    """Times a job's steps: first as a whole, then by phase, then the share of Python."""
 
     def __init__(self, trainer: Trainer, num_timed: int):
         self.trainer = trainer

@@ -12,46 +12,44 @@ Sources: transformers' modeling_gpt_neo.py and modeling_gpt2.py.
 import argparse
 import json
 import math
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import (
     GPT2Config,
     GPTNeoConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.hf_argparser import string_to_bool
 
-from neoflix.arguments.parse import (
-    _PlainParser,
-)
+from neoflix.arguments.command_line import SWITCH, Parser
 from neoflix.checkpoints.find import find_model
-from neoflix.checkpoints.gather import WEIGHTS, safetensors_header, whole_weights
 from neoflix.data.tokenizer import read_tokenizer
-from neoflix.model.folder import holds_adapters
+from neoflix.model.folder import WEIGHTS_FILES, holds_adapters
 from neoflix.model.load import load_pretrained
-from neoflix.runtime.console import progress, say
+from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
-from neoflix.runtime.files import HashedFile, free_bytes, share_as_asked, sync_folder
+from neoflix.runtime.files import free_bytes, share_as_asked, sync_folder
 from neoflix.runtime.processes import run_and_exit
 
 
 def parse_export_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line of `python -m neoflix.export`."""
-    parser = _PlainParser(prog="python -m neoflix.export", description="Rewrite a model for other engines.")
+    parser = Parser(prog="python -m neoflix.export", description="Rewrite a model for other engines.")
     add = parser.add_argument
     layouts = (
         "gpt2: GPT-2's, exact up to GPT-Neo's window of 256 tokens; merged: the model's own, LoRA's adapters merged"
     )
     add("--to", choices=["gpt2", "merged"], required=True, help=layouts)
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as they were saved)")
-    yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
-    add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")
+    add("--allow_pickle", **SWITCH, default=False, help="take weights from a pickle (pytorch_model.bin) if need be")
     add("run", metavar="RUN", help="a run's folder, or one checkpoint of it")
     add("out", metavar="OUT", help="the folder to write; must not exist yet, or be empty")
     return parser.parse_args(argv)
@@ -83,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 def export_gpt2(run: str, out: str, dtype: str | None = None, allow_pickle: bool = False) -> None:
     """Writes a model's folder in GPT-2's layout: config, weights (safetensors), tokenizer, generation settings, README.
 
-    `out` appears whole or not at all. Memory: the model's weights as they were saved, and one tensor more.
+    `out` appears whole or not at all. Memory: the model's weights twice, as they were saved and as they are written.
 
     Args:
         run: a run's folder (its best model), or one checkpoint of it.
@@ -97,12 +95,11 @@ def export_gpt2(run: str, out: str, dtype: str | None = None, allow_pickle: bool
     """
     folder, target = find_model(run, "RUN"), Path(out)
     check_target(target)
-    with whole_weights(folder) as source:
-        if not holds_adapters(source):  # else that of their base, once it is loaded
-            saved = json.loads((source / "config.json").read_text(encoding="utf-8"))
-            check_architecture(saved.get("model_type"), source)
-        model = load_pretrained(str(source), "auto", allow_pickle).eval()
-        tokenizer = read_tokenizer(source, f"RUN {folder}")
+    if not holds_adapters(folder):  # else that of their base, once it is loaded
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check_architecture(saved.get("model_type"), folder)
+    model = load_pretrained(str(folder), "auto", allow_pickle).eval()
+    tokenizer = read_tokenizer(folder, f"RUN {folder}")
     check_architecture(model.config.model_type, folder)
     check_tokenizer(tokenizer, model, folder)
     config = gpt2_config(model.config, len(tokenizer), getattr(torch, dtype) if dtype else model.dtype)
@@ -120,9 +117,8 @@ def export_merged(run: str, out: str, dtype: str | None = None, allow_pickle: bo
     adapters merged into it. Arguments and errors as `export_gpt2`, for any architecture."""
     folder, target = find_model(run, "RUN"), Path(out)
     check_target(target)
-    with whole_weights(folder) as source:
-        model = load_pretrained(str(source), getattr(torch, dtype) if dtype else "auto", allow_pickle)
-        tokenizer = read_tokenizer(source, f"RUN {folder}")
+    model = load_pretrained(str(folder), getattr(torch, dtype) if dtype else "auto", allow_pickle)
+    tokenizer = read_tokenizer(folder, f"RUN {folder}")
     with appearing_whole(target) as unfinished:
         check_room(model.get_memory_footprint(), unfinished)
         model.save_pretrained(unfinished)
@@ -139,11 +135,15 @@ def appearing_whole(target: Path) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         yield unfinished
         share_as_asked(unfinished.rglob("*"))
+        for path in unfinished.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         sync_folder(unfinished)
         unfinished.rename(target)
         sync_folder(target.absolute().parent)
-    except OSError as error:
-        raise UserError(f"OUT {target}: cannot be written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"OUT {target}: cannot be written ({reason})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -246,24 +246,21 @@ def rewrite(weights: dict[str, torch.Tensor], config: GPTNeoConfig, gpt2: GPT2Co
 
 
 def write_weights(model: PreTrainedModel, config: GPT2Config, folder: Path) -> None:
-    """Streams the rewritten weights into `folder`'s model.safetensors. OSError where the disk is full, UserError where
-    a weight is too large for the dtype."""
+    """Writes the rewritten weights to `folder`'s model.safetensors.
+
+    Raises:
+        UserError: where a weight overflows the dtype, or the disk is too small.
+        OSError, SafetensorError: where the file cannot be written.
+    """
     weights = model.state_dict()
-    shapes = dict(rewrite({name: weight.to("meta") for name, weight in weights.items()}, model.config, config))
-    dtypes = dict.fromkeys(shapes, config.dtype)
-    sizes = {name: weight.numel() * config.dtype.itemsize for name, weight in shapes.items()}
-    total = sum(sizes.values())
-    check_room(total, folder)
-    with closing(HashedFile(folder / WEIGHTS)) as file, progress(total=total, unit="B", unit_scale=True) as bar:
-        file.write(safetensors_header(list(shapes), dtypes, shapes, sizes))
-        for name, weight in rewrite(weights, model.config, config):
-            cast = weight.to(config.dtype)
-            if not cast.isfinite().all():
-                raise UserError(
-                    f"{name} holds numbers that {_name(config.dtype)} cannot; take --dtype bfloat16 or float32"
-                )
-            file.write(cast.contiguous().flatten().view(torch.uint8).numpy())
-            bar.update(sizes[name])
+    shapes = rewrite({name: weight.to("meta") for name, weight in weights.items()}, model.config, config)
+    check_room(sum(weight.numel() for _, weight in shapes) * config.dtype.itemsize, folder)
+    rewritten = {}
+    for name, weight in rewrite(weights, model.config, config):
+        rewritten[name] = weight.to(config.dtype).contiguous()
+        if not rewritten[name].isfinite().all():
+            raise UserError(f"{name} overflows {_name(config.dtype)}; use --dtype bfloat16 or float32")
+    save_file(rewritten, folder / WEIGHTS_FILES[0], metadata={"format": "pt"})
 
 
 def save_settings(

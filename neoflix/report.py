@@ -3,9 +3,7 @@
 import argparse
 from pathlib import Path
 
-from neoflix.arguments.parse import (
-    _PlainParser,
-)
+from neoflix.arguments.command_line import Parser
 from neoflix.reporting.curves import MOST_RUNS
 from neoflix.reporting.history import Record
 from neoflix.reporting.pages import COMPARISON_FILE, REPORT_FILE, comparison_page, report_page
@@ -17,7 +15,7 @@ from neoflix.runtime.processes import run_and_exit
 
 def parse_report_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line of `python -m neoflix.report`."""
-    parser = _PlainParser(prog="python -m neoflix.report", description="Write a run's report, or compare several runs.")
+    parser = Parser(prog="python -m neoflix.report", description="Write a run's report, or compare several runs.")
     add = parser.add_argument
     add("--output", help="HTML file to write (default: report.html in the run's folder; of several: comparison.html)")
     add("runs", metavar="RUN", nargs="+", help="a run's folder, finished or not; several are compared in one page")

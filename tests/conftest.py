@@ -1,8 +1,10 @@
 """What the tests stand on: a small GPT-Neo of true architecture in a folder, a catalogue, and ways to run."""
 
+import argparse
 import csv
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,9 +20,21 @@ from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
 
-from neoflix.arguments.quick import PLAN_FLAGS
+from neoflix.arguments.deepspeed_file import read_ds_config
+from neoflix.arguments.parse import read_all_flags
+from neoflix.arguments.reader import DEFAULTS, read_train_flags
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
+from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.find import list_checkpoints
 from neoflix.data.template import Example
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.model.load import load_model
+from neoflix.model.shape import Shape, read_shape
+from neoflix.planning.forecast import Plan, forecast
+from neoflix.planning.lengths import Texts
+from neoflix.planning.settings import read_settings
+from neoflix.runtime.environment import prepare_environment
+from neoflix.runtime.hardware import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -43,7 +57,83 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def no_run_by_default(monkeypatch):
     """A plan depends on the run in its folder, and ./launch.sh may have left one in results/."""
-    monkeypatch.setitem(PLAN_FLAGS, "output_dir", "no-run")
+    monkeypatch.setitem(DEFAULTS, "output_dir", "no-run")
+
+
+def parse_train_args(words: list[str]) -> TrainArguments:
+    """The arguments of a run by its command line, without its plan."""
+    flags = read_all_flags(words)
+    if flags.eval_only:
+        return TrainArguments.from_flags(flags)
+    from neoflix.training.deepspeed import connect  # seconds
+
+    return connect(flags)
+
+
+@pytest.fixture
+def demo_flags(tmp_path):
+    """demo_flags("--seed", "7"): the checked flags of recipes/demo.yaml with these words."""
+    prepare_environment()
+    words = [
+        "--config",
+        str(ROOT / "recipes" / "demo.yaml"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--use_cpu",
+        "true",
+    ]
+    return lambda *more: read_all_flags([*words, *more])
+
+
+@pytest.fixture
+def demo_args(demo_flags):
+    """demo_args("--seed", "7"): the arguments of recipes/demo.yaml with these words."""
+    from neoflix.training.deepspeed import connect  # seconds
+
+    return lambda *more: connect(demo_flags(*more))
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+GIB = 2**30
+NETFLIX = Texts(7008, 779, 31.8, 4.4, 64, "given")
+
+
+def shape_of(size: str) -> Shape:
+    """The shape of GPT-Neo "125M", "1.3B" or "2.7B"."""
+    return read_shape(f"EleutherAI/gpt-neo-{size}")
+
+
+def card(gib: float, host: float = 512, **more) -> Machine:
+    """A node with GPUs of so many GiB, and as much disk as needed."""
+    values = {"num_devices": 1, "device_name": "a card", "capability": (8, 0)} | more
+    return Machine(int(host * GIB), None, 16, device_memory=int(gib * GIB), **values)
+
+
+def plan_flags(*words: str) -> argparse.Namespace:
+    return read_train_flags(["--plan", *words])
+
+
+def forecast_of(size: str, machine: Machine, *words: str, deepspeed: str = "ds_config.json") -> Plan:
+    """The plan of GPT-Neo on Netflix descriptions by these flags."""
+    flags, shape = plan_flags("--deepspeed", deepspeed, *words), shape_of(size)
+    settings = read_settings(flags, shape, NETFLIX, machine, read_ds_config(flags.deepspeed))
+    return forecast(shape, NETFLIX, settings, machine)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """processes(8) makes a plan believe in 8 processes, on one node or as many per node as given."""
+
+    def set_processes(total: int, on_a_node: int | None = None) -> None:
+        monkeypatch.setenv("WORLD_SIZE", str(total))
+        monkeypatch.setenv("LOCAL_SIZE", str(on_a_node or total))
+
+    set_processes(1)
+    return set_processes
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 def free_port() -> str:
@@ -70,6 +160,59 @@ def model_dir(tmp_path_factory, titles) -> Path:
     torch.manual_seed(0)
     GPTNeoForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_dir(model_dir, tmp_path_factory) -> Path:
+    """A model's folder as a finished run leaves it; it is only read."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = load_tokenizer(str(model_dir))
+    torch.manual_seed(0)
+    sampling = SAMPLING_DEFAULTS | {"max_new_tokens": 24}
+    load_model(str(model_dir), tokenizer, torch.float32, sampling).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recorded_run(model_dir, titles, tmp_path_factory) -> Path:
+    """A run's folder with the record that train.py writes, without the training; it is only read."""
+    from neoflix.checkpoints.runs import describe_run, save_results, save_run
+    from neoflix.data.sources import read_dataset
+    from neoflix.data.split import split_texts
+    from neoflix.data.tokens import tokenize_split
+
+    folder = tmp_path_factory.mktemp("recorded")
+    table = folder / "titles.jsonl"
+    table.write_text("".join(json.dumps({"plot": text}) + "\n" for text in titles[:100]))
+    prepare_environment()
+    words = ["--use_cpu", "true", "--deepspeed", str(ROOT / "ds_configs" / "cpu.json"), "--validation_fraction", "0.2"]
+    words += ["--model_name_or_path", str(model_dir), "--dataset", str(table), "--text_column", "plot"]
+    args = parse_train_args([*words, "--output_dir", str(folder / "run")])
+    texts, tokenizer = split_texts(read_dataset(args), 0.2), load_tokenizer(str(model_dir))
+    torch.manual_seed(0)
+    model = load_model(str(model_dir), tokenizer, torch.float32, SAMPLING_DEFAULTS | {"max_new_tokens": 24})
+    run = describe_run(args, model, tokenizer, *tokenize_split(texts, tokenizer, 256, folder / "cache"))
+    model.save_pretrained(folder / "run")
+    tokenizer.save_pretrained(folder / "run")
+    save_run(folder / "run", run)
+    save_results(folder / "run", {})
+    return folder / "run"
+
+
+def generate_words(run: Path, *words) -> list[str]:
+    """Words of a generate.py command for four texts of a run's model."""
+    return ["--model_dir", str(run), "--num_samples", "4", "--seed", "3", *map(str, words)]
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def random_texts(num: int, num_words: int, seed: int) -> list[list[str]]:
+    """Texts of few different words, as their words, so that runs of words come again."""
+    draw = random.Random(seed)
+    return [[f"w{draw.randrange(num_words)}" for _ in range(draw.randrange(0, 14))] for _ in range(num)]
 
 
 def as_examples(texts: list[str]) -> list[Example]:

@@ -11,12 +11,11 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import ROOT, run_program
+from conftest import ROOT, parse_train_args, run_program
 
 import generate
 import train
 from neoflix.arguments.generate import parse_generate_args
-from neoflix.arguments.parse import parse_train_args
 from neoflix.arguments.training import TrainArguments
 from neoflix.export import parse_export_args
 from neoflix.report import main, parse_report_args

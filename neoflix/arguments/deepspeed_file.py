@@ -1,15 +1,11 @@
-"""DeepSpeed's JSON file: read it, and refuse what DeepSpeed and Trainer let through silently.
+"""DeepSpeed's JSON file: reads it, and refuses what DeepSpeed and Trainer ignore silently.
 
-Nested misspellings, batch sizes that contradict the command line and unknown stages are refused by them
-already, with their own words.
+DeepSpeed itself refuses misspelled keys in most blocks, and unknown stages.
 """
 
 import difflib
 import json
 import os
-import shutil
-import sysconfig
-from contextlib import suppress
 from pathlib import Path
 
 from neoflix.runtime.errors import UserError
@@ -31,11 +27,9 @@ TOP_LEVEL_KEYS = frozenset(
     """.split()
 )
 
-
 _BATCH_KEYS = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
 
-
-# Blocks whose further keys DeepSpeed ignores; those of the others it refuses itself.
+# Blocks in which DeepSpeed ignores unknown keys. It refuses them in all other blocks.
 OPEN_BLOCKS = {
     "aio": ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
     "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
@@ -44,18 +38,19 @@ OPEN_BLOCKS = {
 
 
 def find_ds_config(source: dict | str | Path | None) -> dict | str | Path | None:
-    """The file itself where `source` names one of ours, from wherever train.py is called; else what was handed over."""
+    """The path of a file of ours that `source` names, whatever the working directory; otherwise `source` itself."""
     if isinstance(source, str | Path) and not is_json(source) and not Path(source).exists():
         return str(ROOT / source) if (ROOT / source).is_file() else source
     return source
 
 
 def is_json(source) -> bool:
+    """Whether `--deepspeed` is JSON itself, and not the path of a file."""
     return str(source).lstrip().startswith("{")
 
 
 def read_ds_config(source: str | Path) -> dict:
-    """Reads and checks a DeepSpeed file, or the JSON itself; UserError names what is wrong and the way out."""
+    """Reads and checks a DeepSpeed file, or JSON itself. UserError names the key and the way out."""
     source = find_ds_config(source)
     path = "{...}" if is_json(source) else source
     try:
@@ -66,26 +61,28 @@ def read_ds_config(source: str | Path) -> dict:
         raise UserError(f"--deepspeed {path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {path}: must hold one JSON object, {{...}}")
-    for place, known in (("", TOP_LEVEL_KEYS), *OPEN_BLOCKS.items()):
-        for key in config.get(place, {}) if place else config:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "remove it"
-                where = f" in {place!r}" if place else ""
-                raise UserError(
-                    f"--deepspeed {path}: DeepSpeed knows no key {key!r}{where} and would ignore it; {hint}"
-                )
+    _check_keys(config, path)
     if "scheduler" in config:
         raise UserError(
-            f"--deepspeed {path}: --lr_scheduler_type and --warmup_steps set the schedule, and a 'scheduler' in the "
-            "file would leave them without an effect; remove it"
+            f"--deepspeed {path}: a 'scheduler' in the file would override --lr_scheduler_type and --warmup_steps; "
+            "remove it"
         )
-    check_zero(config.get("zero_optimization", {}), path)
+    _check_zero(config.get("zero_optimization", {}), path)
     return config
 
 
-def check_zero(zero: dict, path: str | Path) -> None:
-    """UserError for what DeepSpeed 0.19.8 would ignore, or spoil the model with."""
+def _check_keys(config: dict, path: str | Path) -> None:
+    for block, known in (("", TOP_LEVEL_KEYS), *OPEN_BLOCKS.items()):
+        for key in config.get(block, {}) if block else config:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "remove it"
+                where = f" in {block!r}" if block else ""
+                raise UserError(f"--deepspeed {path}: DeepSpeed has no key {key!r}{where} and would ignore it; {hint}")
+
+
+def _check_zero(zero: dict, path: str | Path) -> None:
+    """Raises UserError for settings that DeepSpeed 0.19.8 ignores, that break the model, or that we do not support."""
     stage, optimizer_device = zero.get("stage", 0), zero.get("offload_optimizer", {}).get("device")
     if "offload_param" in zero and stage != 3:
         raise UserError(
@@ -97,22 +94,22 @@ def check_zero(zero: dict, path: str | Path) -> None:
             f"--deepspeed {path}: at ZeRO stage {stage} DeepSpeed keeps the optimizer in host memory, not on NVMe; "
             'set "stage": 3 (see ds_configs/nvme.json) or "device": "cpu"'
         )
-    if optimizer_device == "nvme" and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+    if stage == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is False:
         raise UserError(
-            f"--deepspeed {path}: with the optimizer on NVMe a checkpoint's shards do not hold the weights; "
-            'set "stage3_gather_16bit_weights_on_model_save": true'
+            f'--deepspeed {path}: with "stage3_gather_16bit_weights_on_model_save": false a checkpoint has no whole '
+            "weights; set it to true, or remove it"
         )
     if "zenflow" in zero:
         raise UserError(
-            f"--deepspeed {path}: ZenFlow of DeepSpeed 0.19.8 transposes the weights it takes over, and the model is "
-            "spoilt before its first step; remove zenflow"
+            f"--deepspeed {path}: ZenFlow of DeepSpeed 0.19.8 transposes the model's weights, which breaks the model; "
+            "remove zenflow"
         )
 
 
 def follow_arguments(config: dict) -> dict:
-    """The DeepSpeed file with "auto" (the value of the flag) where it doesn't set what a flag sets.
+    """The DeepSpeed file with "auto", the flag's value, for every setting of a flag that the file leaves out.
 
-    DeepSpeed's own default would win otherwise, without a word: no clipping, one batch a step, its own betas.
+    Otherwise DeepSpeed would silently use its own default: no clipping, one batch per step, its own betas.
     """
     config = {"gradient_clipping": "auto", **dict.fromkeys(_BATCH_KEYS, "auto"), **config}
     optimizer = config.get("optimizer")
@@ -122,7 +119,7 @@ def follow_arguments(config: dict) -> dict:
     return config
 
 
-# What both a DeepSpeed file and a flag set.
+# Settings that both a DeepSpeed file and a flag have.
 _SHARED_KEYS = (
     *("optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps", "optimizer.params.weight_decay"),
     *("gradient_clipping", "bf16.enabled", "fp16.enabled", *_BATCH_KEYS),
@@ -130,7 +127,7 @@ _SHARED_KEYS = (
 
 
 def set_values(config: dict) -> dict:
-    """What a DeepSpeed file sets by itself of all that flags set too: neither left out nor "auto"."""
+    """The settings of flags that a DeepSpeed file has too, without those that are "auto"."""
     values = {}
     for key in _SHARED_KEYS:
         found = config
@@ -141,52 +138,27 @@ def set_values(config: dict) -> dict:
     return values
 
 
-def check_agreement(config: dict, args) -> None:
-    """UserError where the DeepSpeed file sets another value than a flag does."""
-    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    flags = {
-        "optimizer.params.lr": ("--learning_rate", args.learning_rate),
-        "optimizer.params.betas": ("--adam_beta1 and --adam_beta2 are", [args.adam_beta1, args.adam_beta2]),
-        "optimizer.params.eps": ("--adam_epsilon", args.adam_epsilon),
-        "optimizer.params.weight_decay": ("--weight_decay", args.weight_decay),
-        "gradient_clipping": ("--max_grad_norm", args.max_grad_norm),
+def check_agreement(config: dict, flags) -> None:
+    """Raises UserError if the DeepSpeed file and a flag have different values. A flag of None has no value yet."""
+    if not (values := set_values(config)):
+        return
+    batch, steps = flags.per_device_train_batch_size, flags.gradient_accumulation_steps
+    flag_of = {
+        "optimizer.params.lr": ("--learning_rate", flags.learning_rate),
+        "optimizer.params.betas": ("--adam_beta1 and --adam_beta2 are", [flags.adam_beta1, flags.adam_beta2]),
+        "optimizer.params.eps": ("--adam_epsilon", flags.adam_epsilon),
+        "optimizer.params.weight_decay": ("--weight_decay", flags.weight_decay),
+        "gradient_clipping": ("--max_grad_norm", flags.max_grad_norm),
         "gradient_accumulation_steps": ("--gradient_accumulation_steps", steps),
         "train_micro_batch_size_per_gpu": ("--per_device_train_batch_size", batch),
-        "train_batch_size": ("the texts of a step are", batch * steps * int(os.environ.get("WORLD_SIZE", "1"))),
-        "bf16.enabled": ("--bf16", args.bf16),
-        "fp16.enabled": ("--fp16", args.fp16),
+        "train_batch_size": ("a step has these texts:", batch * steps * int(os.environ.get("WORLD_SIZE", "1"))),
+        "bf16.enabled": ("--bf16", flags.bf16),
+        "fp16.enabled": ("--fp16", flags.fp16),
     }
-    for key, found in set_values(config).items():
-        flag, value = flags[key]
-        if found != value:
+    for key, found in values.items():
+        flag, value = flag_of[key]
+        if value is not None and found != value:
             raise UserError(
-                f'--deepspeed {args.deepspeed}: {key} is {found}, but {flag} {value}; write "auto" in the file to '
+                f'--deepspeed {flags.deepspeed}: {key} is {found}, but {flag} {value}; write "auto" in the file to '
                 "let the flag decide"
             )
-
-
-def check_compiler(config: dict) -> None:
-    """DeepSpeed compiles its CPU Adam on first use; UserError says what to install for that."""
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
-    if offload.get("device") not in ("cpu", "nvme"):
-        return
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None and shutil.which("g++") is None:
-        raise UserError(
-            "DeepSpeed compiles its CPU Adam on first use and found no C++ compiler: install one "
-            "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
-        )
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        raise UserError(
-            "DeepSpeed compiles its CPU Adam on first use and found no Python headers: install them "
-            "(Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
-        )
-
-
-def _is_open(file: Path) -> bool:
-    """Whether a process of this machine has the file open."""
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if descriptor.samefile(file):
-                return True
-    return False

@@ -2,64 +2,107 @@
 
 import argparse
 import itertools
+from collections.abc import Iterable
+from dataclasses import fields
 
-from transformers.hf_argparser import string_to_bool
-
-from neoflix.arguments.parse import (
-    _PlainParser,
-    _read_recipe,
-)
+from neoflix.arguments.command_line import SWITCH, Parser
+from neoflix.arguments.paths import expand_paths
+from neoflix.arguments.recipes import check_keys, read_recipe
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS, SAMPLING_RULES, check_sampling
+from neoflix.arguments.train_flags import TrainFlags
 from neoflix.runtime.errors import UserError
+
+DEFAULT_SWEEP_FOLDER = "samples-sweep"
 
 
 def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """`generate.py`'s command line. Sampling flags left unsaid are None: the model's own settings hold."""
-    parser = _PlainParser(prog="generate.py", description="Sample new texts from a fine-tuned model.")
-    add = parser.add_argument
-    add("--model_dir", "--output_dir", help="a run's folder, or one checkpoint of it (default: results)")
-    yes_or_no = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
-    add("--allow_pickle", **yes_or_no, help="take weights from a pickle (pytorch_model.bin) if need be")
-    add("--prompt", default="", help="how each text begins, or a file with one such beginning a line")
-    given = "what is known of the text, for a model with a template: title='The Last Ferry' listed_in=Thrillers"
-    add("--fields", nargs="+", metavar="NAME=VALUE", help=given)
-    add("--fields_file", help="a table with such fields: a text for each row (CSV, TSV, JSONL or Parquet)")
-    add("--num_samples", type=int, help="how many texts, for each prompt (default: 20; of a file of fields: 1)")
-    add("--seed", type=int, default=42, help="sample i of a seed is the same text in any batch size")
-    add("--batch_size", type=int, default=20, help="how many texts grow side by side")
-    add("--output", help="JSONL file to write, a line a text, as they come; the same command goes on with it")
-    add("--stream", **yes_or_no, help="print each text as it is written")
-    add("--config", help="a recipe: its run is the default folder, its 'generation' section sets the flags below")
-    add("--judge", nargs="?", const=True, help="judge the samples just made or, with a JSONL file, those in it")
-    add("--novel", **yes_or_no, help="drop copies and near twins of training texts, and draw others")
-    sweep = "sample and judge every combination: temperature=0.7,1.0 top_p=0.9,1.0; --output is a folder then"
-    add("--sweep", nargs="+", metavar="SETTING=A,B", help=sweep)
-    add("--dataset", help="training texts to judge against: as for train.py (default: those the run learnt from)")
-    add("--text_column", help="the column that holds them (default: the run's, or description)")
-    add("--validation_fraction", type=float, help="share held out of training (default: the run's, or 0.1)")
-    add(
-        "--base_model",
-        help="hub name or folder: its perplexity of the samples; 'none': leave it out (default: the run's)",
-    )
-    for name, default in SAMPLING_DEFAULTS.items():
-        add(f"--{name}", type=type(default), help="default: what the model was saved with")
-    args = parser.parse_args(argv)
-    recipe, generation = _read_recipe(args.config) if args.config else ({}, {})
+    """Parses `generate.py`'s command line.
+
+    Besides the flags themselves, the result has:
+        sampling: seed, batch size and sampling settings, as keyword arguments of `Sampler.sample`. A setting that was
+            not given is None: the model's own is used.
+        judge: whether to judge the new samples (`--judge` alone).
+        judged_file: the samples to judge instead of new ones (`--judge FILE`), or None.
+        sweep: the settings to compare, or None.
+        output: the file for the samples, or None to print them; with `sweep`, the folder for its files.
+
+    Raises:
+        UserError: if a value is not valid, or if two flags contradict each other.
+    """
+    args = make_parser().parse_args(argv)
     args.fields = parse_fields(args.fields or [])
-    if args.prompt and (args.fields or args.fields_file):
-        raise UserError("--prompt begins the text as it stands, --fields by the model's template: give one of them")
+    args.sweep = parse_sweep(args.sweep) if args.sweep else None
+    args.judged_file = args.judge if isinstance(args.judge, str) else None
+    args.judge = args.judge is True
+    _fill_in_defaults(args)
+    _check(args)
+    if args.sweep and args.output is None:
+        args.output = DEFAULT_SWEEP_FOLDER
+    args.sampling = {name: getattr(args, name) for name in ("seed", "batch_size", *SAMPLING_DEFAULTS)}
+    return args
+
+
+def make_parser() -> Parser:
+    """The parser of `generate.py`, whose help shows the most used flags first."""
+    parser = Parser(
+        prog="generate.py",
+        usage="python generate.py [--model_dir DIR] [--prompt TEXT] [--FLAG VALUE ...]",
+        description="Sample new texts from a fine-tuned model.",
+        add_help=False,
+    )
+    add = parser.add_argument_group("most used").add_argument
+    add("--model_dir", "--output_dir", metavar="DIR", help="a run's folder, or one of its checkpoints (results)")
+    add("--prompt", metavar="TEXT", default="", help="beginning of each text, or a file with one prompt per line")
+    fields_help = "columns of the prompt, for a model trained with a template: title='The Last Ferry' type=Movie"
+    add("--fields", nargs="+", metavar="NAME=VALUE", help=fields_help)
+    add("--num_samples", type=int, metavar="N", help="texts for each prompt (20; with --fields_file 1)")
+    add("--output", metavar="FILE", help="JSONL file to write, one text per line; the same command continues it")
+    add("--seed", type=int, metavar="N", default=42, help="a seed gives the same texts for any batch size (42)")
+    for name, default in SAMPLING_DEFAULTS.items():
+        kind = {int: "N", float: "X"}[type(default)]
+        add(f"--{name}", type=type(default), metavar=kind, help="by default as saved with the model")
+    add = parser.add_argument_group("input and output").add_argument
+    add("--config", metavar="FILE", help="a recipe: samples its run with the settings of its 'generation' section")
+    add("--fields_file", metavar="FILE", help="a table with a prompt in each row (CSV, TSV, JSONL or Parquet)")
+    add("--batch_size", type=int, metavar="N", default=20, help="texts that are sampled at the same time (20)")
+    add("--stream", **SWITCH, default=False, metavar="true|false", help="print each text while it is written")
+    pickle_help = "load weights from a pickle (pytorch_model.bin) if there is no safetensors file"
+    add("--allow_pickle", **SWITCH, default=False, metavar="true|false", help=pickle_help)
+    add = parser.add_argument_group("judging").add_argument
+    add("--judge", nargs="?", const=True, metavar="FILE", help="judge the new samples, or those of a JSONL file")
+    novel_help = "replace copies and near-duplicates of training texts by new samples"
+    add("--novel", **SWITCH, default=False, metavar="true|false", help=novel_help)
+    sweep_help = "sample and judge each combination: temperature=0.7,1.0 top_p=0.9,1.0; --output is a folder"
+    add("--sweep", nargs="+", metavar="SETTING=A,B", help=sweep_help)
+    add("--dataset", metavar="FILE", help="training texts to judge by, as for train.py (those of the run)")
+    add("--text_column", metavar="NAME", help="column with the texts (as in the run, or description)")
+    add("--validation_fraction", type=float, metavar="X", help="fraction that was held out (as in the run, or 0.1)")
+    base_help = "hub name or folder of the model that gives the samples' perplexity; 'none': no perplexity (the run's)"
+    add("--base_model", metavar="MODEL", help=base_help)
+    parser.add_argument_group("help").add_argument("-h", "--help", action="help", help="show these flags and exit")
+    return parser
+
+
+def _fill_in_defaults(args: argparse.Namespace) -> None:
+    """The recipe's values, then the defaults, for flags that were not given."""
+    recipe, generation = _read_recipe(args.config) if args.config else ({}, {})
     defaults = {"num_samples": 20, "model_dir": recipe.get("output_dir", "results")} | generation
     if args.fields_file:
         defaults["num_samples"] = 1
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in SAMPLING_RULES:
-        if (value := getattr(args, name)) is not None:
-            check_sampling(f"--{name} {value}", name, value)
-    args.sweep = parse_sweep(args.sweep) if args.sweep else None
-    check_judging(args)
-    return args
+
+
+def _read_recipe(path: str) -> tuple[dict, dict]:
+    """The flags of train.py that a recipe sets, and its sampling settings."""
+    flags, generation = read_recipe(path)
+    known = {f.name for f in fields(TrainFlags)} - {"config"}
+    if not flags.keys() <= known:
+        from neoflix.arguments.training import TrainArguments  # seconds, and needed for few recipes
+
+        check_keys(path, flags, {f.name for f in fields(TrainArguments) if f.init} - {"config"})
+    return expand_paths(flags), generation
 
 
 def parse_fields(words: list[str]) -> dict[str, str]:
@@ -69,7 +112,7 @@ def parse_fields(words: list[str]) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if not equals or not name or name in fields:
             raise UserError(
-                f"--fields {word}: must be NAME=VALUE, each name once, with quotes where there is space: "
+                f"--fields {word}: must be NAME=VALUE, each name once, with quotes around spaces: "
                 "--fields title='The Last Ferry'"
             )
         fields[name] = value
@@ -83,31 +126,38 @@ def parse_sweep(words: list[str]) -> list[dict]:
         name, _, values = word.partition("=")
         if name not in SAMPLING_DEFAULTS:
             known = ", ".join(SAMPLING_DEFAULTS)
-            raise UserError(f"--sweep {word}: {name!r} is no sampling setting; there are {known}, as in top_p=0.9,1.0")
+            raise UserError(f"--sweep {word}: {name!r} must be one of {known}, as in top_p=0.9,1.0")
         if name in axes:
-            raise UserError(f"--sweep {word}: {name} was given before; put its values in one list")
+            raise UserError(f"--sweep {word}: {name} is given twice; put its values in one list")
         number = type(SAMPLING_DEFAULTS[name])
         try:
             axes[name] = list(dict.fromkeys(map(number, values.split(","))))
         except ValueError:
             kind = "whole numbers" if number is int else "numbers"
-            raise UserError(f"--sweep {word}: must be {name}= and {kind} with commas between") from None
+            raise UserError(f"--sweep {word}: must be {name}= and {kind}, separated by commas") from None
         for value in axes[name]:
             check_sampling(f"--sweep {name}={value}", name, value)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def check_judging(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that contradict each other, and for an impossible --validation_fraction."""
-    if isinstance(args.judge, str) and (args.sweep or args.novel or args.output):
-        other = "--sweep" if args.sweep else "--novel" if args.novel else "--output"
-        raise UserError(f"--judge {args.judge}: judges that file and samples nothing; leave out {other} or the file")
-    if args.sweep and args.novel:
-        raise UserError("--sweep shows what each setting brings by itself; leave out --novel")
-    if args.stream and (args.sweep or args.novel):
-        other = "--sweep" if args.sweep else "--novel"
-        raise UserError(f"--stream shows each text before it can be judged; leave it out, or {other}")
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError for a value that is not valid, and for flags that contradict each other."""
+    for name in SAMPLING_RULES:
+        if (value := getattr(args, name)) is not None:
+            check_sampling(f"--{name} {value}", name, value)
     if args.validation_fraction is not None and not 0 <= args.validation_fraction < 1:
         raise UserError(f"--validation_fraction {args.validation_fraction}: must be at least 0 and below 1")
-    if args.sweep and args.output is None:
-        args.output = "samples-sweep"
+    if args.prompt and (args.fields or args.fields_file):
+        raise UserError("--prompt begins the text itself, --fields fills in the model's template: use one of them")
+    if args.judged_file and (other := _first_given(args, ("sweep", "novel", "output"))):
+        raise UserError(
+            f"--judge {args.judged_file}: judges that file and samples nothing; leave out {other} or the file"
+        )
+    if args.sweep and args.novel:
+        raise UserError("--sweep compares settings as they are; leave out --novel")
+    if args.stream and (other := _first_given(args, ("sweep", "novel"))):
+        raise UserError(f"--stream prints each text before it can be judged; leave out --stream or {other}")
+
+
+def _first_given(args: argparse.Namespace, names: Iterable[str]) -> str | None:
+    return next((f"--{name}" for name in names if getattr(args, name)), None)

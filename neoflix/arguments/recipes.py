@@ -14,29 +14,31 @@ from neoflix.arguments.sampling import SAMPLING_DEFAULTS, check_sampling
 from neoflix.runtime.errors import UserError
 
 
-def read_recipe(path: str, known) -> tuple[dict, dict]:
-    """Reads a recipe and checks its keys, its form and its sampling settings.
-
-    Args:
-        known: names of the flags that a recipe may set.
+def read_recipe(path: str) -> tuple[dict, dict]:
+    """Reads a recipe, and checks its form and its sampling settings. `check_keys` checks its keys.
 
     Returns:
         (flags, sampling settings). A flag's value is a string as it was typed, None where it is empty or null, a list
         of strings, or a dict. A sampling setting has its own type.
 
     Raises:
-        UserError: the file cannot be read, is not a mapping, has an unknown or repeated key, or a sampling setting that
-            cannot be used.
+        UserError: the file cannot be read, is not a mapping, has a repeated key, or an unknown or invalid sampling
+            setting.
     """
     flags = {}
     for key, node in _read_pairs(path):
-        name = key if key in known else key.replace("-", "_")
-        if name not in {*known, "generation"}:
-            raise UserError(f"--config {path}: unknown key {key!r}{nearest(key, known)}")
+        name = key.replace("-", "_")
         if name in flags:
             raise UserError(f"--config {path}: {key!r} is given twice; keep one of them")
         flags[name] = _generation(path, node) if name == "generation" else _flag_value(path, name, node)
     return flags, flags.pop("generation", {})
+
+
+def check_keys(path: str, keys, known) -> None:
+    """Raises UserError for a recipe's key that is not one of the known flags."""
+    for key in keys:
+        if key not in known:
+            raise UserError(f"--config {path}: unknown key {key!r}{nearest(key, known)}")
 
 
 def _read_pairs(path: str) -> list[tuple[str, yaml.Node]]:

@@ -11,7 +11,6 @@ from neoflix.checkpoints.manifest import MANIFEST, find_corruption, read_manifes
 from neoflix.checkpoints.names import RESULTS_FILE, RUN_FILE, TRAINING_FILES
 from neoflix.model.folder import (
     PICKLED_WEIGHTS_FILES,
-    SHARDS_FILE,
     WEIGHTS_FILES,
     holds_adapters,
 )
@@ -96,7 +95,7 @@ def find_model(model_dir: str, flag: str = "--model_dir") -> Path:
         raise UserError(f"{flag} {model_dir}: no such folder; name a run's folder or one checkpoint of it")
     checkpoints = list_checkpoints(folder)
     is_unfinished = (folder / RUN_FILE).is_file() and not (folder / RESULTS_FILE).is_file()
-    weights = WEIGHTS_FILES + PICKLED_WEIGHTS_FILES + (SHARDS_FILE,)
+    weights = WEIGHTS_FILES + PICKLED_WEIGHTS_FILES
     holds_model = (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
     holds_model = holds_model or holds_adapters(folder)
     if checkpoints and (is_unfinished or not holds_model):

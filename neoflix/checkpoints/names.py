@@ -1,9 +1,12 @@
 """Names of the files in a run's folder."""
 
 from neoflix.checkpoints.manifest import MANIFEST
-from neoflix.model.folder import ADAPTERS_CONFIG_FILE, ADAPTERS_FILE, SETTINGS_FILES, SHARDS_FILE, WEIGHTS_FILES
+from neoflix.model.folder import ADAPTERS_CONFIG_FILE, ADAPTERS_FILE, SETTINGS_FILES, WEIGHTS_FILES
 
 STATE_FILE = "trainer_state.json"
+
+
+LATEST_FILE = "latest"  # DeepSpeed's: the folder, in a checkpoint, that the optimizer lies in
 
 
 UNIVERSAL = ".universal"  # a checkpoint's copy for another number of processes (universal.py)
@@ -22,7 +25,7 @@ LIVE_SAMPLES_FILE = "progress_samples.jsonl"  # texts of each evaluation, a line
 
 
 # Files of a checkpoint beside its model: what a run needs to go on.
-TRAINING_FILES = (MANIFEST, STATE_FILE, SHARDS_FILE, "scheduler.pt", "training_args.bin")
+TRAINING_FILES = (MANIFEST, STATE_FILE, LATEST_FILE, "scheduler.pt", "training_args.bin")
 
 
 LIST_FILE = "run_files.json"

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from neoflix.checkpoints.manifest import read_manifest
-from neoflix.checkpoints.names import STATE_FILE
+from neoflix.checkpoints.names import LATEST_FILE, STATE_FILE
 from neoflix.checkpoints.store import check_space
 from neoflix.runtime.console import progress, say
 from neoflix.runtime.errors import UserError
@@ -56,7 +56,7 @@ def convert(checkpoint: Path, target: Path) -> Path:
 
     The checkpoint itself is only read. UserError where the disk is too full.
     """
-    tag = (checkpoint / "latest").read_text().strip()
+    tag = (checkpoint / LATEST_FILE).read_text().strip()
     optimizer_bytes = sum(path.stat().st_size for path in checkpoint.glob("*/*_optim_states.pt"))
     model_bytes = sum(path.stat().st_size for path in checkpoint.glob("*/*_model_states.pt"))
     needed = 2 * (optimizer_bytes + model_bytes)  # in slices first, then whole; tied weights once more

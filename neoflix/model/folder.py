@@ -22,12 +22,9 @@ SETTINGS_FILES = (
 )
 
 
-SHARDS_FILE = "latest"  # DeepSpeed's: which folder its shards lie in
-
-
 def list_loaded_files(folder: Path) -> list[Path]:
     """The files that decide over a model that is loaded from a folder: weights, configuration and tokenizer."""
-    names = {*WEIGHTS_FILES, *PICKLED_WEIGHTS_FILES, ADAPTERS_FILE, ADAPTERS_CONFIG_FILE, SHARDS_FILE, *SETTINGS_FILES}
+    names = {*WEIGHTS_FILES, *PICKLED_WEIGHTS_FILES, ADAPTERS_FILE, ADAPTERS_CONFIG_FILE, *SETTINGS_FILES}
     for index in (WEIGHTS_FILES[1], PICKLED_WEIGHTS_FILES[1]):
         with suppress(FileNotFoundError):
             names |= {*json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()}
@@ -42,8 +39,3 @@ def has_weights(folder: Path) -> bool:
 def holds_adapters(folder: str | Path) -> bool:
     """Whether what a folder holds is LoRA adapters of another model, by safetensors (lora.py)."""
     return all(Path(folder, name).is_file() for name in (ADAPTERS_FILE, ADAPTERS_CONFIG_FILE))
-
-
-def has_shards_alone(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of DeepSpeed's without whole weights: ZeRO-3's, saved without gathering."""
-    return not has_weights(folder) and (folder / SHARDS_FILE).is_file()

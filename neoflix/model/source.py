@@ -25,7 +25,6 @@ from transformers.utils import (
     has_file,
 )
 
-from neoflix.model.folder import has_shards_alone
 from neoflix.runtime.errors import UserError
 
 HUB_TIMEOUT = 10  # seconds
@@ -90,8 +89,6 @@ def _in_one_sentence(model_name_or_path: str) -> Iterator[None]:
             cure = "it comes with code of its own, which is not run; take a model that transformers knows"
         elif "does not recognize this architecture" in str(error):
             cure = f"transformers {transformers.__version__} does not know its architecture; use a model that it knows"
-        elif folder.is_dir() and has_shards_alone(folder):
-            cure = f"its weights lie in shards; `python generate.py --model_dir {folder}` gathers them there"
         elif folder.is_dir():
             found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             cure = f"a model's folder needs config.json and weights (model.safetensors); this one has {found}"

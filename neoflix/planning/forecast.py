@@ -1,33 +1,33 @@
-"""The forecast of a run: memory, disk and time, from a model's shape, its texts, settings and a machine."""
+"""A run's plan: its memory, disk space and time, from the model's shape, the texts, the settings and the machine.
 
-import math
-import os
+Memory is forecast by phase (loading, training, the optimizer's step, evaluation), and each phase by its parts; the
+fullest phase has to fit. The formulas follow DeepSpeed 0.19.8 (deepspeed/runtime/zero/stage_1_and_2.py, stage3.py,
+fp16/fused_optimizer.py, bf16_optimizer.py), the ZeRO papers (Rajbhandari et al., "ZeRO", 2020, section 3; Ren et al.,
+"ZeRO-Offload", 2021) and this project's own attention and loss.
+"""
+
 from dataclasses import dataclass
-from pathlib import Path
 
+from neoflix.checkpoints.find import forecast_bytes
 from neoflix.model.shape import Shape
+from neoflix.planning.device_memory import device_memory
+from neoflix.planning.host_memory import host_memory
 from neoflix.planning.lengths import Texts
-from neoflix.planning.memory import (
-    Settings,
-    device_memory,
-    host_memory,
-    optimizer_bytes,
-)
+from neoflix.planning.settings import Settings
 from neoflix.planning.throughput import cpu_flops, flops_per_token, peak_flops, recomputed_flops_per_token
 from neoflix.runtime.console import GIB
-from neoflix.runtime.hardware import Machine, torch_version
+from neoflix.runtime.hardware import Machine
 
 CUDA_CONTEXT = int(0.6 * GIB)
 
-
-# Torch's caching allocator holds more than it hands out, in blocks that fit nothing else: no more than this share,
-# where the run's shapes differ from batch to batch. Not measured on a GPU yet.
+# Upper bound of the memory that torch's caching allocator holds in blocks it cannot use, as a share of what it
+# allocates, for batches of different sizes. An estimate, not a measurement.
 FRAGMENTATION = 0.06
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A forecast. Bytes; `device` and `host` are one process's parts in its fullest phase, `phases` all of them."""
+    """A forecast, in bytes. `device` and `host` are one process's parts in its fullest phase, by name."""
 
     shape: Shape
     texts: Texts
@@ -53,21 +53,21 @@ class Plan:
 
     @property
     def allocated_bytes(self) -> int:
-        """Of the device's, what torch hands out: what `torch.cuda.max_memory_allocated` shows."""
+        """The device memory that torch allocates, as in `torch.cuda.max_memory_allocated`."""
         return sum(size for part, size in self.device.items() if part not in ("CUDA itself", "fragmentation"))
 
     @property
     def host_bytes(self) -> int:
-        """Of one node: all its processes."""
+        """Host memory of all processes of a node."""
         return sum(self.host.values()) * self.settings.local_processes
 
     @property
     def pinned_bytes(self) -> int:
-        """Of the node's host memory, locked into place."""
+        """Host memory of a node that is pinned."""
         return sum(size for part, size in self.host.items() if "pinned" in part) * self.settings.local_processes
 
     def over_budget(self) -> list[tuple[str, int, int, str]]:
-        """(what, bytes needed, bytes there, its largest part) for each thing the machine has too little of."""
+        """What the machine has too little of: (name, bytes needed, bytes available, largest part) for each."""
         machine, found = self.machine, []
         device_free = machine.device_memory - machine.device_taken
         if machine.has_gpu and self.device_bytes > device_free:
@@ -86,8 +86,8 @@ class Plan:
         return not self.over_budget()
 
     def utilization(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilization: the share of all devices' peak that the model's own products take. What is computed
-        again (activation checkpointing) and padding do not count. None where the peak is not known."""
+        """Model FLOPs utilization (MFU): the model's own FLOPs as a share of the devices' peak. Recomputed activations
+        and padding do not count. None if the peak is not known."""
         if (peak := self._peak_flops()) is None:
             return None
         settings = self.settings
@@ -95,12 +95,12 @@ class Plan:
         return tokens_per_second * per_token / (peak * settings.num_processes)
 
     def seconds(self) -> tuple[float, str] | None:
-        """(seconds of training, where the figure comes from); None where nothing is known of the device."""
+        """(seconds of training, source of the figure), or None if the device's peak is not known."""
         if not self.machine.has_gpu:
-            return self.flops / cpu_flops(self.machine.num_cores), "by the rate of two Xeon cores"
+            return self.flops / cpu_flops(self.machine.num_cores), "at the rate of two Xeon cores"
         if (peak := self._peak_flops()) is None:
             return None
-        return self.flops / (peak * self.settings.num_processes), "at least: the device's peak, never reached"
+        return self.flops / (peak * self.settings.num_processes), "lower bound: at the device's peak rate"
 
     def _peak_flops(self) -> float | None:
         machine = self.machine
@@ -117,7 +117,7 @@ def _largest(parts: dict[str, int]) -> str:
 
 
 def forecast(shape: Shape, texts: Texts, settings: Settings, machine: Machine) -> Plan:
-    """All of a run's needs, from plain numbers; nothing is read and nothing is asked."""
+    """The plan of a run. Nothing is read: it depends on these values alone."""
     device_phases = device_memory(shape, settings)
     host_phases = host_memory(shape, settings)
     if settings.is_cpu:  # the device is the host
@@ -129,10 +129,9 @@ def forecast(shape: Shape, texts: Texts, settings: Settings, machine: Machine) -
             phase: parts | overhead | {"fragmentation": int(FRAGMENTATION * sum(parts.values()))}
             for phase, parts in device_phases.items()
         }
-    # A checkpoint: what learns twice (safetensors, and DeepSpeed's own copy), and what the optimizer keeps.
-    learning = settings.num_learning(shape)
-    checkpoint = learning * (2 * settings.weight_bytes + optimizer_bytes(settings, on_disk=True))
-    swapped = learning * 16 // settings.num_processes * settings.local_processes
+    trainable = settings.num_trainable(shape)
+    checkpoint = forecast_bytes(trainable, settings.weight_bytes)
+    swapped = trainable * 16 // settings.num_processes * settings.local_processes
     swapped *= settings.offload("offload_optimizer") == "nvme"
     products = shape.products(texts.mean)
     per_token = flops_per_token(*products, is_lora=settings.lora_rank > 0)
@@ -146,56 +145,6 @@ def forecast(shape: Shape, texts: Texts, settings: Settings, machine: Machine) -
         device_phases,
         host_phases,
         checkpoint,
-        max(checkpoint * settings.num_checkpoints, settings.weight_bytes * learning) + swapped,
+        max(checkpoint * settings.num_checkpoints, settings.weight_bytes * trainable) + swapped,
         settings.train_tokens * settings.padding * per_token,
     )
-
-
-def _local_processes() -> int:
-    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")  # DeepSpeed's launcher, torchrun, anybody
-    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
-
-
-def read_settings(args, shape: Shape, texts: Texts, machine: Machine, ds_config: dict, ds_name: str) -> Settings:
-    """What of the arguments matters here. Precision left unsaid is what the machine has, as in a run."""
-    is_cpu = not machine.has_gpu
-    is_half = bool(args.bf16 or args.fp16) or (args.bf16 is None and args.fp16 is None and not is_cpu)
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation = max(1, args.gradient_accumulation_steps)
-    batch = max(1, args.per_device_train_batch_size)
-    budget = args.tokens_per_device_batch
-    packed = shape.is_gpt_neo
-    batch_tokens = texts.of_budget(budget, packed) if budget else texts.of_batch(batch, packed)
-    mean_tokens = min(budget or batch * texts.mean, max(texts.num_train * texts.mean, 1))
-    steps_an_epoch = math.ceil(texts.num_train * texts.mean / (mean_tokens * accumulation * num_processes))
-    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(max(1, steps_an_epoch) * args.num_train_epochs)
-    kept = 0 if args.save_strategy == "no" else (args.save_total_limit or 1) + 1
-    return Settings(
-        ds_config=ds_config,
-        ds_name=Path(ds_name).name if not str(ds_name).lstrip().startswith("{") else "{...}",
-        weight_bytes=2 if is_half else 4,
-        batch_tokens=batch_tokens,
-        batch_texts=None if budget else batch,
-        budget=budget,
-        padding=texts.padding(None if budget else batch, budget, packed),
-        eval_tokens=texts.of_batch(max(1, args.per_device_eval_batch_size), packed),
-        accumulation=accumulation,
-        num_processes=num_processes,
-        local_processes=min(_local_processes(), num_processes),
-        num_steps=num_steps,
-        train_tokens=int(num_steps * mean_tokens * accumulation * num_processes),
-        recomputes=any(getattr(args, f"{name}_checkpointing", None) for name in ("activation", "gradient")),
-        num_checkpoints=kept,
-        is_cpu=is_cpu,
-        rounds_pinned=rounds_pinned(),
-        lora_rank=args.lora_rank if args.lora else 0,
-    )
-
-
-def rounds_pinned() -> bool:
-    """Whether torch will round pinned buffers up to a power of two: `distributed.py` asks torch 2.13 and later not to,
-    where the user has not said anything of the allocator."""
-    said = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-    if said is None:
-        return torch_version() < (2, 13)
-    return "pinned_max_round_threshold_mb" not in said

@@ -1,4 +1,4 @@
-"""How long the texts are: counted by an earlier run, or estimated from a sample."""
+"""Lengths of the texts in tokens: counted by an earlier run, or estimated from a sample."""
 
 import hashlib
 import json
@@ -14,26 +14,24 @@ from neoflix.data.template import Template
 from neoflix.model.shape import Shape
 from neoflix.runtime.cache import default_cache_dir, in_cache, new_path
 
-CHARS_PER_TOKEN = 4.8  # the 7,787 Netflix descriptions, GPT-2's tokenizer; special tokens left out
-
-
+CHARS_PER_TOKEN = 4.8  # of the 7,787 Netflix descriptions with GPT-2's tokenizer, without special tokens
 SAMPLE_TEXTS = 500
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Token counts of the data, special tokens included."""
+    """Token counts of the data, with special tokens."""
 
     num_train: int
     num_validation: int
-    mean: float  # tokens a text
+    mean: float  # tokens per text
     deviation: float
     longest: int
     source: str  # where the counts come from
 
     def of_batch(self, num_texts: int, packed: bool = True) -> int:
-        """Most tokens that a batch of so many texts is likely to have (mean and two deviations). Where texts are padded
-        to the longest of their batch, one batch of each epoch has the longest of all."""
+        """Most tokens of a batch of texts: mean and two standard deviations. If texts are padded to the longest of
+        their batch, one batch of each epoch has the longest of all."""
         num_texts = min(num_texts, max(self.num_train, 1))
         if not packed:
             return num_texts * self.longest
@@ -41,14 +39,14 @@ class Texts:
         return math.ceil(min(likely, num_texts * self.longest))
 
     def of_budget(self, num_tokens: int, packed: bool) -> int:
-        """Most tokens that a batch computes whose texts have so many: more where they are padded."""
+        """Most tokens that are computed for a batch of `num_tokens` real ones: more if texts are padded."""
         if packed:
             return num_tokens
         return self.of_batch(max(1, round(num_tokens / self.mean)), packed)
 
     def padding(self, num_texts: int | None, budget: int | None, packed: bool) -> float:
-        """Tokens that are computed for each real one: the longest of a batch's texts by their mean, for lengths spread
-        normally (the expected largest of n: Blom, 1958)."""
+        """Tokens computed for each real one: the longest text of a batch relative to their mean, for a normal
+        distribution of lengths (expected maximum of n: Blom, 1958)."""
         if packed:
             return 1.0
         n = min(num_texts or max(1, round(budget / self.mean)), max(self.num_train, 1))
@@ -57,7 +55,7 @@ class Texts:
 
 
 def count_texts(args, shape: Shape) -> Texts:
-    """Tokens of the data: those that an earlier run counted, else estimated from the file's first rows."""
+    """Token counts of the data, as an earlier run counted them, or estimated from the file's first rows."""
     path = _counts_file(args, shape.window)
     with in_cache(_cache_dir(args)):
         if path and path.is_file():
@@ -66,7 +64,7 @@ def count_texts(args, shape: Shape) -> Texts:
 
 
 def remember_counts(args, window: int, lengths_N, num_validation: int) -> None:
-    """Keeps the token counts of the texts to learn from, int [texts], for the plans to come. One process."""
+    """Keeps the token counts of the training texts, int [texts], for later plans. Called by one process."""
     if path := _counts_file(args, window):
         counts = {
             "num_train": len(lengths_N),
@@ -79,12 +77,12 @@ def remember_counts(args, window: int, lengths_N, num_validation: int) -> None:
             unfinished.write_text(json.dumps(counts))
 
 
-COUNTS_FORMAT = 3  # raised when the same file may be read as other texts than before
+COUNTS_FORMAT = 3  # raised when the same file may give other texts than before
 
 
 def _counts_file(args, window: int) -> Path | None:
-    """Where the counts of these texts are kept: by file (of a folder, every file in it), column, template, held-out
-    share, window and tokenizer (the model's name). None where the data is not on this machine."""
+    """The file with the counts of these texts, named by data file (or every file of a folder), column, template,
+    fraction held out, window and tokenizer (the model's name). None if the data is not on this machine."""
     data = find_local_dataset(args.dataset, _cache_dir(args))
     if data is None:
         return None
@@ -101,11 +99,11 @@ def _cache_dir(args) -> Path:
 
 
 def estimate_texts(path: Path | None, args, window: int) -> Texts:
-    """From the first texts of the file: rows by the file's size, tokens by the model's own tokenizer or, where that is
-    not here, by characters. Without a file: what the Netflix descriptions have."""
+    """Estimates from the first texts of the file: the number of rows by the file's size, and tokens by the model's own
+    tokenizer or else by characters. Without a file the counts are those of the Netflix descriptions."""
     if path is None:
         is_netflix = args.dataset == "netflix"
-        netflix = "figures of the Netflix descriptions, as published"
+        netflix = "counts of the Netflix descriptions, as published"
         source = netflix if is_netflix else f"a guess: {args.dataset} is not on this machine yet; {netflix}"
         return Texts(7008, 779, 31.8, 4.4, 64, source)
     template = Template(args.template) if args.template else None
@@ -120,14 +118,14 @@ def estimate_texts(path: Path | None, args, window: int) -> Texts:
     mean = sum(lengths) / len(lengths)
     deviation = math.sqrt(sum((length - mean) ** 2 for length in lengths) / len(lengths))
     num_held_out = round(num_texts * min(max(args.validation_fraction, 0), 0.99))
-    way = f"by its tokenizer, from {len(chosen)} texts" if tokenizer else f"from {len(chosen)} texts' characters"
+    way = f"by its tokenizer from {len(chosen)} texts" if tokenizer else f"from the characters of {len(chosen)} texts"
     return Texts(
         max(num_texts - num_held_out, 1), num_held_out, mean, deviation, math.ceil(max(lengths)), f"estimated {way}"
     )
 
 
 def _load_tokenizer(model_name_or_path: str):
-    """The folder's tokenizer, without transformers; None where there is none."""
+    """The tokenizer of a model's folder, without transformers; None if there is none."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     folder = Path(model_name_or_path)

@@ -1,28 +1,28 @@
-"""The plan in words, and the forecast beside what was measured."""
+"""The plan as a table, and next to what was measured."""
 
 from neoflix.planning.forecast import Plan
 from neoflix.runtime.console import GIB
 
 
 def plan_table(plan: Plan | None) -> str:
-    """The plan as a table for the reader, in GiB."""
+    """The plan as a table, in GiB."""
     if plan is None:
-        return "plan: none, the model's config.json is not here yet"
+        return "plan: none, because the model's config.json is not on this machine yet"
     shape, texts, settings, machine = plan.shape, plan.texts, plan.settings, plan.machine
     precision = "half precision" if settings.weight_bytes == 2 else "fp32"
-    learning = f"{_count(settings.num_learning(shape))} of them learn (LoRA), " if settings.lora_rank else ""
+    trainable = f"{_count(settings.num_trainable(shape))} trainable (LoRA), " if settings.lora_rank else ""
     lines = [
-        f"plan: {_count(shape.num_parameters)} parameters, {learning}{precision}, {settings.ds_name} (ZeRO "
+        f"plan: {_count(shape.num_parameters)} parameters, {trainable}{precision}, {settings.ds_name} (ZeRO "
         f"{settings.stage}), {settings.num_processes} process(es)",
-        f"texts: {texts.num_train:,} to learn from, {texts.mean:.1f} tokens each ({texts.source}); at most "
-        f"{settings.batch_tokens:,} tokens at once{'' if shape.is_gpt_neo else ', padding included'}",
+        f"texts: {texts.num_train:,} to train on, {texts.mean:.1f} tokens each ({texts.source}); batches of at most "
+        f"{settings.batch_tokens:,} tokens{'' if shape.is_gpt_neo else ', padding included'}",
     ]
     if machine.has_gpu:
         free = machine.device_memory - machine.device_taken
         lines += _part_lines(f"device memory ({machine.device_name})", plan.device, plan.device_bytes, free)
     times = f" x {settings.local_processes}" if settings.local_processes > 1 else ""
     lines += _part_lines(f"host memory{times}", plan.host, plan.host_bytes, machine.host_memory)
-    kept = f"{settings.num_checkpoints} checkpoints of {plan.checkpoint_bytes / GIB:.1f} GiB side by side"
+    kept = f"{settings.num_checkpoints} checkpoints of {plan.checkpoint_bytes / GIB:.1f} GiB at the same time"
     there = "GiB" if machine.disk is None else f"of {machine.disk / GIB:.1f} GiB free"
     lines.append(f"disk {plan.run_bytes / GIB:.1f} {there}: {kept}")
     lines.append(
@@ -38,22 +38,22 @@ def _count(number: int) -> str:
 def _part_lines(title: str, parts: dict[str, int], total: int, free: int) -> list[str]:
     lines = [f"{title:44}{'GiB':>8}"]
     lines += [f"  {part:42}{size / GIB:8.2f}" for part, size in parts.items() if abs(size) >= 0.005 * GIB]
-    return [*lines, f"  {'in all':42}{total / GIB:8.2f}  of {free / GIB:.1f} free"]
+    return [*lines, f"  {'total':42}{total / GIB:8.2f}  of {free / GIB:.1f} free"]
 
 
 def _time_words(plan: Plan) -> str:
     if (known := plan.seconds()) is None:
-        return f"time not measured on {plan.machine.device_name}"
-    seconds, how = known
+        return f"no time: the peak of {plan.machine.device_name} is not known"
+    seconds, source = known
     amount = f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
-    return f"{amount} of training ({how})"
+    return f"{amount} of training ({source})"
 
 
 def compare(plan: Plan, device_bytes: int, host_bytes: int) -> tuple[str, dict[str, int]]:
-    """Forecast beside measured peaks: (a line for the reader, figures for all_results.json).
+    """The plan next to measured peaks: (a line to print, figures for all_results.json).
 
     Args:
-        device_bytes: `torch.cuda.max_memory_allocated` of the fullest device; 0 without a GPU.
+        device_bytes: `torch.cuda.max_memory_allocated` of the fullest device, 0 without a GPU.
         host_bytes: of all processes together.
     """
     planned_host = plan.host_bytes // plan.settings.local_processes * plan.settings.num_processes

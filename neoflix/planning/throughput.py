@@ -1,6 +1,6 @@
-"""How much arithmetic training takes, and how fast a device can do it: FLOPs, peaks, MFU. Imports no torch.
+"""FLOPs of training, and the peak FLOP/s of devices.
 
-A product is one multiplication and one addition, 2 FLOP.
+A multiplication and an addition are 2 FLOP. Imports no torch.
 """
 
 # Peak of dense bf16 products with fp32 sums (fp16 on Volta and Turing), in TFLOP/s, by the name that the driver gives
@@ -25,17 +25,14 @@ PEAK_TFLOPS = {
     "Tesla V100S-PCIE-32GB": 130, "Tesla T4": 65,
 }  # fmt: skip
 
-
 # Products reach 0.165 TFLOP/s a core, and are 0.49 of a step's time (benchmarks/results/train-cpu.jsonl, two Xeon
 # cores).
 CPU_CORE_FLOPS = 0.165e12 * 0.49
-
-
-MOST_CPU_CORES = 64  # of more cores training makes no use
+MOST_CPU_CORES = 64  # training does not use more
 
 
 def peak_flops(device_name: str, weight_bytes: int) -> float | None:
-    """FLOP/s of one GPU at its peak; None where it is not known.
+    """Peak FLOP/s of one GPU, or None if it is not known.
 
     There is no figure for fp32: it depends on whether torch rounds products to TF32.
     """
@@ -44,12 +41,12 @@ def peak_flops(device_name: str, weight_bytes: int) -> float | None:
 
 
 def cpu_flops(num_cores: int) -> float:
-    """FLOP/s of training on so many CPU cores."""
+    """FLOP/s of training on CPU cores."""
     return CPU_CORE_FLOPS * min(num_cores, MOST_CPU_CORES)
 
 
 def flops_per_token(num_weights: int, num_layers: int, width: int, mean_length: float, is_lora: bool = False) -> float:
-    """FLOP of a training step for each token, without what activation checkpointing computes again.
+    """FLOP of a training step per token, without recomputed activations.
 
     Each weight takes part in three products a token: forward, and backward for the gradients of its input and its own.
     A frozen weight (LoRA) needs no gradient of its own. Causal attention over texts of `mean_length` tokens takes
@@ -57,11 +54,11 @@ def flops_per_token(num_weights: int, num_layers: int, width: int, mean_length: 
     2022, appendix B.
 
     Args:
-        num_weights: those that a token is multiplied with, the output layer's included.
+        num_weights: weights that a token is multiplied with, including the output layer.
     """
     return (4 if is_lora else 6) * num_weights + 6 * num_layers * width * mean_length
 
 
 def recomputed_flops_per_token(num_weights: int, num_layers: int, width: int, mean_length: float) -> float:
-    """FLOP that activation checkpointing adds for each token: a second forward pass."""
+    """FLOP that activation checkpointing adds per token: a second forward pass."""
     return 2 * num_weights + 2 * num_layers * width * mean_length

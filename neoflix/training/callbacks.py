@@ -1,23 +1,27 @@
-"""What a run does and shows while it trains."""
+"""Trainer callbacks: what a run does, checks and shows while it trains."""
 
 import math
+from pathlib import Path
 
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from neoflix.checkpoints.runs import save_run
+from neoflix.planning.forecast import Plan
 from neoflix.reporting.run_log import log_start
 from neoflix.runtime.console import is_main_process, progress, write_beside_progress
 from neoflix.runtime.errors import StoppedEarly
 from neoflix.runtime.processes import any_across_ranks, gather, run_on_main_process
 from neoflix.runtime.stop_requests import find_stop_request, forget_stop_file
+from neoflix.training.deepspeed import num_elements
 from neoflix.training.divergence import diverged
+from neoflix.training.validation import is_evaluated
 
 
 class StopOnRequest(TrainerCallback):
-    """Where any process was asked to stop, all of them save one checkpoint at the end of the step and stop.
+    """Saves one checkpoint at the end of the step and stops, in all processes, where any of them was asked to stop.
 
-    A save that falls on the last step of an epoch waits for the epoch's end, evaluation and all: a run that goes on
-    from it begins the next epoch, and would never evaluate this one.
+    A save that falls on the last step of an epoch waits until the epoch has ended and was evaluated: a run resumed from
+    it begins with the next epoch and would never evaluate this one.
     """
 
     def __init__(self):
@@ -60,12 +64,12 @@ class StopOnRequest(TrainerCallback):
 
 
 class RecordStart(TrainerCallback):
-    """Records what a start trains with, in the run's folder, once its first step is taken: a start that fails before
-    that leaves the record of the run as it was.
+    """Records a start in the run's folder once its first step is taken; a start that fails before that leaves the
+    run's record as it was.
 
     Args:
-        run: the run's record (`runs.describe_run`).
-        facts: of this start (`record.log_start`).
+        run: the run's record, by `describe_run`.
+        facts: of this start, by `describe_start`.
     """
 
     def __init__(self, run: dict, facts: dict):
@@ -81,24 +85,40 @@ class RecordStart(TrainerCallback):
         log_start(output_dir, self._facts)
 
 
-class EarlyStopping(EarlyStoppingCallback):
-    """Hugging Face's, without its demand that Trainer reload the best model at the end.
+def describe_start(args, plan: Plan | None, model, eval_dataset, from_step: int) -> dict:
+    """The facts about a start of `train.py` that its report shows."""
+    num_chars = eval_dataset["num_chars"] if eval_dataset else []
+    return {
+        "command": args.command,
+        "from_step": from_step,
+        "num_processes": args.world_size,
+        "deepspeed": Path(args.deepspeed).name if isinstance(args.deepspeed, str) else "given in the command",
+        "precision": str(args.weight_dtype).removeprefix("torch."),
+        "num_parameters": sum(map(num_elements, model.parameters())),
+        "num_validation_texts": sum(chars > 0 for chars in num_chars),
+        "plan_seconds": plan and plan.seconds(),
+    }
 
-    Under DeepSpeed that reloads the whole engine, optimizer states and all; the best checkpoint's weight
-    files are on disk already and `run_folder.export_best` puts them at the top of the run's folder.
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Hugging Face's, without its requirement that Trainer load the best model at the end.
+
+    Under DeepSpeed that loads the whole engine, optimizer states included. Here the weight files of the best
+    checkpoint, which are on disk already, are put at the top of the run's folder (`saving.save_best`).
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.early_stopping_patience = args.early_stopping_patience  # not the one the checkpoint was saved with
+        self.early_stopping_patience = args.early_stopping_patience  # not the one in the checkpoint
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
 
 
 class StopOnBadNumbers(TrainerCallback):
-    """Ends a run that no longer learns: a loss that is not finite, or step after step skipped for overflow.
+    """Raises DivergedError, in every process, for a run that no longer learns: its loss is NaN or infinite, or every
+    step is skipped because gradients overflow.
 
-    fp16's loss scale begins at 2 ** initial_scale_power and is halved at each skipped step: so many in a row, and it is
-    down at 1 with the gradients still overflowing. Raises DivergedError, in every process.
+    In fp16 the loss scale begins at 2 ** initial_scale_power, and each skipped step halves it. After that many skipped
+    steps in a row it is down to 1, with the gradients still overflowing.
     """
 
     def __init__(self):
@@ -121,17 +141,12 @@ class StopOnBadNumbers(TrainerCallback):
 
 
 class EvaluateAtEnd(TrainerCallback):
-    """Evaluates the model of the last step wherever `--eval_strategy` leaves it out, before it is saved: the figures of
-    a run are those of the model that it saves."""
+    """Evaluates the model of the last step, before it is saved, where `--eval_strategy` does not: a run reports the
+    figures of the model that it saves."""
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
             control.should_evaluate = not is_evaluated(state)
-
-
-def is_evaluated(state) -> bool:
-    """Whether the model as it is now was evaluated."""
-    return any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
 
 
 class Progress(ProgressCallback):
@@ -145,7 +160,7 @@ class Progress(ProgressCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero:
             if self.prediction_bar is None:
-                only_on_a_terminal = None  # tqdm's word for it
+                only_on_a_terminal = None  # tqdm's value for it
                 self.prediction_bar = progress(
                     total=len(eval_dataloader), desc="Evaluating", leave=False, disable=only_on_a_terminal
                 )
@@ -165,7 +180,7 @@ class Progress(ProgressCallback):
 
     @staticmethod
     def _figures(logs: dict) -> dict[str, str]:
-        """What stands behind the bar, which itself says how much longer it takes."""
+        """The figures shown behind the bar; the bar itself shows the time left."""
         figures = {"loss": f"{logs['loss']:.3f}", "tok/s": f"{logs['tokens_per_second']:,.0f}"}
         if "mfu" in logs:
             figures["MFU"] = f"{logs['mfu']:.0%}"
@@ -175,11 +190,13 @@ class Progress(ProgressCallback):
         return figures
 
 
-def run_callbacks(args) -> list[TrainerCallback]:
-    """What watches over a run with these arguments, beside Trainer's own."""
+def run_callbacks(args, has_validation: bool) -> list[TrainerCallback]:
+    """The callbacks of a run with these arguments, in addition to Trainer's own."""
     callbacks = [StopOnBadNumbers()]
     if args.early_stopping_patience and args.eval_strategy != "no":
         callbacks.append(EarlyStopping(args.early_stopping_patience))
     if not args.disable_tqdm:
         callbacks.append(Progress())
+    if has_validation:
+        callbacks.append(EvaluateAtEnd())
     return callbacks

@@ -1,16 +1,24 @@
-"""The one place that touches DeepSpeed's private parts. Written for deepspeed 0.19.8: check it at each upgrade."""
+"""Everything that touches DeepSpeed's internals. Written for deepspeed 0.19.8; check it at each upgrade."""
 
 import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from neoflix.arguments.deepspeed_file import (
-    _is_open,
-    is_json,
-)
+import torch
+
+from neoflix.arguments.deepspeed_file import is_json, read_ds_config
+from neoflix.arguments.training import TrainArguments
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
+from neoflix.runtime.redaction import redact
+
+
+def connect(flags) -> TrainArguments:
+    """Prepares DeepSpeed for a run with these flags, and makes the arguments, which connects the run's processes."""
+    disable_shm_collectives()
+    build_operators(read_ds_config(flags.deepspeed))
+    return TrainArguments.from_flags(flags)
 
 
 @contextmanager
@@ -36,11 +44,11 @@ def naming_refused_values(source: dict | str | Path) -> Iterator[None]:
 
 
 def build_operators(config: dict) -> None:
-    """Compiles what DeepSpeed would compile on first use, where that has not been done: now, not after the model is
+    """Compiles the operators that DeepSpeed would compile on first use, so that an error comes before the model is
     loaded. One process of the machine at a time.
 
-    A build that was killed leaves torch's lock behind, for which every later one waits for ever. Ours lasts as long
-    as the process that holds it (flock): under it, a lock of torch's that no process has open is removed.
+    A killed build leaves torch's lock file behind, and every later build waits for it forever. Our own lock (flock)
+    ends with the process that holds it; under it, a lock file of torch's that no process has open is removed.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
     from torch.utils.cpp_extension import _get_build_directory
@@ -60,23 +68,84 @@ def build_operators(config: dict) -> None:
             builder().load(verbose=False)
 
 
+def _is_open(file: Path) -> bool:
+    """Whether a process of this machine has the file open."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if descriptor.samefile(file):
+                return True
+    return False
+
+
 def disable_shm_collectives() -> None:
-    """Has DeepSpeed start without its shared-memory collectives on a CPU. Before the processes connect.
+    """Makes DeepSpeed start without its shared-memory collectives on a CPU. Call it before the processes connect.
 
     Training never calls them. But each process compiles them on first use, leaves 69 MB in /dev/shm when it ends
-    (300 runs filled the host memory of one machine), and waits for ever for one on another node.
+    (300 runs filled the host memory of one machine), and waits forever for a process on another node.
     """
-    import deepspeed  # seconds to import: after every check that needs none of it
+    import deepspeed  # seconds to import: after every check that does not need it
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def keep_gradient_norm(engine) -> None:
-    """Makes a DeepSpeed engine keep the norm it clips gradients by without ZeRO (stage 0), where it forgets it."""
-    from deepspeed.runtime.utils import clip_grad_norm_  # at import it asks what the accelerator is: too early
+    """Makes an engine without ZeRO (stage 0) keep the norm that it clips gradients by, as the other stages do."""
+    from deepspeed.runtime.utils import clip_grad_norm_  # at import it detects the accelerator: too early
 
     def clip() -> None:
         weights, most = engine.module.parameters(), engine.gradient_clipping()
         engine._global_grad_norm = clip_grad_norm_(parameters=weights, max_norm=most, mpu=engine.mpu)
 
     engine.clip_fp32_gradients = clip
+
+
+def gather_weights_on_save(engine) -> None:
+    """Makes an engine at ZeRO stage 3 gather whole weights for `Trainer.save_model`; DeepSpeed's default is not to."""
+    engine._config.zero_config.gather_16bit_weights_on_model_save = True
+
+
+def save_engine(engine, folder: Path, save: Callable[[dict, str], None], exclude_frozen_parameters: bool) -> None:
+    """Writes the engine's state (optimizer, scheduler, its copy of the model) under `folder`. Collective.
+
+    Left out, because the main process alone writes them and could fail alone: the script `zero_to_fp32.py` and the
+    file `latest`. The saved DeepSpeed configuration has its secrets removed, such as a monitor's API key.
+
+    Args:
+        save: used instead of DeepSpeed's own writer; called with a state dict and the path of its file.
+    """
+
+    def save_without_secrets(state_dict: dict, path: str) -> None:
+        redacted = {"ds_config": redact(state_dict["ds_config"])} if "ds_config" in state_dict else {}
+        save(state_dict | redacted, path)
+
+    engine.checkpoint_engine.save = save_without_secrets
+    engine._copy_recovery_script = lambda *_: None
+    engine.save_checkpoint(str(folder), save_latest=False, exclude_frozen_parameters=exclude_frozen_parameters)
+
+
+def restore_adam_beta_powers(optimizer) -> None:
+    """Makes DeepSpeed's CPU Adam compute the powers of its betas as the uninterrupted run did, after a state is loaded.
+
+    The powers are not in the state. After loading, Adam computes them as powers, whereas the uninterrupted run
+    multiplied once per step, and the two round differently. One step on a single zero for each step taken
+    (5 microseconds each) repeats the multiplications.
+    """
+    while hasattr(optimizer, "optimizer"):  # wrappers of accelerate and ZeRO
+        optimizer = optimizer.optimizer
+    if not hasattr(optimizer, "ds_opt_adam"):
+        return
+    num_steps = max((state["step"] for state in optimizer.state.values() if "step" in state), default=0)
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    zeros = [torch.zeros(1) for _ in range(4)]
+    for step in range(1, int(num_steps) + 1):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, *zeros)
+
+
+def num_elements(parameter: torch.nn.Parameter) -> int:
+    """Elements of a whole parameter, of which ZeRO stage 3 leaves an empty tensor in each process."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def local_values(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The values of a parameter that this process holds: all or, at ZeRO stage 3, its share."""
+    return getattr(parameter, "ds_tensor", parameter.detach())

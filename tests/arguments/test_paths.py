@@ -9,12 +9,11 @@ from conftest import losses, results
 
 import generate
 from neoflix.arguments.generate import parse_generate_args
-from neoflix.arguments.parse import parse_train_args
+from neoflix.arguments.parse import read_all_flags
 from neoflix.arguments.paths import expand_paths
 from neoflix.checkpoints.find import list_checkpoints
 from neoflix.checkpoints.world_size import convert
 from neoflix.export import export_merged, parse_export_args
-from neoflix.planning.plan_run import read_quickly
 from neoflix.report import parse_report_args
 from neoflix.runtime.files import without_wildcards
 
@@ -49,12 +48,9 @@ def test_a_run_knows_home(home, model_dir, catalogue, said):
     }[said]
     (home / "recipe.yaml").write_text("".join(f"{name}: {path}\n" for name, path in flags.items()))
     with pytest.raises(ValueError, match=rf"--resume_from_checkpoint {home}/none: "):
-        parse_train_args([*words, "--use_cpu", "true", "--resume_from_checkpoint", "~/none"])
-    args = parse_train_args([*words, "--use_cpu", "true"])
-    for name in FLAGS:
-        assert getattr(args, name).startswith(str(home)), name
-    quick = read_quickly(words)
-    assert {name: getattr(quick, name) for name in (*FLAGS, "deepspeed")} == {
+        read_all_flags([*words, "--use_cpu", "true", "--resume_from_checkpoint", "~/none"])
+    args = read_all_flags([*words, "--use_cpu", "true"])
+    assert {name: getattr(args, name) for name in (*FLAGS, "deepspeed")} == {
         name: path.replace("~", str(home)) for name, path in flags.items()
     }
 
@@ -68,7 +64,7 @@ def test_other_programs_know_home(home):
     args = parse_generate_args(
         ["--model_dir", "~/run", "--judge", "~/x.jsonl", "--base_model", "~/b", "--dataset", "~/d"]
     )
-    assert [args.model_dir, args.judge, args.base_model, args.dataset] == [
+    assert [args.model_dir, args.judged_file, args.base_model, args.dataset] == [
         f"{home}/{n}" for n in ("run", "x.jsonl", "b", "d")
     ]
     args = parse_export_args(["--to", "gpt2", "~/run", "~/out"])

@@ -6,9 +6,8 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import ON_CPU, losses, results
+from conftest import ON_CPU, losses, parse_train_args, results
 
-from neoflix.arguments.parse import parse_train_args
 from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.find import list_checkpoints
 from neoflix.checkpoints.manifest import write_manifest
@@ -79,7 +78,7 @@ SAME = [
     ["--logging_steps", "3", "--report_to", "tensorboard", "--disable_tqdm", "false", "--run_name", "x"],
     ["--dataloader_num_workers", "2", "--dataloader_persistent_workers", "true", "--dataloader_prefetch_factor", "4"],
     ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--per_device_eval_batch_size", "3"],
-    ["--save_total_limit", "9", "--on_full_disk", "go_on", "--num_progress_samples", "0", "--sample_prompts", "A", "B"],
+    ["--save_total_limit", "9", "--num_progress_samples", "0", "--sample_prompts", "A", "B"],
     ["--activation_checkpointing", "true", "--eval_on_start", "false", "--plan_must_fit", "false"],
     ["--deepspeed", "ds_configs/no_offload.json"],
     ["--deepspeed", {"steps_per_print": 7, "zero_optimization": {"stage": 1}}],

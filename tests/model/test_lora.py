@@ -6,10 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, ROOT, free_port, losses, results, run_program
+from conftest import DEEPSPEED, PYTHON, ROOT, card, forecast_of, free_port, losses, results, run_program
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_forecast import card, forecast
 from transformers import AutoModelForCausalLM
 
 import train
@@ -236,7 +235,7 @@ def test_adapters_that_cannot_be_used_are_one_sentence(adapters, model_dir):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model_name_or_path", "demo"], "--lora needs a pretrained model"),
+        (["--model_name_or_path", "demo"], "--lora true: .*'demo'"),
         (["--lora_rank", "0"], "--lora_rank 0: must be above 0"),
         (["--lora_alpha", "-1"], "--lora_alpha -1: must be above 0"),
     ],
@@ -257,7 +256,7 @@ def test_forecast_counts_adapters_as_they_are(model_dir):
 
 @pytest.mark.parametrize(("size", "gib", "host"), [("2.7B", 24, 24), ("2.7B", 24, 16), ("1.3B", 12, 16)])
 def test_short_host_memory_is_answered_with_lora(size, gib, host):
-    whole = forecast(size, card(gib, host))
+    whole = forecast_of(size, card(gib, host))
     assert [what for what, *_ in whole.over_budget()] == ["host memory"]
     changes = dict(smallest_changes(whole))
     assert "--lora true" in changes
@@ -266,10 +265,9 @@ def test_short_host_memory_is_answered_with_lora(size, gib, host):
     assert adapted.device_bytes < whole.device_bytes
     assert adapted.checkpoint_bytes < 0.02 * whole.checkpoint_bytes
     assert adapted.flops < 0.7 * whole.flops
-    assert not any("--lora true" in words and words != "--lora true" for words in changes), "one change does"
 
 
 def test_recipe_fits_the_machine_it_is_for():
     words = ["--config", str(ROOT / "recipes" / "gpt-neo-2.7b-lora.yaml"), "--plan_device_memory", "24GiB"]
     output = run_program(PYTHON, "train.py", "--plan", *words, "--plan_host_memory", "16GiB")
-    assert "million of them learn (LoRA)" in output
+    assert "million trainable (LoRA)" in output

@@ -5,17 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import shape_of, tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
+from neoflix.arguments.reader import read_train_flags
 from neoflix.data.packing import PaddedCollator, TokenBatches
 from neoflix.model.load import build_model
 from neoflix.model.shape import HUB_SHAPES, Shape, gpt_neo_shape, read_shape
-from neoflix.planning.forecast import Plan, forecast, read_settings
+from neoflix.planning.device_memory import activation_bytes
+from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import Texts
-from neoflix.planning.memory import Settings, activation_bytes
-from neoflix.planning.plan_run import read_quickly
 from neoflix.planning.remedies import smallest_changes
+from neoflix.planning.settings import Settings, read_settings
 from neoflix.planning.table import plan_table
 from neoflix.runtime.hardware import Machine
 
@@ -100,7 +101,7 @@ def test_activations_of_other_architectures(other, recomputes):
 def make_settings(shape, mean: float, recomputes: bool = False) -> Settings:
     texts = Texts(100, 10, mean, 5.0, 64, "given")
     words = ["--plan", "--activation_checkpointing", str(recomputes).lower()]
-    return read_settings(read_quickly(words), shape, texts, Machine(2**40, None, 2), {}, "")
+    return read_settings(read_train_flags(words), shape, texts, Machine(2**40, None, 2), {})
 
 
 # ---- padding ---------------------------------------------------------------------------------------------------------
@@ -150,16 +151,16 @@ def test_plan_of_a_padded_model_counts_padding(tmp_path):
     shape, texts = read_shape(str(tmp_path)), Texts(7008, 779, 32.0, 5.0, 51, "given")
     machine = Machine(2**40, None, 2)
 
-    def forecast(*words: str, of=shape) -> Plan:
-        settings = read_settings(read_quickly(["--plan", *words]), of, texts, machine, {}, "")
+    def plan(*words: str, of=shape) -> Plan:
+        settings = read_settings(read_train_flags(["--plan", *words]), of, texts, machine, {})
         return forecast(of, texts, settings, machine)
 
-    by_budget = forecast("--tokens_per_device_batch", "640")
+    by_budget = plan("--tokens_per_device_batch", "640")
     assert by_budget.settings.batch_tokens == 20 * 51
     assert by_budget.settings.train_tokens < by_budget.settings.num_steps * 641, "real tokens, as a run reports them"
-    assert "at most 1,020 tokens at once, padding included" in plan_table(by_budget)
+    assert "1,020 tokens, padding included" in plan_table(by_budget)
     for words in (("--tokens_per_device_batch", "640"), ("--per_device_train_batch_size", "16")):
-        padded, packed = forecast(*words), forecast(*words, of=gpt_neo_shape({"num_layers": 3, "hidden_size": 64}))
+        padded, packed = plan(*words), plan(*words, of=gpt_neo_shape({"num_layers": 3, "hidden_size": 64}))
         assert 1.2 < padded.settings.padding < 1.5
         assert packed.settings.padding == 1
         per_token = padded.flops / padded.settings.train_tokens / padded.settings.padding
@@ -172,21 +173,29 @@ def test_memory_of_a_llama_is_what_was_measured():
     shape = Shape(30, 576, 1536, 49152, 134515008, 2048, False, 305280, 210, kept_bytes=kept)
     texts, machine = Texts(7008, 779, 32.0, 5.0, 51, "given"), Machine(2**40, None, 2)
     for words, measured in (([], 7.3), (["--lora", "true"], 7.0)):
-        args = read_quickly(["--plan", "--per_device_train_batch_size", "32", *words])
-        settings = read_settings(args, shape, texts, machine, {}, "")
+        args = read_train_flags(["--plan", "--per_device_train_batch_size", "32", *words])
+        settings = read_settings(args, shape, texts, machine, {})
         assert forecast(shape, texts, settings, machine).host_bytes / 2**30 == pytest.approx(measured, rel=0.1)
 
 
 def test_changes_of_a_padded_run_keep_its_budget(tmp_path):
     LLAMA.save_pretrained(tmp_path)
     shape, texts = read_shape(str(tmp_path)), Texts(7008, 779, 32.0, 5.0, 51, "given")
-    args = read_quickly(["--plan", "--tokens_per_device_batch", "6400"])
+    args = read_train_flags(["--plan", "--tokens_per_device_batch", "6400"])
     roomy = Machine(2**40, None, 2)
-    whole = forecast(shape, texts, read_settings(args, shape, texts, roomy, {}, ""), roomy)
+    whole = forecast(shape, texts, read_settings(args, shape, texts, roomy, {}), roomy)
     tight = Machine(int(whole.host_bytes * 0.9), None, 2)
-    words, changed = smallest_changes(forecast(shape, texts, read_settings(args, shape, texts, tight, {}, ""), tight))[
-        0
-    ]
+    words, changed = smallest_changes(forecast(shape, texts, read_settings(args, shape, texts, tight, {}), tight))[0]
     assert words == "--tokens_per_device_batch 3200 --gradient_accumulation_steps 2"
-    again = read_settings(read_quickly(["--plan", *words.split()]), shape, texts, tight, {}, "")
+    again = read_settings(read_train_flags(["--plan", *words.split()]), shape, texts, tight, {})
     assert again.batch_tokens == changed.settings.batch_tokens
+
+
+def test_parameters_are_counted_right(tmp_path):
+    for overrides in ({}, {"num_layers": 6, "hidden_size": 64, "attention_types": [[["global", "local"], 3]]}):
+        config = tiny_config(vocab_size=512, **overrides)  # a multiple of 64, as `model.py` makes it
+        config.save_pretrained(tmp_path)
+        assert read_shape(str(tmp_path)).num_parameters == build_model(config, torch.float32).num_parameters()
+    assert shape_of("2.7B").num_parameters == pytest.approx(2.65e9, rel=0.01)
+    assert shape_of("1.3B").num_parameters == pytest.approx(1.32e9, rel=0.01)
+    assert shape_of("125M").num_parameters == pytest.approx(0.125e9, rel=0.01)

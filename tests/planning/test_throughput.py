@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from conftest import tiny_config
 
-from neoflix.planning.plan_run import plan_run, read_quickly
+from neoflix.arguments.reader import read_train_flags
+from neoflix.planning.plan_run import plan_run
 from neoflix.planning.throughput import PEAK_TFLOPS, flops_per_token, peak_flops, recomputed_flops_per_token
 
 
@@ -66,7 +67,7 @@ def test_utilization_counts_the_models_own_products(is_lora, recomputes, tmp_pat
     tiny_config(hidden_size=64).save_pretrained(tmp_path)
     words = ["--model_name_or_path", str(tmp_path), "--dataset", "sample", "--cache_dir", str(tmp_path)]
     words += ["--lora", str(is_lora), "--activation_checkpointing", str(recomputes), "--plan_device_memory", "80GiB"]
-    plan = plan_run(read_quickly([*words, "--plan"]), must_fit=False)
+    plan = plan_run(read_train_flags([*words, "--plan"]))
     assert plan.utilization(1000.0) is None, "no peak is known of a card that isn't there"
     assert plan.seconds() is None
     h100 = replace(plan, machine=replace(plan.machine, device_name="NVIDIA H100 80GB HBM3"))
@@ -76,6 +77,6 @@ def test_utilization_counts_the_models_own_products(is_lora, recomputes, tmp_pat
     assert plan.flops == pytest.approx(plan.settings.train_tokens * (per_token + extra))
     in_fp32 = replace(h100, settings=replace(plan.settings, weight_bytes=4))
     assert in_fp32.utilization(1000.0) is None
-    on_cpu = plan_run(read_quickly([*words[:-2], "--use_cpu", "true"]), must_fit=False)
+    on_cpu = plan_run(read_train_flags([*words[:-2], "--use_cpu", "true", "--deepspeed", "ds_configs/cpu.json"]))
     assert on_cpu.utilization(1000.0) is None
     assert on_cpu.seconds()[0] > 0

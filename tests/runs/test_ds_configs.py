@@ -14,8 +14,8 @@ from neoflix.arguments.deepspeed_file import read_ds_config
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 FOLLOWS_TRAINER = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
-# What a CPU trains. Not here: nvme (libaio, and a disk of one's own) and bf16_states (other arithmetic, own test).
-EXACT = ["cpu", "multi_gpu", "multi_gpu_zero1", "no_offload", "twin_flow", "zero3_offload"]
+# All that a CPU can train; nvme needs libaio and a local disk.
+EXACT = ["cpu", "multi_gpu", "multi_gpu_zero1", "no_offload", "zero3_offload"]
 
 
 def without_auto(config: dict) -> dict:
@@ -108,11 +108,3 @@ def test_files_train_as_the_default_does(train_three_steps):
     assert len(expected) == 3
     for name in EXACT:
         assert train_three_steps(f"ds_configs/{name}.json") == pytest.approx(expected, rel=1e-4), name
-
-
-def test_bf16_states_train_close_to_the_default_in_bf16(train_three_steps):
-    expected = train_three_steps("ds_config.json", "--bf16", "true")
-    rounded = train_three_steps("ds_configs/bf16_states.json", "--bf16", "true")
-    assert rounded[0] == expected[0], "nothing is updated before the first loss"
-    assert rounded == pytest.approx(expected, rel=2e-3)
-    assert rounded != expected

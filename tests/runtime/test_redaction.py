@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import parse_train_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from neoflix.arguments.parse import parse_train_args
 from neoflix.reporting.card import _without_folders, model_card
 from neoflix.reporting.history import Record
 from neoflix.runtime.redaction import HIDDEN, is_secret, redact, redact_command, redact_text

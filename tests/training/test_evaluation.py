@@ -133,12 +133,12 @@ def test_a_run_that_died_is_measured_by_its_best_checkpoint(run_dir, measure, tm
 
 
 def test_other_texts_are_told_from_the_runs_own(run_dir, measure):
-    """A larger share takes texts that were learnt from; other texts and smaller shares only are not the same."""
-    for words, learnt in (["--validation_fraction", "0.5"], True), (["--dataset", "sample"], False):
+    """A larger share takes texts that were trained on; other texts and smaller shares only are not the same."""
+    for words, was_trained_on in (["--validation_fraction", "0.5"], True), (["--dataset", "sample"], False):
         column = ["--text_column", "description"] if "sample" in words else []
         assert measure(run_dir, *words, *column)["same_texts_as_run"] is False
         assert "warning: these are not the texts" in measure.said
-        assert ("learnt some of them" in measure.said) == learnt
+        assert ("trained on some of them" in measure.said) == was_trained_on
 
 
 def test_a_model_from_scratch_has_a_vocabulary_of_its_own(measure):

@@ -1,0 +1,26 @@
+"""The DeepSpeed files in ds_configs/, and which of them a machine can use."""
+
+from pathlib import Path
+
+from neoflix.runtime.hardware import Machine
+
+
+def find_presets(machine: Machine, num_processes: int) -> list[str]:
+    """DeepSpeed files for this machine, the fastest first.
+
+    Without NVLink ZeRO-1 comes before ZeRO-2, because it sends gradients once per step and not once per batch.
+    """
+    if not machine.has_gpu:
+        return ["ds_configs/cpu.json"]
+    one = ["ds_configs/no_offload.json"]
+    several = ["ds_configs/multi_gpu.json", "ds_configs/multi_gpu_zero1.json"]
+    fast = one if num_processes == 1 else several if machine.is_linked else several[::-1]
+    return [*fast, "ds_config.json", "ds_configs/zero3_offload.json", "ds_configs/nvme.json"]
+
+
+def missing_swap_folder(config: dict) -> str | None:
+    """The `nvme_path` of a DeepSpeed file if it is not a folder of this machine, else None."""
+    block = config["zero_optimization"].get("offload_optimizer", {})
+    if block.get("device") == "nvme" and not Path(block["nvme_path"]).is_dir():
+        return block["nvme_path"]
+    return None
