@@ -2,6 +2,9 @@
 
 import argparse
 import csv
+import functools
+import gc
+import itertools
 import json
 import os
 import random
@@ -10,10 +13,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; no test waits for a network
 
+import cpuinfo
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -41,6 +46,8 @@ PYTHON = sys.executable
 DEEPSPEED = str(Path(PYTHON).with_name("deepspeed"))
 ON_CPU = ["--deepspeed", "ds_configs/cpu.json"]
 
+# DeepSpeed asks for each optimizer, and each time a process looks for the answer for a second.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 # Small matrices: threads that wait for each other cost more than they bring.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -52,6 +59,18 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported by now: each run collects, and would look at all of it
+
+
+@pytest.fixture(autouse=True)
+def runs_draw_nothing(request, monkeypatch):
+    """Six drawings at each run's end take longer than its training; only tests of reports look at them."""
+    if request.path.parent.name != "reporting":
+        monkeypatch.setattr("neoflix.reporting.curves.draw", lambda *_, **__: None)
 
 
 @pytest.fixture(autouse=True)
@@ -136,10 +155,23 @@ def processes(monkeypatch):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
+def _ports():
+    """1,000 ports for each of xdist's workers, none of those that the system hands out, from a random one on."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    begin = 10_000 + 1000 * (worker % 10)
+    for number in itertools.count(random.SystemRandom().randrange(1000)):
+        yield begin + number % 1000
+
+
+_candidates = _ports()
+
+
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port that nothing listens at, and that no other test takes before this one's program does."""
+    for port in _candidates:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 @pytest.fixture(scope="session")
