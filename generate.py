@@ -1,6 +1,5 @@
 """Sample new texts from a fine-tuned model: `python generate.py --model_dir results --num_samples 20`."""
 
-import os
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -11,69 +10,69 @@ from neoflix.runtime.early import answer_early
 if __name__ == "__main__":
     answer_early(parse_generate_args)  # --help and wrong flags: before the imports below, which take seconds
 
-from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.checkpoints.find import find_model
-from neoflix.data.encodings import read_lines
-from neoflix.data.fields import read_fields
-from neoflix.data.template import find_template
-from neoflix.data.tokenizer import read_tokenizer
-from neoflix.judging.judge import Judge, judge_file, read_samples
-from neoflix.judging.sweep import keep_novel, sweep
-from neoflix.runtime.console import printable
+from neoflix.judging.judge import Judge, read_samples
+from neoflix.judging.novel_samples import keep_novel
+from neoflix.judging.sweep import compare_settings
 from neoflix.runtime.environment import tune_malloc
-from neoflix.runtime.errors import UserError
 from neoflix.runtime.processes import run_and_exit
-from neoflix.sampling.sample_files import describe_job, find_done, save_samples
+from neoflix.sampling.prompts import read_prompts
+from neoflix.sampling.sample_files import open_output
 from neoflix.sampling.sampler import PrintableStreamer, Sampler
 
 
 def main(argv: list[str] | None = None) -> None:
     tune_malloc()
     args = parse_generate_args(argv)
-    if isinstance(args.judge, str):
+    if args.judged_file:
         return judge_file(args)
     model_dir = find_model(args.model_dir)
     prompts = read_prompts(args, model_dir)
-    settings = {name: getattr(args, name) for name in SAMPLING_DEFAULTS}
-    job = describe_job(model_dir, prompts, num_samples=args.num_samples, seed=args.seed, novel=args.novel, **settings)
-    done = find_done(args.output, job) if args.output and not args.sweep else 0
-    # What is judged by comes before the model: a data set that cannot be read costs seconds then.
-    judge = Judge(args) if args.judge or args.novel or args.sweep else None
-    sampler = Sampler.load(model_dir, allow_pickle=args.allow_pickle)
-    sample = partial(sampler.sample, seed=args.seed, batch_size=args.batch_size, **settings)
-    if args.sweep:
-        return sweep(judge, partial(sample, prompts, args.num_samples), args.sweep, args.output)
-    if args.novel:  # which draws were kept only drawing tells
-        samples = islice(keep_novel(sample, judge.training, prompts, args.num_samples), done, None)
-    else:
-        streamer = PrintableStreamer(sampler.tokenizer) if args.stream else None
-        samples = sample(prompts, args.num_samples, skip=done, streamer=streamer)
-    if args.output:
-        samples = save_samples(samples, args.output, job, len(prompts) * args.num_samples, done, quiet=args.stream)
-    rows = []
-    for number, text in enumerate(samples, start=1):
-        if not (args.output or args.stream):
-            print(f"{number:>3}. {' '.join(printable(text.whole).split())}", flush=True)
-        rows.append(text.to_dict())
-    if args.judge:
+    job = sweep if args.sweep else sample_novel if args.novel else sample
+    job(args, model_dir, prompts)
+
+
+def judge_file(args) -> None:
+    """`--judge FILE`: judges the samples in a file."""
+    rows = read_samples(args.judged_file)
+    Judge(args).report(rows, args.judged_file)
+
+
+def sweep(args, model_dir: Path, prompts: list) -> None:
+    """`--sweep`: samples with every combination of settings and compares the figures."""
+    judge = Judge(args)  # before the model: a data set that cannot be read is reported within seconds
+    sampler = load_sampler(args, model_dir, prompts)
+    draw = partial(sampler.sample, prompts, args.num_samples, **args.sampling)
+    compare_settings(judge, draw, args.sweep, args.output)
+
+
+def sample_novel(args, model_dir: Path, prompts: list) -> None:
+    """`--novel`: samples until enough texts are no duplicates of training texts."""
+    output = open_output(args, model_dir, prompts)
+    judge, sampler = Judge(args), load_sampler(args, model_dir, prompts)
+    samples = keep_novel(partial(sampler.sample, **args.sampling), judge.training, prompts, args.num_samples)
+    # Which samples a resumed file has already is known only once they are drawn again.
+    write(args, islice(samples, output.num_done, None), output, judge if args.judge else None)
+
+
+def sample(args, model_dir: Path, prompts: list) -> None:
+    """Samples `--num_samples` texts for each prompt."""
+    output = open_output(args, model_dir, prompts)
+    judge, sampler = Judge(args) if args.judge else None, load_sampler(args, model_dir, prompts)
+    streamer = PrintableStreamer(sampler.tokenizer) if args.stream else None
+    samples = sampler.sample(prompts, args.num_samples, skip=output.num_done, streamer=streamer, **args.sampling)
+    write(args, samples, output, judge)
+
+
+def load_sampler(args, model_dir: Path, prompts: list) -> Sampler:
+    batch_size = min(args.batch_size, len(prompts) * args.num_samples)
+    return Sampler.load(model_dir, allow_pickle=args.allow_pickle, batch_size=batch_size)
+
+
+def write(args, samples, output, judge: Judge | None) -> None:
+    rows = output.write(samples)
+    if judge:
         judge.report(read_samples(args.output) if args.output else rows, args.output)
-
-
-def read_prompts(args, model_dir: Path) -> list[str] | list[dict]:
-    """For a model with a template, unless there is a prompt: fields, of each row of a file if one is named. Else the
-    prompt itself, or the lines of the file it names, blank ones left out."""
-    prompt, template = args.prompt, find_template(read_tokenizer(model_dir, f"--model_dir {args.model_dir}"))
-    if args.fields or args.fields_file or (template and not prompt):
-        return read_fields(args.fields, args.fields_file, template)
-    if not os.path.isfile(prompt):
-        return [prompt]
-    try:
-        prompts = read_lines(Path(prompt))
-    except (OSError, UserError) as error:
-        raise UserError(f"--prompt {prompt}: cannot be read ({error})") from error
-    if not prompts:
-        raise UserError(f"--prompt {prompt}: the file has no line with text")
-    return prompts
 
 
 if __name__ == "__main__":

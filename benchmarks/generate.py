@@ -36,6 +36,7 @@ from machine import cap_device_memory, copy_bytes_per_second, write_line
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.runtime.environment import tune_malloc
 from neoflix.sampling.decoder import Text
+from neoflix.sampling.inference import optimize_for_inference
 from neoflix.sampling.sampler import Sampler
 
 TOKENIZER_SIZE = 50_259  # GPT-Neo's tokens and two more special ones; the 45 rows beyond are padding
@@ -53,6 +54,7 @@ def main() -> None:
     spread_logits(model)
     sampler = Sampler(model, build_tokenizer(model.config.vocab_size))
     sides = build_sides(sampler, args)
+    optimize_for_inference(model, max(args.batch_sizes))  # as Sampler.load does
 
     batches = {}
     print_header()

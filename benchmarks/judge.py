@@ -23,7 +23,7 @@ from machine import write_line
 
 from neoflix.data.sources import SAMPLE_PATH, read_examples
 from neoflix.judging.figures import judge
-from neoflix.judging.novelty import NEAR_TWIN, TrainingTexts
+from neoflix.judging.novelty import NEAR_DUPLICATE, TrainingTexts
 from neoflix.training.meters import peak_host_bytes
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     ended = time.process_time(), time.perf_counter()
     planted = len(range(0, args.samples, 10)) / args.samples
     if found.near_twins < 0.99 * planted:
-        sys.exit(f"error: {found.near_twins:.1%} near twins found, {planted:.1%} were planted")
+        sys.exit(f"error: {found.near_twins:.1%} near duplicates found, {planted:.1%} were planted")
     write_line(
         {
             "num_samples": args.samples,
@@ -54,7 +54,7 @@ def main() -> None:
             "wall_seconds": ended[1] - began[1],
             "peak_bytes_before": before,  # imports, texts and samples
             "peak_bytes": peak_host_bytes(),
-            "near_twin_from": NEAR_TWIN,
+            "near_twin_from": NEAR_DUPLICATE,
             "found": asdict(found),
         },
         args.output,

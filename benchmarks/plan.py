@@ -30,11 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from machine import run_job, write_line
+from neoflix.planning.memory import Settings
 
 from neoflix.model.shape import Shape
 from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import Texts
-from neoflix.planning.memory import Settings
 from neoflix.planning.plan_run import plan_run, read_quickly
 from neoflix.runtime.hardware import Machine
 

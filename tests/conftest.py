@@ -2,17 +2,23 @@
 
 import argparse
 import csv
+import functools
+import gc
+import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; no test waits for a network
 
+import cpuinfo
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,9 +28,12 @@ from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
 from neoflix.arguments.deepspeed_file import read_ds_config
 from neoflix.arguments.parse import read_all_flags
 from neoflix.arguments.reader import DEFAULTS, read_train_flags
+from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.find import list_checkpoints
 from neoflix.data.template import Example
+from neoflix.data.tokenizer import load_tokenizer
+from neoflix.model.load import load_model
 from neoflix.model.shape import Shape, read_shape
 from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import Texts
@@ -37,6 +46,8 @@ PYTHON = sys.executable
 DEEPSPEED = str(Path(PYTHON).with_name("deepspeed"))
 ON_CPU = ["--deepspeed", "ds_configs/cpu.json"]
 
+# DeepSpeed asks for each optimizer, and each time a process looks for the answer for a second.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 # Small matrices: threads that wait for each other cost more than they bring.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -48,6 +59,18 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported by now: each run collects, and would look at all of it
+
+
+@pytest.fixture(autouse=True)
+def runs_draw_nothing(request, monkeypatch):
+    """Six drawings at each run's end take longer than its training; only tests of reports look at them."""
+    if request.path.parent.name != "reporting":
+        monkeypatch.setattr("neoflix.reporting.curves.draw", lambda *_, **__: None)
 
 
 @pytest.fixture(autouse=True)
@@ -132,10 +155,23 @@ def processes(monkeypatch):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
+def _ports():
+    """1,000 ports for each of xdist's workers, none of those that the system hands out, from a random one on."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    begin = 10_000 + 1000 * (worker % 10)
+    for number in itertools.count(random.SystemRandom().randrange(1000)):
+        yield begin + number % 1000
+
+
+_candidates = _ports()
+
+
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port that nothing listens at, and that no other test takes before this one's program does."""
+    for port in _candidates:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 @pytest.fixture(scope="session")
@@ -156,6 +192,59 @@ def model_dir(tmp_path_factory, titles) -> Path:
     torch.manual_seed(0)
     GPTNeoForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_dir(model_dir, tmp_path_factory) -> Path:
+    """A model's folder as a finished run leaves it; it is only read."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = load_tokenizer(str(model_dir))
+    torch.manual_seed(0)
+    sampling = SAMPLING_DEFAULTS | {"max_new_tokens": 24}
+    load_model(str(model_dir), tokenizer, torch.float32, sampling).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recorded_run(model_dir, titles, tmp_path_factory) -> Path:
+    """A run's folder with the record that train.py writes, without the training; it is only read."""
+    from neoflix.checkpoints.runs import describe_run, save_results, save_run
+    from neoflix.data.sources import read_dataset
+    from neoflix.data.split import split_texts
+    from neoflix.data.tokens import tokenize_split
+
+    folder = tmp_path_factory.mktemp("recorded")
+    table = folder / "titles.jsonl"
+    table.write_text("".join(json.dumps({"plot": text}) + "\n" for text in titles[:100]))
+    prepare_environment()
+    words = ["--use_cpu", "true", "--deepspeed", str(ROOT / "ds_configs" / "cpu.json"), "--validation_fraction", "0.2"]
+    words += ["--model_name_or_path", str(model_dir), "--dataset", str(table), "--text_column", "plot"]
+    args = parse_train_args([*words, "--output_dir", str(folder / "run")])
+    texts, tokenizer = split_texts(read_dataset(args), 0.2), load_tokenizer(str(model_dir))
+    torch.manual_seed(0)
+    model = load_model(str(model_dir), tokenizer, torch.float32, SAMPLING_DEFAULTS | {"max_new_tokens": 24})
+    run = describe_run(args, model, tokenizer, *tokenize_split(texts, tokenizer, 256, folder / "cache"))
+    model.save_pretrained(folder / "run")
+    tokenizer.save_pretrained(folder / "run")
+    save_run(folder / "run", run)
+    save_results(folder / "run", {})
+    return folder / "run"
+
+
+def generate_words(run: Path, *words) -> list[str]:
+    """Words of a generate.py command for four texts of a run's model."""
+    return ["--model_dir", str(run), "--num_samples", "4", "--seed", "3", *map(str, words)]
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def random_texts(num: int, num_words: int, seed: int) -> list[list[str]]:
+    """Texts of few different words, as their words, so that runs of words come again."""
+    draw = random.Random(seed)
+    return [[f"w{draw.randrange(num_words)}" for _ in range(draw.randrange(0, 14))] for _ in range(num)]
 
 
 def as_examples(texts: list[str]) -> list[Example]:

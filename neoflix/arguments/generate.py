@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from collections.abc import Iterable
 from dataclasses import fields
 
 from neoflix.arguments.command_line import SWITCH, Parser
@@ -11,29 +12,33 @@ from neoflix.arguments.sampling import SAMPLING_DEFAULTS, SAMPLING_RULES, check_
 from neoflix.arguments.train_flags import TrainFlags
 from neoflix.runtime.errors import UserError
 
+DEFAULT_SWEEP_FOLDER = "samples-sweep"
+
 
 def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of `generate.py`. Sampling flags that are not given are None: the model's own settings apply.
+    """Parses `generate.py`'s command line.
+
+    Besides the flags themselves, the result has:
+        sampling: seed, batch size and sampling settings, as keyword arguments of `Sampler.sample`. A setting that was
+            not given is None: the model's own is used.
+        judge: whether to judge the new samples (`--judge` alone).
+        judged_file: the samples to judge instead of new ones (`--judge FILE`), or None.
+        sweep: the settings to compare, or None.
+        output: the file for the samples, or None to print them; with `sweep`, the folder for its files.
 
     Raises:
-        UserError: a flag has a value that cannot be used, or contradicts another one.
+        UserError: if a value is not valid, or if two flags contradict each other.
     """
     args = make_parser().parse_args(argv)
-    recipe, generation = _read_recipe(args.config) if args.config else ({}, {})
     args.fields = parse_fields(args.fields or [])
-    if args.prompt and (args.fields or args.fields_file):
-        raise UserError("--prompt and --fields: both begin a text; use one of them")
-    defaults = {"num_samples": 20, "model_dir": recipe.get("output_dir", "results")} | generation
-    if args.fields_file:
-        defaults["num_samples"] = 1
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in SAMPLING_RULES:
-        if (value := getattr(args, name)) is not None:
-            check_sampling(f"--{name} {value}", name, value)
     args.sweep = parse_sweep(args.sweep) if args.sweep else None
-    check_judging(args)
+    args.judged_file = args.judge if isinstance(args.judge, str) else None
+    args.judge = args.judge is True
+    _fill_in_defaults(args)
+    _check(args)
+    if args.sweep and args.output is None:
+        args.output = DEFAULT_SWEEP_FOLDER
+    args.sampling = {name: getattr(args, name) for name in ("seed", "batch_size", *SAMPLING_DEFAULTS)}
     return args
 
 
@@ -76,6 +81,17 @@ def make_parser() -> Parser:
     add("--base_model", metavar="MODEL", help=base_help)
     parser.add_argument_group("help").add_argument("-h", "--help", action="help", help="show these flags and exit")
     return parser
+
+
+def _fill_in_defaults(args: argparse.Namespace) -> None:
+    """The recipe's values, then the defaults, for flags that were not given."""
+    recipe, generation = _read_recipe(args.config) if args.config else ({}, {})
+    defaults = {"num_samples": 20, "model_dir": recipe.get("output_dir", "results")} | generation
+    if args.fields_file:
+        defaults["num_samples"] = 1
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def _read_recipe(path: str) -> tuple[dict, dict]:
@@ -124,17 +140,24 @@ def parse_sweep(words: list[str]) -> list[dict]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def check_judging(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that contradict each other, and for an invalid --validation_fraction."""
-    if isinstance(args.judge, str) and (args.sweep or args.novel or args.output):
-        other = "--sweep" if args.sweep else "--novel" if args.novel else "--output"
-        raise UserError(f"--judge {args.judge}: judges that file and samples nothing; leave out {other}, or the file")
-    if args.sweep and args.novel:
-        raise UserError("--sweep and --novel: a sweep judges all samples of a setting; leave out --novel")
-    if args.stream and (args.sweep or args.novel):
-        other = "--sweep" if args.sweep else "--novel"
-        raise UserError(f"--stream and {other}: a text is judged before it is shown; leave one of them out")
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError for a value that is not valid, and for flags that contradict each other."""
+    for name in SAMPLING_RULES:
+        if (value := getattr(args, name)) is not None:
+            check_sampling(f"--{name} {value}", name, value)
     if args.validation_fraction is not None and not 0 <= args.validation_fraction < 1:
         raise UserError(f"--validation_fraction {args.validation_fraction}: must be at least 0 and below 1")
-    if args.sweep and args.output is None:
-        args.output = "samples-sweep"
+    if args.prompt and (args.fields or args.fields_file):
+        raise UserError("--prompt begins the text itself, --fields fills in the model's template: use one of them")
+    if args.judged_file and (other := _first_given(args, ("sweep", "novel", "output"))):
+        raise UserError(
+            f"--judge {args.judged_file}: judges that file and samples nothing; leave out {other} or the file"
+        )
+    if args.sweep and args.novel:
+        raise UserError("--sweep compares settings as they are; leave out --novel")
+    if args.stream and (other := _first_given(args, ("sweep", "novel"))):
+        raise UserError(f"--stream prints each text before it can be judged; leave out --stream or {other}")
+
+
+def _first_given(args: argparse.Namespace, names: Iterable[str]) -> str | None:
+    return next((f"--{name}" for name in names if getattr(args, name)), None)

@@ -1,4 +1,4 @@
-"""Perplexity of texts under the model that a run began with."""
+"""Perplexity of texts under a base model, by default the one that a run started from."""
 
 import math
 from collections.abc import Iterable
@@ -15,31 +15,30 @@ from neoflix.model.vocabulary import get_window
 from neoflix.runtime.console import progress
 from neoflix.runtime.errors import UserError
 
-PERPLEXITY_TEXTS = 1000  # a large model reads no more of them: at 1,000 texts chance moves the figure by a few per cent
-
+PERPLEXITY_TEXTS = 1000  # texts that are measured: at 1,000, chance moves the figure by a few per cent
 
 BATCH_SIZE = 8  # texts that the base model reads at once
 
 
 def find_base_model(args) -> tuple[str | None, str]:
-    """(hub name or folder of the model that the run began as, or None; why there is none)."""
+    """(hub name or folder of the model that the run started from, or None; the reason for None)"""
     if args.base_model == "none":
-        return None, "left out by --base_model none"
-    if isinstance(args.judge, str) and args.base_model is None:
+        return None, "--base_model none"
+    if args.judged_file and args.base_model is None:
         return None, "no model was loaded; name one with --base_model"
     name = args.base_model or (find_run(args.model_dir) or {}).get("model")
     if name is None:
-        return None, f"nothing in {args.model_dir} says what the model was; name it with --base_model"
+        return None, f"{args.model_dir} has no record of the base model; name it with --base_model"
     if name == DEMO:
-        return None, "the run began from scratch; name another model with --base_model"
+        return None, "the run started from random weights; name a model with --base_model"
     return name, ""
 
 
 class BaseModel:
-    """A pretrained model that says how probable texts are.
+    """A pretrained model that measures how probable texts are.
 
     Args:
-        tokenizer: the model's own; its end token stands before each text, as between two documents.
+        tokenizer: the model's own. Its end token comes before each text, as between two documents.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
@@ -47,19 +46,23 @@ class BaseModel:
 
     @classmethod
     def load(cls, name: str, allow_pickle: bool = False) -> "BaseModel":
-        """Loads it, on CUDA in bf16 (fp16 before Ampere), else on the CPU in fp32. UserError where it is not there."""
+        """Loads a base model: on CUDA in bf16 (fp16 before Ampere) if there is a GPU, otherwise on the CPU in fp32.
+
+        Raises:
+            UserError: if there is no such model, or if its tokenizer has no end token.
+        """
         model = load_for_reading(name, None, allow_pickle)
         tokenizer = read_tokenizer(name, f"--base_model {name}")
         if tokenizer.eos_token_id is None:
-            raise UserError(f"--base_model {name}: its tokenizer has no end token to put before a text")
+            raise UserError(f"--base_model {name}: its tokenizer has no end token, which must come before each text")
         return cls(model, tokenizer)
 
     @torch.inference_mode()
     def perplexity(self, texts: Iterable[str]) -> float | None:
-        """exp of the mean loss in nats per token of the base's tokenizer, over all texts' tokens together.
+        """exp of the mean loss per token of the base model's tokenizer, over the tokens of all texts together.
 
-        Texts are read one by one, each after an end token, their own end not counted; those longer than the model's
-        window up to there. None where no text has a token.
+        Each text is read by itself, after an end token, up to the model's window. The end of the text is not counted.
+        None if no text has a token.
         """
         window, start = get_window(self.model), self.tokenizer.eos_token_id
         encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
@@ -67,7 +70,7 @@ class BaseModel:
         total, num_tokens = 0.0, 0
         for at in progress(range(0, len(rows), BATCH_SIZE), desc="Perplexity", delay=2):
             batch = [torch.tensor(row) for row in rows[at : at + BATCH_SIZE]]
-            # Padding on the right: no token before it sees it.
+            # Padding is on the right, where no real token sees it.
             input_ids = pad_sequence(batch, batch_first=True, padding_value=start).to(self.model.device)
             labels = pad_sequence(batch, batch_first=True, padding_value=IGNORE_INDEX).to(self.model.device)
             num_labels = sum(len(row) - 1 for row in batch)

@@ -1,4 +1,4 @@
-"""Judging a run's samples: finds the texts it learnt from and the model it began as, and keeps what quality.py says."""
+"""Judging samples: finds the run's training texts and base model, and reports the figures."""
 
 from dataclasses import asdict
 from functools import cache, cached_property
@@ -13,24 +13,26 @@ from neoflix.data.template import Template
 from neoflix.data.tokens import MOST_LEFT_OUT
 from neoflix.judging.base_model import PERPLEXITY_TEXTS, BaseModel, find_base_model
 from neoflix.judging.figures import Judgement, judge, judgement_table
-from neoflix.judging.novelty import TrainingTexts, some
+from neoflix.judging.novelty import TrainingTexts
+from neoflix.judging.variety import choose_texts
 from neoflix.runtime.console import printable, say
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import read_json, write_json
 
 
 def read_training_texts(args) -> list[str]:
-    """The texts a run has learnt from, without those it held out; or those of `--dataset`.
+    """The texts that a run was trained on, without those it held out; or those of `--dataset`.
 
-    UserError where no one says which they are, or where the file is no longer what it was.
+    Raises:
+        UserError: if there is no record of the data set, or if it has changed.
     """
     run = find_run(args.model_dir) or {}
     recorded = run.get("texts", {})
     dataset = args.dataset or recorded.get("dataset")
     if dataset is None:
         raise UserError(
-            f"--model_dir {args.model_dir}: nothing there says which texts it learnt from; name them with --dataset "
-            "(and --text_column)"
+            f"--model_dir {args.model_dir}: has no record of the training texts; name them with --dataset (and "
+            "--text_column)"
         )
     column = args.text_column or recorded.get("text_column")
     fraction = args.validation_fraction
@@ -40,20 +42,20 @@ def read_training_texts(args) -> list[str]:
     examples = read_examples(find_dataset(dataset), column, Template(template) if template else None)
     texts = [example.completion.strip() for example in split_texts(examples, fraction).train]
     is_as_recorded = (args.dataset, args.text_column, args.validation_fraction) == (None, None, None)
-    # Of a run with a template texts may have been left out, whose prompts left no room for them.
+    # A run with a template leaves out the texts for which the prompt leaves no room.
     most_left_out = int(MOST_LEFT_OUT * len(texts) / (1 - fraction)) if template else 0
     if is_as_recorded and not 0 <= len(texts) - run["num_training_texts"] <= most_left_out:
         raise UserError(
-            f"{dataset}: has changed since the run learnt from it ({run['num_training_texts']:,} training texts "
-            f"then, {len(texts):,} now); name the file as it was with --dataset"
+            f"{dataset}: has changed since the run was trained on it ({run['num_training_texts']:,} training texts "
+            f"then, {len(texts):,} now); name the original file with --dataset"
         )
-    held_out = f" (without those held out, {fraction:.0%})" if fraction else ""
+    held_out = f" (without the {fraction:.0%} held out)" if fraction else ""
     say(f"Judging against {len(texts):,} training text(s) of {dataset}{held_out}")
     return texts
 
 
 class Judge:
-    """Training texts, indexed, and a base model that is loaded when it is first needed."""
+    """Judges samples against training texts, and by a base model that is loaded when it is needed."""
 
     def __init__(self, args):
         self.texts = read_training_texts(args)
@@ -64,55 +66,52 @@ class Judge:
 
     @cached_property
     def base(self) -> BaseModel | None:
-        """The base model; None, with the reason in `no_base`, where there is none."""
+        """The base model; None if there is none, with the reason in `no_base`."""
         if self.base_name is None:
             return None
         try:
             return BaseModel.load(self.base_name, self.allow_pickle)
         except UserError as error:
             self.no_base = str(error).replace("--model_name_or_path", "--base_model", 1)
-            say(f"warning: perplexity is not measured: {self.no_base}")
+            say(f"warning: perplexity was not measured: {self.no_base}")
             return None
 
     def _perplexity_of_texts(self, num: int) -> float | None:
-        return self.base.perplexity(some(self.texts, num))
+        return self.base.perplexity(choose_texts(self.texts, num))
 
     def judge(self, rows: list[dict]) -> Judgement:
-        """Judges samples as they stand in a file: `text` and, where known, `finish_reason`."""
+        """Judges rows of a file of samples: `text` and, if there is one, `finish_reason`."""
         texts = [row["text"] for row in rows]
         reasons = [row["finish_reason"] for row in rows if "finish_reason" in row]
         ended = reasons.count("eos") / len(reasons) if reasons and len(reasons) == len(rows) else None
         if self.base is None:
             return judge(texts, self.training, ended, no_perplexity=self.no_base)
         num = min(len(texts), PERPLEXITY_TEXTS)
-        of_samples, of_texts = self.base.perplexity(some(texts, num)), self._perplexity_of_texts(num)
+        of_samples, of_texts = self.base.perplexity(choose_texts(texts, num)), self._perplexity_of_texts(num)
         return judge(texts, self.training, ended, of_samples=of_samples, of_texts=of_texts)
 
     def report(self, rows: list[dict], path: str | None) -> Judgement:
-        """Judges samples, prints the table and, where they have a file, keeps the figures beside it."""
+        """Judges samples and prints the table. If the samples have a file, writes NAME.judged.json next to it."""
         judged = Path(path).with_suffix(".judged.json") if path else None
         if judged and judged.exists() and "base_model" not in read_json(judged, {}):
-            raise UserError(f"{judged}: is not a file that neoflix wrote, and is left alone; move it away")
+            raise UserError(f"{judged}: is not a file that neoflix wrote, so it is not overwritten; move it away")
         judgement = self.judge(rows)
         print(printable(f"\n{judgement_table(judgement, self.base_name or '')}"))
         if judged:
-            _write(judged, {"base_model": self.base_name, **asdict(judgement)})
+            write_figures(judged, {"base_model": self.base_name, **asdict(judgement)})
             say(f"Figures in {judged}")
         return judgement
 
 
-def judge_file(args) -> None:
-    """`--judge FILE`: judges samples that lie there already."""
-    rows = read_samples(args.judge)
-    Judge(args).report(rows, args.judge)
-
-
 def read_samples(path: str) -> list[dict]:
-    """Samples of a file, each with a `text`: JSON lines as `generate.py` writes them, or any other table. UserError for
-    anything else."""
+    """Reads a file of samples: JSON lines as `generate.py` writes them, or any other table with a column `text`.
+
+    Raises:
+        UserError: if the file cannot be read, or a row has no text.
+    """
     table = read_table(Path(path).expanduser(), flag="--judge")
     if "text" not in table.names:
-        raise UserError(f"--judge {path}: has no column text, but {', '.join(table.names)}")
+        raise UserError(f"--judge {path}: has no column text; it has {', '.join(table.names)}")
     rows = [{name: cell for name, cell in zip(table.names, row, strict=True) if cell is not None} for row in table.rows]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("text"), str):
@@ -120,7 +119,7 @@ def read_samples(path: str) -> list[dict]:
     return rows
 
 
-def _write(path: Path, content: dict | list) -> None:
+def write_figures(path: Path, content: dict | list) -> None:
     try:
         write_json(path, content)
     except OSError as error:

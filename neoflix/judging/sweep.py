@@ -1,125 +1,92 @@
-"""Sampling settings compared, and sampling of novel texts only."""
+"""Sampling settings compared: samples and figures for every combination."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from neoflix.judging.figures import Judgement, _number, _share
-from neoflix.judging.judge import Judge, _write
-from neoflix.judging.novelty import TrainingTexts
+from neoflix.judging.figures import Judgement, format_number, format_share
+from neoflix.judging.judge import Judge, write_figures
 from neoflix.runtime.console import printable, progress, say
 from neoflix.runtime.errors import UserError
 
 SWEEP_COLUMNS = (
     ("copies", lambda j: f"{j.copies:.1%}"),
-    ("twins", lambda j: f"{j.near_twins:.1%}"),
-    ("longest", lambda j: str(j.longest_run)),
+    ("near duplicates", lambda j: f"{j.near_twins:.1%}"),
+    ("longest run", lambda j: str(j.longest_run)),
     ("new trigrams", lambda j: f"{j.novel_trigrams:.1%}"),
-    ("unknown words", lambda j: _share(j.unknown_words)),
+    ("unknown words", lambda j: format_share(j.unknown_words)),
     ("distinct-2", lambda j: f"{j.samples.distinct_2:.3f}"),
-    ("self-BLEU", lambda j: _number(j.samples.self_bleu, 3)),
+    ("self-BLEU", lambda j: format_number(j.samples.self_bleu, 3)),
     ("length", lambda j: f"{j.samples.mean_words:.1f}"),
-    ("ended", lambda j: _share(j.ended)),
-    ("perplexity", lambda j: _number(j.samples.perplexity, 1)),
+    ("ended", lambda j: format_share(j.ended)),
+    ("perplexity", lambda j: format_number(j.samples.perplexity, 1)),
 )
 
 
 def sweep_header(width: int) -> str:
-    """The first line of a sweep's table; `width`: of the longest setting's name."""
+    """The first line of a sweep's table. `width` is that of the longest name of a setting."""
     return " " * width + "".join(f"{name:>{len(name) + 2}}" for name, _ in SWEEP_COLUMNS)
 
 
 def sweep_line(name: str, judgement: Judgement, width: int) -> str:
-    """One setting's line."""
+    """The line of one setting."""
     cells = (f"{show(judgement):>{len(column) + 2}}" for column, show in SWEEP_COLUMNS)
     return f"{name:<{width}}" + "".join(cells)
 
 
 def draw_sweep(judgements: dict[str, Judgement], path: Path) -> bool:
-    """Draws novelty (trigrams that no training text has) against fluency, a point for each setting, as PNG.
+    """Plots novelty (share of trigrams in no training text) against fluency, one point per setting, as PNG.
 
-    Fluency is the base model's perplexity, low is up; where there is none, words of the training vocabulary. Returns
-    False, and draws nothing, where neither was measured.
+    Fluency is the perplexity under the base model, low values up; without it, the share of words that occur in the
+    training texts. Returns False, and draws nothing, if neither was measured.
     """
-    from matplotlib.figure import Figure  # half a second that only a sweep has to wait
+    from matplotlib.figure import Figure  # takes half a second, which only a sweep needs
 
     has_perplexity = all(judgement.samples.perplexity for judgement in judgements.values())
     if not has_perplexity and any(judgement.unknown_words is None for judgement in judgements.values()):
         return False
     figure = Figure(figsize=(8, 6), layout="constrained")
     axis = figure.subplots()
-    axis.margins(x=0.25)  # room for names
+    axis.margins(x=0.25)  # room for the names
     for name, judgement in judgements.items():
         fluency = judgement.samples.perplexity if has_perplexity else 1 - judgement.unknown_words
         point = (judgement.novel_trigrams, fluency)
-        # An empty mark: some of the samples are copies or near twins.
+        # An empty mark: some of the samples are copies or near duplicates.
         axis.plot(*point, "o", color="tab:blue", markerfacecolor="tab:blue" if judgement.novel == 1 else "white")
         axis.annotate(name, point, xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axis.set_xlabel("novelty: share of trigrams that no training text has")
+    axis.set_xlabel("novelty: share of trigrams in no training text")
     if has_perplexity:
         if text_perplexity := next(iter(judgements.values())).texts.perplexity:
             axis.axhline(text_perplexity, color="tab:gray", linestyle="--", label="training texts")
             axis.legend()
         axis.set_yscale("log")
         axis.invert_yaxis()
-        axis.set_ylabel("fluency: perplexity under the base model (up is better)")
+        axis.set_ylabel("fluency: perplexity under the base model (axis inverted)")
     else:
         axis.set_ylabel("fluency: share of words in the training vocabulary")
-    axis.set_title("filled: every sample is novel; empty: copies or near twins among them", fontsize=9)
+    axis.set_title("filled: all samples are novel; empty: some are copies or near duplicates", fontsize=9)
     figure.savefig(path, dpi=120)
     return True
 
 
-DRAWS_PER_TEXT = 20  # --novel gives up beyond: a model that mostly repeats its texts is not mended by drawing
-
-
-def keep_novel(
-    sample: Callable[..., Iterator], training: TrainingTexts, prompts: list[str], num_samples: int
-) -> Iterator:
-    """Yields `num_samples` samples for each prompt that are neither copies nor near twins of training texts.
-
-    First those that would be drawn anyway, without the dropped ones; then, in their place and with the indices that
-    follow, others. What is kept depends on seed and settings alone.
+def compare_settings(
+    judge: Judge, sample: Callable[..., Iterator], settings: list[dict], output: str
+) -> dict[str, Judgement]:
+    """Samples and judges with each of the settings, and prints a line for each.
 
     Args:
-        sample: `Sampler.sample` with seed and settings; called with prompts, `num_samples` and `first_index`.
+        sample: `Sampler.sample` with the arguments that stay the same; called with one of `settings`.
+        output: a new folder for each setting's samples, the figures (sweep.json) and the plot (sweep.png).
 
     Raises:
-        UserError: where more than 20 draws were needed for each sample that was asked for.
-    """
-    wanted = len(prompts) * num_samples
-    missing, drawn = Counter(dict.fromkeys(range(len(prompts)), num_samples)), 0
-    rounds = [(list(range(len(prompts))), num_samples)]
-    while rounds:
-        for numbers, num in rounds:
-            if drawn + num * len(numbers) > DRAWS_PER_TEXT * wanted:
-                raise UserError(
-                    f"--novel: {drawn:,} texts were drawn and {wanted - missing.total():,} of the {wanted:,} asked for "
-                    "are new; raise --temperature or --top_p, or train for fewer epochs"
-                )
-            samples = sample([prompts[number] for number in numbers], num, first_index=drawn)
-            for place, each in enumerate(samples):
-                drawn += 1
-                if training.is_novel(each.text):
-                    missing[numbers[place // num]] -= 1
-                    yield each
-        rounds = [([number], num) for number, num in missing.items() if num]
-
-
-def sweep(judge: Judge, sample: Callable[..., Iterator], settings: list[dict], output: str) -> dict[str, Judgement]:
-    """Samples and judges once for each of the settings; prints a line each.
-
-    Args:
-        sample: `Sampler.sample` with all that stays the same; called with one of `settings`.
-        output: a new folder; gets each setting's samples, the figures (sweep.json) and the drawing (sweep.png).
+        UserError: if the folder exists or cannot be made.
     """
     folder, judgements, rows = Path(output), {}, []
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be made a folder ({error.strerror})") from error
+        raise UserError(f"--output {output}: the folder cannot be made ({error.strerror})") from error
     names = [",".join(f"{name}={value}" for name, value in each.items()) for each in settings]
     width = max(map(len, names))
     print(sweep_header(width), flush=True)
@@ -130,11 +97,11 @@ def sweep(judge: Judge, sample: Callable[..., Iterator], settings: list[dict], o
         judgements[name] = judge.judge(samples)
         print(printable(sweep_line(name, judgements[name], width)), flush=True)
         rows.append({"settings": each, **asdict(judgements[name])})
-        _write(folder / "sweep.json", {"base_model": judge.base_name, "rows": rows})
+        write_figures(folder / "sweep.json", {"base_model": judge.base_name, "rows": rows})
     if judge.no_base:
         print(f"perplexity not measured: {judge.no_base}")
     if draw_sweep(judgements, folder / "sweep.png"):
         say(f"Novelty against fluency: {folder / 'sweep.png'}")
     else:
-        say("No sweep.png: texts without spaces between words need --base_model, whose perplexity measures fluency")
+        say("No sweep.png: for texts without spaces between words, fluency needs the perplexity of --base_model")
     return judgements

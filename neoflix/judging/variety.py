@@ -1,5 +1,6 @@
 """How varied texts are: distinct n-grams, self-BLEU, lengths."""
 
+import random
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -9,16 +10,25 @@ from math import exp, log
 
 import numpy as np
 
-from neoflix.judging.novelty import _extend, _WordArrays, some
+from neoflix.judging.word_runs import WordArrays, extend_runs
 
-SELF_BLEU_TEXTS = 1000  # self-BLEU rises with the number of texts: only equal numbers compare
+SELF_BLEU_TEXTS = 1000  # self-BLEU grows with the number of texts, so only equal numbers can be compared
+
+SEED = 0
+
+
+def choose_texts(texts: Sequence, num: int) -> list:
+    """At most `num` of the texts, always the same ones, in their order."""
+    chosen = random.Random(SEED).sample(range(len(texts)), min(num, len(texts)))
+    return [texts[i] for i in sorted(chosen)]
 
 
 @dataclass(frozen=True)
 class Style:
-    """Figures of a set of texts, the samples or as many training texts; `perplexity` is the base model's.
+    """Figures of a set of texts: the samples, or as many training texts.
 
-    Words are characters where the training texts are measured in them (`Judgement.unit`).
+    "Words" are characters if the training texts are measured in characters (`Judgement.unit`). `perplexity` is the base
+    model's.
     """
 
     num_texts: int
@@ -31,39 +41,42 @@ class Style:
 
 
 def style_of(texts: Sequence[Sequence[str]], perplexity: float | None = None) -> Style:
-    """Measures texts that are given as their words."""
+    """Measures texts, each given as its words."""
     return Style(
         len(texts),
         sum(map(len, texts)) / max(len(texts), 1),
         *distinct(texts),
-        self_bleu(some(texts, SELF_BLEU_TEXTS)),
+        self_bleu(choose_texts(texts, SELF_BLEU_TEXTS)),
         perplexity,
     )
 
 
 def distinct(texts: Sequence[Sequence[str]]) -> tuple[float, float, float]:
-    """Different runs of 1, 2 and 3 words over all such runs, of all texts together: 1 where none comes twice.
+    """distinct-1, 2 and 3: different runs of 1, 2 and 3 words, divided by all such runs, in all texts together.
 
-    After Li et al. 2016, https://arxiv.org/abs/1510.03055. It falls with the number of texts.
+    1 means that no run occurs twice. The figure falls with the number of texts. Source: Li et al. 2016,
+    https://arxiv.org/abs/1510.03055.
     """
     vocabulary: dict[str, int] = {}
     ids = [vocabulary.setdefault(word, len(vocabulary)) for words in texts for word in words]
-    arrays = _WordArrays(ids, [len(words) for words in texts])
-    at, names, shares = np.arange(len(ids)), arrays.ids_W.astype(np.int64), []
+    arrays = WordArrays(ids, [len(words) for words in texts])
+    starts, names, shares = np.arange(len(ids)), arrays.ids_W.astype(np.int64), []
     for length in (1, 2, 3):
-        at, keys = _extend(arrays, at, names, length, len(vocabulary)) if length > 1 else (at, names)
+        keys = names
+        if length > 1:
+            starts, keys = extend_runs(arrays, starts, names, length, len(vocabulary))
         uniques, names = np.unique(keys, return_inverse=True)
         shares.append(len(uniques) / max(len(keys), 1))
     return tuple(shares)
 
 
 def self_bleu(texts: Sequence[Sequence[str]]) -> float | None:
-    """Mean BLEU-4 of each text with all others as its references, from 0 to 1: how alike texts are.
+    """Mean BLEU-4 of each text with all others as references, from 0 to 1: how similar the texts are to each other.
 
-    None for fewer than two texts. Source: Zhu et al. 2018, https://arxiv.org/abs/1802.01886, whose program takes 0.1
-    for a count of 0 (method 1 of Chen and Cherry 2014); a text of fewer than four words is measured by the runs it has.
-    Of each run of words the two highest counts, and whose the highest is, are enough to leave a text out: linear in the
-    number of texts.
+    None for fewer than two texts. Source: Zhu et al. 2018, https://arxiv.org/abs/1802.01886, whose program uses 0.1 for
+    a count of 0 (method 1 of Chen and Cherry 2014). A text of fewer than four words is measured by the runs it has.
+    Linear in the number of texts: the two highest counts of each run, and which text has the highest, are enough to
+    leave any text out of its own references.
     """
     if len(texts) < 2:
         return None
@@ -92,6 +105,6 @@ def _bleu(owner: int, of_text: list[Counter], highest: dict, lengths: list[int])
         return 0.0
     length = of_text[0].total()
     place = bisect_left(lengths, length)
-    others = lengths[max(place - 1, 0) : place] + lengths[place + 1 : place + 2]  # the nearest ones but itself
-    nearest = min(others, key=lambda other: abs(other - length))  # the shorter one of two as near
+    others = lengths[max(place - 1, 0) : place] + lengths[place + 1 : place + 2]  # the nearest ones except itself
+    nearest = min(others, key=lambda other: abs(other - length))  # the shorter one if two are as near
     return min(1.0, exp(1 - nearest / length)) * exp(sum(logs) / len(logs))

@@ -26,9 +26,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from neoflix.model.attention import ATTENTION_NAME
 from neoflix.runtime.errors import UserError
-from neoflix.sampling.cache import num_rows
-from neoflix.sampling.decoder import Decoder, Text
-from neoflix.sampling.draw import Draw, stream_keys
+from neoflix.sampling.decoder import Decoder, DecoderSettings, Text
+from neoflix.sampling.draw import stream_keys
+from neoflix.sampling.inference import eval_mode
+from neoflix.sampling.slot_cache import num_rows
 
 # Lengths of the prompts that are tried: two side by side, above and below PROBE_WINDOW, and the beginning token alone,
 # after another text, whose state RecurrentGemma would go on with.
@@ -65,49 +66,39 @@ class DrawProcessor(LogitsProcessor):
 
 
 class GenerateDecoder:
-    """Grows texts by transformers' own `generate`, for models that `Decoder` is not right for. The texts are those that
-    `Decoder` would draw: functions of seed and index alone.
+    """Grows texts by transformers' own `generate`, for models that `Decoder` does not support. The texts are those that
+    `Decoder` would draw: a function of seed and index alone.
 
-    Texts that follow each other with prompts of one length share a batch, so that nothing is padded. Arguments as
-    `Decoder` has them; `use_cache=False` reads the whole text again for each token.
+    Consecutive texts with prompts of the same length share a batch, so there is no padding.
+
+    Args:
+        use_cache: False reads the whole text again for each token.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        num_slots: int,
-        num_places: int,
-        seed: int,
-        draw: Draw,
-        repetition_penalty: float,
-        eos_token_id: int | None,
-        never_drawn: list[int],
-        in_training: bool = False,
-        use_cache: bool = True,
-    ):
-        self.model, self.num_slots, self.seed, self.draw = model, num_slots, seed, draw
-        self.repetition_penalty, self.eos_token_id, self.use_cache = repetition_penalty, eos_token_id, use_cache
-        self.never_drawn = torch.tensor(never_drawn, dtype=torch.long, device=model.device)
+    def __init__(self, model: PreTrainedModel, settings: DecoderSettings, use_cache: bool = True):
+        self.model, self.settings, self.use_cache = model, settings, use_cache
+        self.never_drawn = torch.tensor(settings.never_drawn, dtype=torch.long, device=model.device)
 
     def grow(self, texts: list[Text]) -> Iterator[None]:
-        """Grows all texts, in line, and yields after each batch."""
-        waiting = deque(texts)
+        """Grows the texts in their order and yields after each batch."""
+        num_slots, waiting = self.settings.num_slots, deque(texts)
         while waiting:
             batch = [waiting.popleft()]
-            while waiting and len(waiting[0].prompt_ids) == len(batch[0].prompt_ids) and len(batch) < self.num_slots:
+            while waiting and len(waiting[0].prompt_ids) == len(batch[0].prompt_ids) and len(batch) < num_slots:
                 batch.append(waiting.popleft())
             self._generate(batch)
             yield
 
     def _generate(self, texts: list[Text]) -> None:
+        settings, end = self.settings, self.settings.eos_token_id
         ids_BT = torch.tensor([text.prompt_ids for text in texts], device=self.model.device)
-        keys_B = stream_keys(self.seed, [text.index for text in texts]).to(self.model.device)
-        processor = DrawProcessor(self.draw, keys_B, ids_BT.shape[1], self.repetition_penalty, self.never_drawn)
+        keys_B = stream_keys(settings.seed, [text.index for text in texts]).to(self.model.device)
+        processor = DrawProcessor(settings.draw, keys_B, ids_BT.shape[1], settings.repetition_penalty, self.never_drawn)
         config = GenerationConfig(
             do_sample=False,  # the processor draws
             max_new_tokens=max(text.limit for text in texts),
-            eos_token_id=self.eos_token_id,
-            pad_token_id=self.eos_token_id,
+            eos_token_id=end,
+            pad_token_id=end,
             use_cache=self.use_cache,
         )
         with _generation_config(self.model, config):
@@ -115,8 +106,8 @@ class GenerateDecoder:
                 ids_BT, attention_mask=torch.ones_like(ids_BT), logits_processor=LogitsProcessorList([processor])
             )
         for text, row in zip(texts, rows[:, ids_BT.shape[1] :].tolist(), strict=True):
-            ends = self.eos_token_id in row[: text.limit]
-            text.new_ids = row[: row.index(self.eos_token_id)] if ends else row[: text.limit]
+            ends = end in row[: text.limit]
+            text.new_ids = row[: row.index(end)] if ends else row[: text.limit]
             text.finish_reason = "eos" if ends else "length"
 
 
@@ -137,7 +128,7 @@ def find_decoder(model: PreTrainedModel) -> Callable[..., Decoder | GenerateDeco
     """
     if model.config._attn_implementation == ATTENTION_NAME:
         return Decoder
-    with _in_eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for decoder in (
             Decoder,
             partial(Decoder, has_flat_mask=True),
@@ -153,8 +144,8 @@ def find_decoder(model: PreTrainedModel) -> Callable[..., Decoder | GenerateDeco
 
 
 def check_can_be_sampled(model: PreTrainedModel) -> None:
-    """Raises UserError for a model that no decoder can sample. Under ZeRO-3, where no process has whole weights, that
-    shows only at the first evaluation."""
+    """Raises UserError for a model that no decoder can sample. Not checked under ZeRO-3, where no process has the whole
+    weights."""
     if not is_deepspeed_zero3_enabled():
         find_decoder(model)
 
@@ -185,9 +176,10 @@ def _is_right(model: PreTrainedModel, make: Callable[..., Decoder | GenerateDeco
     prompts = [torch.randint(num_rows(model), (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
     texts = [Text(index, prompt, PROBE_STEPS) for index, prompt in enumerate(prompts)]
     recorder, num_places = Recorder(), max(PROMPT_LENGTHS) + PROBE_STEPS
+    settings = DecoderSettings(num_slots=2, num_places=num_places, seed=0, draw=recorder, in_training=True)
     with _short_windows(model):
         try:
-            for _ in make(model, 2, num_places, 0, recorder, 1.0, None, [], in_training=True).grow(texts):
+            for _ in make(model, settings).grow(texts):
                 pass
         except torch.OutOfMemoryError:
             raise
@@ -210,16 +202,6 @@ def _read_whole(model: PreTrainedModel, texts: list[list[int]]) -> torch.Tensor:
     ids_NT = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id or 0).to(model.device)
     is_real_NT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
     return model(input_ids=ids_NT, attention_mask=is_real_NT).logits.float()
-
-
-@contextmanager
-def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -73,21 +73,13 @@ class ShowSamples(TrainerCallback):
             write_beside_progress("\n".join(f"  {line}" for line in lines))
 
     def _write(self, args) -> list[Sample]:
-        sampler, was_training = self._sampler, self._sampler.model.training
-        sampler.model.eval()
-        try:
-            with torch.compiler.set_stance("force_eager"):  # a compiled model would be compiled for these shapes too
-                return list(
-                    sampler.sample(
-                        self._prompts,
-                        args.num_progress_samples,
-                        SEED,
-                        batch_size=args.num_progress_samples * len(self._prompts),
-                        max_new_tokens=min(MAX_NEW_TOKENS, sampler.settings()["max_new_tokens"]),
-                    )
-                )
-        finally:
-            sampler.model.train(was_training)
+        num_samples, settings = args.num_progress_samples, self._sampler.settings()
+        options = {
+            "batch_size": num_samples * len(self._prompts),
+            "max_new_tokens": min(MAX_NEW_TOKENS, settings["max_new_tokens"]),
+        }
+        with torch.compiler.set_stance("force_eager"):  # a compiled model would be compiled for these shapes too
+            return list(self._sampler.sample(self._prompts, num_samples, SEED, **options))
 
     @staticmethod
     def _keep(args, rows: list[dict]) -> None:

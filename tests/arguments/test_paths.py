@@ -64,7 +64,7 @@ def test_other_programs_know_home(home):
     args = parse_generate_args(
         ["--model_dir", "~/run", "--judge", "~/x.jsonl", "--base_model", "~/b", "--dataset", "~/d"]
     )
-    assert [args.model_dir, args.judge, args.base_model, args.dataset] == [
+    assert [args.model_dir, args.judged_file, args.base_model, args.dataset] == [
         f"{home}/{n}" for n in ("run", "x.jsonl", "b", "d")
     ]
     args = parse_export_args(["--to", "gpt2", "~/run", "~/out"])

@@ -192,7 +192,7 @@ def test_judged_samples_are_in_it(run, titles):
     assert "judged" in page.ids
     for said in (
         "s.judged.json",
-        "a training text, word for word 100.0%",
+        "copies of training texts 100.0%",
         "sweep/sweep.json",
         "temperature=0.7 100.0%",
     ):

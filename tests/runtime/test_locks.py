@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PYTHON, ROOT, run_program
+from conftest import PYTHON, ROOT
+from forked import launch
 
 from neoflix.checkpoints.names import LIST_FILE, LOCK_FILE
 from neoflix.checkpoints.ownership import opened
@@ -187,7 +188,7 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(train_words, tm
     run = tmp_path / "run"
     with opened(str(run)):
         before = {path.name: path.read_bytes() for path in run.iterdir()}
-        output = run_program(PYTHON, "train.py", *train_words, "--deepspeed", "ds_configs/cpu.json", expect=2)
+        output = launch(0, "train.py", *train_words, "--deepspeed", "ds_configs/cpu.json", expect=2)
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
         assert LOCK_FILE in before
     sentence = next(line for line in output.splitlines() if line.startswith("error:"))

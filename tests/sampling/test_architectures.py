@@ -19,7 +19,7 @@ from neoflix.model.vocabulary import get_window
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.processes import exit_code_of
 from neoflix.sampling.architectures import GenerateDecoder, check_can_be_sampled, find_decoder, makes_slots
-from neoflix.sampling.decoder import Decoder, Text
+from neoflix.sampling.decoder import Decoder, DecoderSettings, Text
 from neoflix.sampling.draw import Draw
 from neoflix.sampling.sampler import Sampler
 
@@ -190,7 +190,7 @@ def test_listed_ones_are_sampled_as_transformers_does(name, trained):
     assert len(set(expected)) > 2
     for batch_size in (1, 2, 5):
         assert write(sampler, top_k=1, batch_size=batch_size) == expected
-    assert makes_slots(sampler._make_decoder)
+    assert makes_slots(find_decoder(sampler.model))
     alone = write(sampler, num_samples=2, batch_size=1, temperature=1.0)
     assert write(sampler, num_samples=2, batch_size=5, temperature=1.0) == alone
     assert len(set(alone)) > 5
@@ -204,7 +204,7 @@ def test_others_are_sampled_by_generate(name, trained, capsys):
     expected = reread_greedy(sampler, folder)
     for batch_size in (1, 5):
         assert write(sampler, top_k=1, batch_size=batch_size) == expected
-    assert not makes_slots(sampler._make_decoder)
+    assert not makes_slots(find_decoder(sampler.model))
     assert capsys.readouterr().out.count("note: transformers' generate samples") == 1
     prompts = ["", "", "A", "", "A"]
     alone = write(sampler, prompts, batch_size=1, temperature=1.0)
@@ -231,8 +231,16 @@ def test_both_decoders_draw_the_same_texts(trained):
     rows = []
     for make in (Decoder, GenerateDecoder):
         texts = [Text(index, prompt, NEW) for index, prompt in enumerate(prompts)]
-        draw = Draw(2.0, 0, 0.9, num_candidates=4)
-        for _ in make(sampler.model, 2, 64, 3, draw, 1.3, 3, list(range(40, 512))).grow(texts):
+        settings = DecoderSettings(
+            num_slots=2,
+            num_places=64,
+            seed=3,
+            draw=Draw(2.0, 0, 0.9, num_candidates=4),
+            repetition_penalty=1.3,
+            eos_token_id=3,
+            never_drawn=range(40, 512),
+        )
+        for _ in make(sampler.model, settings).grow(texts):
             pass
         rows.append([(text.new_ids, text.finish_reason) for text in texts])
     assert rows[0] == rows[1]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neoflix.judging.judge import Judge
-from neoflix.sampling.sample_files import describe_job, find_done, save_samples
+from neoflix.sampling.sample_files import SampleFile, describe_job
 
 
 @dataclass
@@ -28,9 +27,9 @@ JOB = {"model": "1", "prompts": "2", "seed": 42}
 TEXTS = [Sample("one\u2028line"), Sample("two"), Sample("three")]
 
 
-def write(path: str, num: int, job: dict = JOB, done: int = 0):
+def write(file: SampleFile, num: int):
     """A writer that has written `num` samples of three and waits."""
-    writer = save_samples(iter(TEXTS[done:]), path, job, 3, done, quiet=True)
+    writer = file.append(iter(TEXTS[file.num_done :]))
     for _ in range(num):
         next(writer)
     return writer
@@ -61,12 +60,12 @@ def test_shards_are_part_of_the_model(tmp_path):
 
 
 def test_an_interrupted_file_is_gone_on_with(path):
-    write(path, 2).close()
+    write(SampleFile(path, JOB, 3, quiet=True), 2).close()
     with open(path, "a") as file:
         file.write('{"text": "tor')
-    done = find_done(path, JOB)
-    assert done == 2
-    assert list(write(path, 0, done=done)) == TEXTS[2:]
+    again = SampleFile(path, JOB, 3, quiet=True)
+    assert again.num_done == 2
+    assert list(write(again, 0)) == TEXTS[2:]
     assert [json.loads(line)["text"] for line in Path(path).read_text().strip().split("\n")] == [
         text.text for text in TEXTS
     ]
@@ -74,41 +73,41 @@ def test_an_interrupted_file_is_gone_on_with(path):
 
 
 def test_two_processes_do_not_write_one_file(path):
-    writer = write(path, 1)
-    with pytest.raises(ValueError, match=r"another process is writing it \(process"):
-        find_done(path, JOB)
-    with pytest.raises(ValueError, match="another process is writing it"):
-        write(path, 1)
+    file, other = SampleFile(path, JOB, 3, quiet=True), SampleFile(path, JOB, 3, quiet=True)
+    writer = write(file, 1)
+    with pytest.raises(ValueError, match=r"--output .*samples.jsonl: .*\(process \d+ on "):
+        SampleFile(path, JOB, 3, quiet=True)
+    with pytest.raises(ValueError, match=r"--output .*samples.jsonl: .*\(process \d+ on "):
+        write(other, 1)
     written = Path(path).read_text()
     writer.close()
     assert Path(path).read_text() == written
-    assert find_done(path, JOB) == 1
+    assert SampleFile(path, JOB, 3, quiet=True).num_done == 1
 
 
 def test_one_that_read_before_another_wrote_is_refused(path):
-    done = find_done(path, JOB)
-    write(path, 1).close()
-    with pytest.raises(ValueError, match="another process has written to it meanwhile"):
-        write(path, 1, done=done)
+    file = SampleFile(path, JOB, 3, quiet=True)
+    write(SampleFile(path, JOB, 3, quiet=True), 1).close()
+    with pytest.raises(ValueError, match="another process has written to it"):
+        write(file, 1)
     assert len(Path(path).read_text().strip().split("\n")) == 1
 
 
 @pytest.mark.parametrize("suffix", [".job", ".lock"])
 def test_a_users_file_of_such_a_name_is_left_alone(path, suffix):
     Path(path + suffix).write_text('{"mine": true}')
-    with pytest.raises(ValueError, match=r"is not a .*file of this program"):
-        find_done(path, JOB)
+    with pytest.raises(ValueError, match=rf"samples\.jsonl{suffix}:? is not a"):
+        SampleFile(path, JOB, 3, quiet=True)
     assert Path(path + suffix).read_text() == '{"mine": true}'
 
 
 def test_a_folder_that_is_not_there_is_a_sentence(path):
-    with pytest.raises(ValueError, match=r"--output .*: cannot be written"):
-        find_done(str(Path(path).parent / "none" / "x.jsonl"), JOB)
+    with pytest.raises(ValueError, match=r"--output .*none/x.jsonl: .*No such file"):
+        SampleFile(str(Path(path).parent / "none" / "x.jsonl"), JOB, 3)
 
 
-def test_a_users_judged_file_is_left_alone(path):
-    judged = Path(path).with_suffix(".judged.json")
-    judged.write_text('{"mine": true}')
-    with pytest.raises(ValueError, match="is not a file that neoflix wrote"):
-        Judge.report(None, [{"text": "a"}], path)  # before anything is judged
-    assert judged.read_text() == '{"mine": true}'
+def test_another_job_is_refused_with_what_differs(path):
+    write(SampleFile(path, JOB, 3, quiet=True), 1).close()
+    for job, said in ((JOB | {"seed": 7}, r"seed \(42, now 7\)"), (JOB | {"model": "9"}, "other model")):
+        with pytest.raises(ValueError, match=said):
+            SampleFile(path, job, 3)
