@@ -2,6 +2,9 @@
 
 import argparse
 import csv
+import functools
+import gc
+import itertools
 import json
 import os
 import random
@@ -10,10 +13,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; no test waits for a network
 
+import cpuinfo
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,6 +31,10 @@ from neoflix.arguments.reader import DEFAULTS, read_train_flags
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.find import list_checkpoints
+from neoflix.checkpoints.manifest import write_manifest
+from neoflix.checkpoints.names import LIST_FILE
+from neoflix.checkpoints.ownership import read_list
+from neoflix.checkpoints.run_folder import claim
 from neoflix.data.template import Example
 from neoflix.data.tokenizer import load_tokenizer
 from neoflix.model.load import load_model
@@ -42,6 +51,8 @@ PYTHON = sys.executable
 DEEPSPEED = str(Path(PYTHON).with_name("deepspeed"))
 ON_CPU = ["--deepspeed", "ds_configs/cpu.json"]
 
+# DeepSpeed asks for each optimizer, and each time a process looks for the answer for a second.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 # Small matrices: threads that wait for each other cost more than they bring.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -53,6 +64,18 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported by now: each run collects, and would look at all of it
+
+
+@pytest.fixture(autouse=True)
+def runs_draw_nothing(request, monkeypatch):
+    """Six drawings at each run's end take longer than its training; only tests of reports look at them."""
+    if request.path.parent.name != "reporting":
+        monkeypatch.setattr("neoflix.reporting.curves.draw", lambda *_, **__: None)
 
 
 @pytest.fixture(autouse=True)
@@ -137,10 +160,23 @@ def processes(monkeypatch):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
+def _ports():
+    """1,000 ports for each of xdist's workers, none of those that the system hands out, from a random one on."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    begin = 10_000 + 1000 * (worker % 10)
+    for number in itertools.count(random.SystemRandom().randrange(1000)):
+        yield begin + number % 1000
+
+
+_candidates = _ports()
+
+
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port that nothing listens at, and that no other test takes before this one's program does."""
+    for port in _candidates:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 @pytest.fixture(scope="session")
@@ -398,3 +434,47 @@ def gpt2_tokenizer_dir() -> Path | None:
     """The real GPT-2 vocab.json and merges.txt, in the folder GPT2_TOKENIZER_DIR."""
     path = Path(os.environ.get("GPT2_TOKENIZER_DIR", ROOT / "data" / "gpt2_tokenizer"))
     return path if (path / "vocab.json").is_file() else None
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A run's folder with its list of files."""
+    claim(str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def save_checkpoint(path: Path, step: int, **files: str) -> Path:
+    """Makes a small complete checkpoint; it belongs to the run in whose folder it lies."""
+    path.mkdir()
+    for name, content in {"model.safetensors": f"weights of step {step}", **files}.items():
+        (path / name).write_text(content)
+    owner = {"run": owned["id"]} if (owned := read_list(path.parent)) else {}
+    write_manifest(path, {"step": step, "best_step": None, **owner}, {})
+    return path
+
+
+def list_names(folder: Path) -> list[str]:
+    """What is in a run's folder, but for its list of files."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LIST_FILE)
+
+
+@pytest.fixture
+def describe(train_words, tmp_path):
+    """describe("--seed", "7"): the record that `train.py` makes of a run with these flags."""
+    from neoflix.checkpoints.runs import describe_run
+    from neoflix.data.sources import read_dataset
+    from neoflix.data.split import split_texts
+    from neoflix.data.tokens import tokenize_split
+    from neoflix.model.load import find_tokenizer, load_model
+
+    prepare_environment()
+
+    def describe(*words: str) -> dict:
+        args = parse_train_args([*train_words, *ON_CPU, *words])
+        texts = split_texts(read_dataset(args), args.validation_fraction)
+        tokenizer = find_tokenizer(args.model_name_or_path, texts.train, tmp_path, args.text_template)
+        model = load_model(args.model_name_or_path, tokenizer, torch.float32, args.generation, lora=args.lora_settings)
+        tokens = tokenize_split(texts, tokenizer, args.max_length or 256, tmp_path, args.loss_on_prompt)
+        return describe_run(args, model, tokenizer, *tokens)
+
+    return describe

@@ -18,7 +18,7 @@ def test_one_run_is_reported_in_its_folder_and_several_where_asked(finished_run,
 
 
 def test_too_many_runs_for_one_page():
-    with pytest.raises(ValueError, match="7 runs: .* 6"):
+    with pytest.raises(ValueError, match=r"7 runs: .* 6"):
         main(["run"] * 7)
 
 

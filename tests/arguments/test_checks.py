@@ -1,7 +1,7 @@
 """What is refused without torch."""
 
 import pytest
-from conftest import PYTHON, run_program
+from forked import launch
 
 from neoflix.arguments.checks import check_writable, find_checkpoint
 from neoflix.arguments.reader import read_train_flags
@@ -54,6 +54,6 @@ def test_checkpoints_that_are_not_there(word, tmp_path):
 
 
 def test_a_refused_flag_ends_the_program_with_code_2(tmp_path):
-    output = run_program(PYTHON, "train.py", "--output_dir", "/proc/run", expect=2)
+    output = launch(0, "train.py", "--output_dir", "/proc/run", expect=2)
     assert "error: --output_dir /proc/run" in output
     assert "Traceback" not in output

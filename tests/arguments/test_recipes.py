@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import PYTHON, run_program
+from forked import launch
 
 from neoflix.arguments.generate import parse_generate_args
 from neoflix.arguments.parse import read_all_flags
@@ -126,5 +126,5 @@ def test_a_program_says_where(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(DEMO + "seed: 1\nseed: 2\n")
     for words in ([], ["--plan"]):
-        output = run_program(PYTHON, "train.py", "--config", recipe, *words, expect=2)
+        output = launch(0, "train.py", "--config", recipe, *words, expect=2)
         assert f"error: --config {recipe}: 'seed'" in output

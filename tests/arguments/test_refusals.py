@@ -4,7 +4,8 @@ from dataclasses import MISSING, fields
 from typing import get_type_hints
 
 import pytest
-from conftest import PYTHON, history, results, run_program
+from conftest import history, results
+from forked import launch
 from transformers import TrainingArguments
 
 import train
@@ -83,7 +84,7 @@ def test_refused_flags_are_named(demo_flags, name):
 
 
 def test_a_refused_flag_ends_the_program_with_code_2(train_words):
-    output = run_program(PYTHON, "train.py", *train_words, "--push_to_hub", "true", expect=2)
+    output = launch(0, "train.py", *train_words, "--push_to_hub", "true", expect=2)
     assert "error: --push_to_hub true" in output
     assert "Traceback" not in output
 

@@ -4,7 +4,8 @@ import re
 import shutil
 
 import pytest
-from conftest import DEEPSPEED, assert_same_weights, free_port, losses, results, run_program
+from conftest import assert_same_weights, losses, results
+from forked import launch
 
 import train
 from neoflix.checkpoints.find import list_checkpoints, list_numbered
@@ -38,8 +39,7 @@ def train_on(train_words, tmp_path, capfd):
             capfd.readouterr()
             train.main(words)
             return tmp_path / name, capfd.readouterr().out
-        launcher = [DEEPSPEED, "--num_accelerators", str(num_processes), "--master_port", free_port()]
-        return tmp_path / name, run_program(*launcher, "train.py", *words)
+        return tmp_path / name, launch(num_processes, "train.py", *words)
 
     return train_on
 

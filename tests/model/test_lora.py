@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, ROOT, card, forecast_of, free_port, losses, results, run_program
+from conftest import PYTHON, ROOT, card, forecast_of, losses, results, run_program
+from forked import launch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -167,8 +168,7 @@ def test_two_processes_go_on_with_what_one_began(run, train_words, tmp_path):
     whole = run("whole", *words)
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("checkpoint-6", "all_results.json"))
-    launcher = [DEEPSPEED, "--num_accelerators", "2", "--master_port", free_port()]
-    output = run_program(*launcher, "train.py", *train_words, "--output_dir", copy, *words)
+    output = launch(2, "train.py", *train_words, "--output_dir", copy, *words)
     assert "checkpoint-3 was saved by 1 process(es): converting it" in output
     assert losses(copy) == pytest.approx(losses(whole), abs=1e-6)
     ours, theirs = (load_file(folder / ADAPTERS_FILE) for folder in (copy, whole))

@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import GIB, PYTHON, run_program, tiny_config
+from forked import launch
 
 import train
 from neoflix.planning.plan_run import parse_bytes
@@ -71,9 +72,9 @@ def test_both_ways_to_a_plan_give_the_same(train_words, capsys):
 
 def test_plan_false_trains(train_words, tmp_path):
     words = [*train_words, "--plan", "false", "--max_steps", "1", "--deepspeed", "ds_configs/cpu.json"]
-    run_program(PYTHON, "train.py", *words)
+    launch(0, "train.py", *words)
     assert (tmp_path / "run" / "all_results.json").is_file()
-    assert "error: " in run_program(PYTHON, "train.py", "--plan", "--dataset", expect=2)
+    assert "error: " in launch(0, "train.py", "--plan", "--dataset", expect=2)
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,8 @@ def test_setup():
     record.run["changes"] = [{"setting": "learning_rate", "was": 0.1, "now": 0.2, "from_step": 1000}]
     record.starts.append({"command": "train.py", "from_step": 1000, "versions": {"torch": "2"}})
     setup = describe_setup(record)
-    assert (setup["command"], setup["model"], setup["texts"], setup["LoRA"]) == (
-        "train.py",
-        "demo",
-        "x.csv",
-        "rank 4, alpha 8",
-    )
+    assert (setup["command"], setup["model"], setup["texts"]) == ("train.py", "demo", "x.csv")
+    assert setup["LoRA"] == "rank 4, alpha 8"
     assert setup["training texts"] == "5,000"
     assert setup["changed while resuming"] == "learning_rate 0.1 -> 0.2 from step 1,000"
     assert setup["resumed"].endswith("step 1,000")

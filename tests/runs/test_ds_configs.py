@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from forked import launch
 from conftest import DEEPSPEED, ROOT, free_port, losses, run_program
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
@@ -94,7 +95,7 @@ def train_three_steps(train_words, tmp_path):
         words += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
         words = [*train_words, "--eval_strategy", "no", "--save_strategy", "steps", *words]
         if read_ds_config(ROOT / file)["zero_optimization"]["stage"] == 3:  # its own process
-            run_program(DEEPSPEED, "--num_accelerators", "1", "--master_port", free_port(), "train.py", *words)
+            launch(1, "train.py", *words)
         else:
             train.main(words)
         return losses(folder)

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from forked import launch
 from conftest import DEEPSPEED, PYTHON, ROOT, free_port, losses, results, run_program
 from soak import Life, compare, fingerprint
 
@@ -231,7 +232,7 @@ StopOnRequest.on_step_end = fail
 """,
     )
     words = [DEEPSPEED, "--num_accelerators", "2", "--master_port", free_port(), script, *train_words]
-    output = run_program(*words, expect=1, timeout=60)
+    output = run_program(*words, expect=1, timeout=120)
     pattern = (
         r"error: rank 1 \(process \d+ on \S+\) failed \(ZeroDivisionError: of our own making\); .*training, step 3"
     )
@@ -253,8 +254,8 @@ def make_folder_and_fill(unfinished, model):
 saving.make_folder = make_folder_and_fill
 """,
     )
-    words = [DEEPSPEED, "--num_accelerators", "2", "--master_port", free_port(), script, *train_words, *EVERY_SECOND]
-    output = run_program(*words, "--output_dir", str(small_disk / "run"), expect=2, timeout=120)
+    words = [*train_words, *EVERY_SECOND, "--output_dir", small_disk / "run"]
+    output = launch(2, script, *words, expect=2)
     assert output.count("could not be written") == 1
     assert "Traceback" not in output
     assert [path.name for path in (small_disk / "run").glob("checkpoint-*")] == ["checkpoint-2"]

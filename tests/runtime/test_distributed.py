@@ -1,10 +1,11 @@
-"""The real `deepspeed` launcher with two processes on the CPU: the same run as with one."""
+"""Two processes on the CPU: the same run as with one."""
 
 import json
 
 import pytest
 import torch
 from conftest import DEEPSPEED, free_port, losses, results, run_program
+from forked import launch
 from safetensors.torch import load_file
 
 from neoflix.checkpoints.names import LIVE_SAMPLES_FILE
@@ -16,11 +17,9 @@ from neoflix.sampling.sampler import Sampler
 def deepspeed_run(train_words, tmp_path):
     """deepspeed_run("name", processes, *words) -> (the run's folder, what it said)"""
 
-    def run(name: str, num_processes: int, *words: str, expect: int = 0):
-        launcher = [DEEPSPEED, "--num_accelerators", str(num_processes), "--master_port", free_port()]
+    def run(name: str, num_processes: int, *words: str):
         folder = tmp_path / name
-        output = run_program(*launcher, "train.py", *train_words, "--output_dir", str(folder), *words, expect=expect)
-        return folder, output
+        return folder, launch(num_processes, "train.py", *train_words, "--output_dir", folder, *words)
 
     return run
 
@@ -104,8 +103,10 @@ def test_zero_3_shards_the_demo_model(deepspeed_run):
     assert Sampler.load(folder, device="cpu").model.config.num_layers == 4
 
 
-def test_bad_input_ends_all_processes_with_exit_code_2(deepspeed_run, tmp_path):
-    _, output = deepspeed_run("run", 2, "--text_column", "synopsis", expect=2)
+def test_bad_input_ends_all_processes_with_exit_code_2(train_words, tmp_path):
+    """By way of the real launcher."""
+    launcher = [DEEPSPEED, "--num_accelerators", "2", "--master_port", free_port()]
+    output = run_program(*launcher, "train.py", *train_words, "--text_column", "synopsis", expect=2)
     assert sum(line.startswith("error: ") for line in output.splitlines()) == 1
     assert "it has title, description" in output
     assert "Traceback" not in output

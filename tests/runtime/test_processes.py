@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 from conftest import PYTHON, ROOT, environment_without_launcher, free_port
+from forked import start_ranks
 
 PROGRAM = """
 import os, sys, time
@@ -17,7 +18,6 @@ import torch.distributed as dist
 from neoflix.runtime import watchdog
 from neoflix.runtime.processes import run_on_main_process, gather, main_process_first, run_and_exit
 from neoflix.runtime.errors import StoppedEarly, UserError
-watchdog.GRACE = 8.0  # a busy machine starts one of the two processes seconds after the other
 RANK = int(os.environ["RANK"])
 def connect_processes():
     dist.init_process_group("gloo")
@@ -34,15 +34,11 @@ def start(tmp_path):
     """start(code) -> two processes, with ranks 0 and 1, that run `code` as their main function."""
     started = []
 
-    def start(code: str, **env: str) -> list[subprocess.Popen]:
+    def start(code: str, **env: str) -> list:
         script = tmp_path / "program.py"
         script.write_text(PROGRAM.format(main="\n".join(f"    {line}" for line in code.splitlines())))
-        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PYTHONPATH": str(ROOT)}
-        for rank in range(2):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with (tmp_path / f"log-{rank}").open("w") as log:
-                words, names = [PYTHON, str(script)], {**os.environ, **where, **ranks, **env}
-                started.append(subprocess.Popen(words, env=names, stdout=log, stderr=log))
+        logs = [tmp_path / f"log-{rank}" for rank in range(2)]
+        started.extend(start_ranks(2, script, env=environment_without_launcher() | env, logs=logs))
         return started
 
     yield start
@@ -249,7 +245,7 @@ def test_a_program_on_each_machine_vouches_for_a_process_that_holds_pythons_lock
     code = "import os, time\nfrom neoflix.runtime import watchdog\n" + HELPED
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     program = subprocess.run(
-        [PYTHON, "-c", code], env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True, timeout=120
+        [PYTHON, "-c", code], env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert int(program.stdout) >= 3, program.stderr
 

@@ -1,6 +1,7 @@
 """All processes must run the same code on the same data."""
 
-from conftest import DEEPSPEED, ROOT, free_port, run_program
+from conftest import ROOT
+from forked import launch
 
 
 def test_processes_with_other_texts_are_refused(train_words, tmp_path, catalogue):
@@ -17,7 +18,5 @@ def test_processes_with_other_texts_are_refused(train_words, tmp_path, catalogue
         "from neoflix.runtime.processes import run_and_exit\n"
         "run_and_exit(lambda: train.main(words))\n"
     )
-    launcher = [DEEPSPEED, "--num_accelerators", "2", "--master_port", free_port()]
-    words = [*train_words, "--deepspeed", "ds_configs/cpu.json"]
-    output = run_program(*launcher, str(program), *words, expect=2, env={"DS_ACCELERATOR": "cpu"})
+    output = launch(2, program, *train_words, "--deepspeed", "ds_configs/cpu.json", expect=2)
     assert "process 1 has other texts than process 0" in output

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, free_port, run_program
+from forked import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -41,7 +41,7 @@ def run_dir(model_dir, titles, tmp_path_factory):
         *("--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--num_train_epochs", "2"),
         *("--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--deepspeed", "ds_configs/cpu.json"),
     ]
-    run_program(PYTHON, "train.py", *words)
+    launch(0, "train.py", *words)
     return home / "run"
 
 
@@ -165,9 +165,8 @@ def test_a_recipe_names_no_folder_to_write_to(run_dir, measure, tmp_path, monkey
 
 
 def test_two_processes_find_what_one_does(run_dir, measure):
-    launcher = [DEEPSPEED, "--num_accelerators", "2", "--master_port", free_port()]
     words = ["--eval_only", "--model_name_or_path", str(run_dir), "--cache_dir", str(run_dir.parent / "cache")]
-    said = run_program(*launcher, "train.py", *words, "--use_cpu", "true", "--per_device_eval_batch_size", "2")
+    said = launch(2, "train.py", *words, "--use_cpu", "true", "--per_device_eval_batch_size", "2")
     (line,) = [line for line in said.splitlines() if line.startswith('{"model"')]
     assert json.loads(line)["eval_loss"] == pytest.approx(measure(run_dir)["eval_loss"], rel=1e-6)
 

@@ -5,7 +5,8 @@ import os
 
 import pytest
 import torch
-from conftest import DEEPSPEED, PYTHON, ROOT, free_port, losses, run_program, weights
+from conftest import ROOT, losses, weights
+from forked import launch
 from safetensors.torch import load_file
 
 import train
@@ -58,8 +59,9 @@ def run_plain_trainer(tmp_path, model_dir, catalogue):
     def run(lora: dict | None = None) -> tuple[list[float], dict]:
         out = tmp_path / "plain"
         out.mkdir(exist_ok=True)
-        env = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "false"}
-        run_program(PYTHON, "-c", PLAIN_TRAINER, model_dir, catalogue, json.dumps(lora), out, env=env)
+        (out / "train.py").write_text(PLAIN_TRAINER)
+        env = {"ACCELERATE_USE_DEEPSPEED": "false"}
+        launch(0, out / "train.py", model_dir, catalogue, json.dumps(lora), out, env=env)
         return json.loads((out / "losses.json").read_text()), torch.load(out / "weights.pt")
 
     return run
@@ -84,7 +86,7 @@ def run_with(tmp_path, train_words):
         ]
         words += ["--deepspeed", str(file), "--output_dir", str(folder), "--num_progress_samples", "0"]
         if read_ds_config(file).get("zero_optimization", {}).get("stage") == 3:  # its own process
-            run_program(DEEPSPEED, "--num_accelerators", "1", "--master_port", free_port(), "train.py", *words)
+            launch(1, "train.py", *words)
         else:
             train.main(words)
         return folder

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import DEEPSPEED, ON_CPU, ROOT, assert_same_weights, free_port, results, run_program, weights
+from conftest import ON_CPU, ROOT, assert_same_weights, results, weights
+from forked import launch
 from transformers import AutoModelForCausalLM
 
 import train
@@ -122,8 +123,7 @@ def stages(tmp_path_factory, model_dir):
         )
     (folder / "runs.json").write_text(json.dumps(runs))
     (folder / "driver.py").write_text(DRIVER)
-    launcher = [DEEPSPEED, "--num_accelerators", "2", "--master_port", free_port()]
-    run_program(*launcher, folder / "driver.py", folder / "runs.json")
+    launch(2, folder / "driver.py", folder / "runs.json")
     return folder
 
 
