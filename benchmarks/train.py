@@ -40,7 +40,7 @@ from machine import cap_device_memory, now, product_flops_per_second, run_job, w
 
 from neoflix.arguments.deepspeed_file import read_ds_config
 from neoflix.arguments.training import TrainArguments
-from neoflix.checkpoints.runs import Start
+from neoflix.checkpoints.start import Start
 from neoflix.model.lora import add_adapters
 from neoflix.runtime.environment import prepare_environment
 from neoflix.training.deepspeed import build_operators, disable_shm_collectives

@@ -31,6 +31,10 @@ from neoflix.arguments.reader import DEFAULTS, read_train_flags
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.find import list_checkpoints
+from neoflix.checkpoints.manifest import write_manifest
+from neoflix.checkpoints.names import LIST_FILE
+from neoflix.checkpoints.ownership import read_list
+from neoflix.checkpoints.run_folder import claim
 from neoflix.data.template import Example
 from neoflix.data.tokenizer import load_tokenizer
 from neoflix.model.load import load_model
@@ -394,3 +398,47 @@ def gpt2_tokenizer_dir() -> Path | None:
     """The real GPT-2 vocab.json and merges.txt, in the folder GPT2_TOKENIZER_DIR."""
     path = Path(os.environ.get("GPT2_TOKENIZER_DIR", ROOT / "data" / "gpt2_tokenizer"))
     return path if (path / "vocab.json").is_file() else None
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A run's folder with its list of files."""
+    claim(str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def save_checkpoint(path: Path, step: int, **files: str) -> Path:
+    """Makes a small complete checkpoint; it belongs to the run in whose folder it lies."""
+    path.mkdir()
+    for name, content in {"model.safetensors": f"weights of step {step}", **files}.items():
+        (path / name).write_text(content)
+    owner = {"run": owned["id"]} if (owned := read_list(path.parent)) else {}
+    write_manifest(path, {"step": step, "best_step": None, **owner}, {})
+    return path
+
+
+def list_names(folder: Path) -> list[str]:
+    """What is in a run's folder, but for its list of files."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LIST_FILE)
+
+
+@pytest.fixture
+def describe(train_words, tmp_path):
+    """describe("--seed", "7"): the record that `train.py` makes of a run with these flags."""
+    from neoflix.checkpoints.runs import describe_run
+    from neoflix.data.sources import read_dataset
+    from neoflix.data.split import split_texts
+    from neoflix.data.tokens import tokenize_split
+    from neoflix.model.load import find_tokenizer, load_model
+
+    prepare_environment()
+
+    def describe(*words: str) -> dict:
+        args = parse_train_args([*train_words, *ON_CPU, *words])
+        texts = split_texts(read_dataset(args), args.validation_fraction)
+        tokenizer = find_tokenizer(args.model_name_or_path, texts.train, tmp_path, args.text_template)
+        model = load_model(args.model_name_or_path, tokenizer, torch.float32, args.generation, lora=args.lora_settings)
+        tokens = tokenize_split(texts, tokenizer, args.max_length or 256, tmp_path, args.loss_on_prompt)
+        return describe_run(args, model, tokenizer, *tokens)
+
+    return describe

@@ -5,13 +5,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from neoflix.checkpoints.names import RESULTS_FILE
+from neoflix.checkpoints.runs import save_results
 from neoflix.reporting.card import CARD_FILE, CARD_MARK, model_card
 from neoflix.reporting.history import Record
 from neoflix.reporting.pages import PAGE_MARK, REPORT_FILE, report_page
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
-from neoflix.runtime.files import read_json, write_text
+from neoflix.runtime.files import write_text
 
 
 def write_page(path: Path, page: str) -> None:
@@ -56,10 +56,11 @@ def _warn(error: Exception) -> None:
     say(f"warning: no report: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def finish_run(output_dir: str) -> None:
-    """A run's last words: where the best model is, how good, and where to read on. One process."""
+def finish_run(output_dir: str, results: dict) -> None:
+    """Writes a run's results and its report, and prints where they and the best model are. One process."""
+    save_results(output_dir, results)
     path = write_report(output_dir)
-    perplexity = read_json(Path(output_dir, RESULTS_FILE), {}).get("perplexity")
+    perplexity = results.get("perplexity")
     say(f"Best model in {output_dir}" + ("" if perplexity is None else f", perplexity {perplexity:,.2f}"))
     if path:
         say(f"Report: {path} (open it in a browser)")
