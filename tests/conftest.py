@@ -42,6 +42,7 @@ from neoflix.model.shape import Shape, read_shape
 from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import Texts
 from neoflix.planning.settings import read_settings
+from neoflix.reporting.history import Record
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.hardware import Machine
 
@@ -234,6 +235,41 @@ def recorded_run(model_dir, titles, tmp_path_factory) -> Path:
     save_run(folder / "run", run)
     save_results(folder / "run", {})
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, titles, model_dir) -> Path:
+    """A finished run of two epochs with its report; its folder is only read."""
+    import train
+
+    folder = tmp_path_factory.mktemp("finished")
+    rows = [{"description": text} for text in titles[:60]]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.main(
+        [
+            *("--model_name_or_path", str(model_dir), "--dataset", str(folder / "texts.jsonl")),
+            *("--output_dir", str(folder / "run"), "--cache_dir", str(folder / "cache"), "--use_cpu", "true"),
+            *("--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--logging_steps", "1"),
+            *("--report_to", "none", "--disable_tqdm", "true", "--num_train_epochs", "2", "--eval_strategy", "steps"),
+            *("--eval_steps", "2", "--deepspeed", str(ROOT / "ds_configs" / "cpu.json")),
+        ]
+    )
+    return folder / "run"
+
+
+def make_record(training: list[float], held_out: list[float], finished=True, max_steps=None, **facts) -> Record:
+    """A run that evaluates before training and after each ten steps, and logs in their middle."""
+    log = [
+        {"step": 10 * n, "epoch": n, "eval_loss": x, "eval_perplexity": 2**x, "eval_bits_per_char": x}
+        for n, x in enumerate(held_out)
+    ]
+    log += [{"step": 10 * n + 5, "loss": x, "skipped_steps": facts.get("skipped", 0)} for n, x in enumerate(training)]
+    step = 10 * max(len(held_out) - 1, 0)
+    state = {"log_history": log, "global_step": step, "max_steps": max_steps or step}
+    best = min(log[1 : len(held_out)], key=lambda line: line["eval_loss"], default={"step": 0})["step"]
+    run = {"num_training_texts": facts.get("texts", 5000)}
+    starts = [{"num_validation_texts": facts.get("held", 500)}]
+    return Record(Path("run"), run, starts, state, {"saved_step": best} if finished else {}, [])
 
 
 def generate_words(run: Path, *words) -> list[str]:

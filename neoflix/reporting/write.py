@@ -1,8 +1,9 @@
-"""Writing reports and model cards, never over a file of the user's."""
+"""Writes reports and model cards, never over a file that neoflix did not write."""
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from neoflix.checkpoints.runs import save_results
@@ -15,49 +16,51 @@ from neoflix.runtime.files import write_text
 
 
 def write_page(path: Path, page: str) -> None:
-    """UserError where the file is not ours, or cannot be written."""
+    """Writes a report or a comparison.
+
+    Raises:
+        UserError: if the file exists and neoflix did not write it, or if it cannot be written.
+    """
     _write(path, page, PAGE_MARK, "name another file with --output, or move it away")
 
 
 def _write(path: Path, content: str, mark: str, way_out: str) -> None:
     try:
         if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
-            raise UserError(f"{path}: is not a file that neoflix wrote, and is left alone; {way_out}")
+            raise UserError(f"{path}: is not a file that neoflix wrote, so it is not overwritten; {way_out}")
         write_text(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def write_report(output_dir: str) -> Path | None:
-    """Writes a run's report and model card, and returns the report's path. What goes wrong is one line of warning and
-    None: a run of hours does not fail for its report."""
-    try:
+    """Writes a run's report and model card. Returns the report's path, or None after a warning if it could not be
+    written: a run of hours must not fail because of its report."""
+    with _errors_as_warnings():
         record = Record.read(output_dir)
+        if record.results:  # before, the folder has no model
+            with _errors_as_warnings():
+                way_out = "move it away to get a new one"
+                _write(record.folder / CARD_FILE, model_card(record), CARD_MARK, way_out)
         path = record.folder / REPORT_FILE
-        if record.results:  # until then there is no model at the top
-            _try(lambda: _write(record.folder / CARD_FILE, model_card(record), CARD_MARK, "move it away for a new one"))
         write_page(path, report_page(record))
         return path
-    except Exception as error:
-        _warn(error)
-        return None
+    return None
 
 
-def _try(write: Callable[[], None]) -> None:
+@contextmanager
+def _errors_as_warnings() -> Iterator[None]:
     try:
-        write()
+        yield
     except Exception as error:
-        _warn(error)
-
-
-def _warn(error: Exception) -> None:
-    if os.environ.get("NEOFLIX_TRACEBACK"):
-        traceback.print_exception(error)
-    say(f"warning: no report: {' '.join(str(error).split()) or type(error).__name__}")
+        if os.environ.get("NEOFLIX_TRACEBACK"):
+            traceback.print_exception(error)
+        say(f"warning: no report: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def finish_run(output_dir: str, results: dict) -> None:
-    """Writes a run's results and its report, and prints where they and the best model are. One process."""
+    """Writes a run's results and report, and prints where the best model is and how good. To be called in one
+    process."""
     save_results(output_dir, results)
     path = write_report(output_dir)
     perplexity = results.get("perplexity")
