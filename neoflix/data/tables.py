@@ -99,7 +99,7 @@ def _read_json(file: BinaryIO, columns: Columns, limit: int | None) -> Table:
             items = ((f"item {number}", item) for number, item in enumerate(array, start=1))
             share = min(1.0, limit / max(len(array), 1)) if limit else 1.0
         else:
-            items = _parse_lines(lines)
+            items = parse_json_lines(lines)
         objects = _to_objects(islice(items, limit))
         head = []
         if callable(columns):
@@ -139,7 +139,7 @@ def _first_character(lines: TextIO) -> str:
     return first
 
 
-def _parse_lines(lines: TextIO) -> Iterator[tuple[str, object]]:
+def parse_json_lines(lines: TextIO) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(lines, start=1):
         line = line.strip().removeprefix("\ufeff")  # in the middle of a file, where files were joined
         if line:
