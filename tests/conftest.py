@@ -394,6 +394,55 @@ def environment_without_launcher() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in launcher}
 
 
+TWO_PROCESSES = """
+import os, sys, time
+import torch.distributed as dist
+from neoflix.runtime import watchdog
+from neoflix.runtime.processes import run_on_main_process, gather, main_process_first, run_and_exit
+from neoflix.runtime.errors import StoppedEarly, UserError
+RANK = int(os.environ["RANK"])
+def connect_processes():
+    dist.init_process_group("gloo")
+    gather(None)
+def main():
+    print("started", os.getpid(), flush=True)
+{main}
+run_and_exit(main)
+"""
+
+
+@pytest.fixture
+def start_two(tmp_path):
+    """start_two(code) -> two processes, with ranks 0 and 1, that run `code` as their main function."""
+    from forked import start_ranks
+
+    started = []
+
+    def start(code: str, **env: str) -> list:
+        script = tmp_path / "program.py"
+        script.write_text(TWO_PROCESSES.format(main="\n".join(f"    {line}" for line in code.splitlines())))
+        logs = [tmp_path / f"log-{rank}" for rank in range(2)]
+        started.extend(start_ranks(2, script, env=environment_without_launcher() | env, logs=logs))
+        return started
+
+    yield start
+    for program in started:
+        program.kill()
+        program.wait()
+
+
+@pytest.fixture
+def run_two(start_two, tmp_path):
+    """run_two(code) -> the two exit codes and what the two processes printed, without "started"."""
+
+    def run(code: str, **env: str) -> tuple[list[int], list[str]]:
+        codes = [program.wait(timeout=90) for program in start_two(code, **env)]
+        logs = [(tmp_path / f"log-{rank}").read_text() for rank in range(2)]
+        return codes, [log.partition("\n")[2] for log in logs]
+
+    return run
+
+
 def run_program(*words: str, expect: int = 0, env: dict | None = None, timeout: int = 600) -> str:
     """Runs a command in the project's folder; returns stdout and stderr together, checks the exit code.
 
