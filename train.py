@@ -8,8 +8,9 @@ if __name__ == "__main__":
 from transformers import set_seed
 
 from neoflix.arguments.parse import read_all_flags
-from neoflix.checkpoints.ownership import opened
-from neoflix.checkpoints.runs import describe_run, find_start, save_results
+from neoflix.checkpoints.run_folder import open_run_folder
+from neoflix.checkpoints.runs import describe_run
+from neoflix.checkpoints.start import find_start
 from neoflix.data.fields import FieldPool
 from neoflix.data.sources import read_dataset
 from neoflix.data.split import split_texts
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         return evaluate_only(flags)
     plan = plan_run(flags, decide=run_on_main_process)  # UserError if the run does not fit
     if not flags.plan:
-        with opened(flags.output_dir):
+        with open_run_folder(flags.output_dir):
             train(connect(flags), plan)
 
 
@@ -71,8 +72,7 @@ def train(args, plan) -> None:
     )
     trainer.train(start=start)
     trainer.save_best()
-    run_on_main_process(save_results, args.output_dir, trainer.results())
-    run_on_main_process(finish_run, args.output_dir)
+    run_on_main_process(finish_run, args.output_dir, trainer.results())
 
 
 if __name__ == "__main__":

@@ -114,14 +114,10 @@ def measure(figures_path: str, train_words: list[str]) -> None:
     timed("import transformers", __import__)("transformers.trainer")
     timed("import deepspeed", __import__)("deepspeed")
     train = timed("import the rest", __import__)("train")
-    for module, names in (
-        (train.reading, ("read_dataset",)),
-        (train.data, ("split_texts", "tokenize_split")),
-        (train, ("find_tokenizer",)),
-    ):
-        for name in names:
-            setattr(module, name, timed(name, getattr(module, name)))
-    train.parse_train_args = timed("arguments", train.parse_train_args)
+    for name in ("read_dataset", "split_texts", "find_tokenizer", "tokenize_split"):
+        setattr(train, name, timed(name, getattr(train, name)))
+    for name, part in (("read_all_flags", "arguments"), ("plan_run", "plan"), ("connect", "connect")):
+        setattr(train, name, timed(part, getattr(train, name)))
     train.load_model = timed("load_model", train.load_model)
     trainer = train.TokenTrainer
     first_step, training_step = [], trainer.training_step

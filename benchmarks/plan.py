@@ -30,12 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from machine import run_job, write_line
-from neoflix.planning.memory import Settings
 
+from neoflix.arguments.reader import read_train_flags
 from neoflix.model.shape import Shape
 from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import Texts
-from neoflix.planning.plan_run import plan_run, read_quickly
+from neoflix.planning.plan_run import plan_run
+from neoflix.planning.settings import Settings
 from neoflix.runtime.hardware import Machine
 
 PLAIN = {
@@ -165,7 +166,7 @@ def forecast_in(words: list[str], num_processes: int) -> Plan:
     before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_SIZE")}
     os.environ |= dict.fromkeys(before, str(num_processes))
     try:
-        return plan_run(read_quickly(words))
+        return plan_run(read_train_flags(words))
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -38,10 +38,12 @@ sys.path.insert(0, str(ROOT))
 from architectures import ARCHITECTURES, PADDED_LENGTH, build_model, draw_texts
 from machine import cap_device_memory, now, product_flops_per_second, run_job, write_line
 
-from neoflix.arguments.training import RECOMPUTING, TrainArguments
-from neoflix.checkpoints.runs import Start
+from neoflix.arguments.deepspeed_file import read_ds_config
+from neoflix.arguments.training import TrainArguments
+from neoflix.checkpoints.start import Start
 from neoflix.model.lora import add_adapters
 from neoflix.runtime.environment import prepare_environment
+from neoflix.training.deepspeed import build_operators, disable_shm_collectives
 from neoflix.training.meters import peak_host_bytes
 from neoflix.training.trainer import TokenTrainer
 
@@ -176,6 +178,8 @@ def measure_one_side(args: argparse.Namespace) -> None:
 
 def build_our_trainer(args, texts_per_step: int, texts: list[list[int]], common: dict) -> Trainer:
     texts_per_batch = args.texts_per_batch or texts_per_step
+    disable_shm_collectives()
+    build_operators(read_ds_config(args.deepspeed))
     training = TrainArguments(
         **common,
         validation_fraction=0,  # nothing is evaluated
@@ -183,7 +187,7 @@ def build_our_trainer(args, texts_per_step: int, texts: list[list[int]], common:
         deepspeed=args.deepspeed,
         per_device_train_batch_size=texts_per_batch,
         gradient_accumulation_steps=texts_per_step // texts_per_batch,
-        **{RECOMPUTING: args.activation_checkpointing},
+        activation_checkpointing=args.activation_checkpointing,
     )
     transformers.set_seed(0)
     dtype = torch.float32 if training.use_cpu else torch.bfloat16

@@ -32,6 +32,10 @@ from neoflix.arguments.reader import DEFAULTS, read_train_flags
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.find import list_checkpoints
+from neoflix.checkpoints.manifest import write_manifest
+from neoflix.checkpoints.names import LIST_FILE
+from neoflix.checkpoints.ownership import read_list
+from neoflix.checkpoints.run_folder import claim
 from neoflix.data.template import Example
 from neoflix.data.tokenizer import load_tokenizer
 from neoflix.model.load import load_model
@@ -39,6 +43,7 @@ from neoflix.model.shape import Shape, read_shape
 from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import Texts
 from neoflix.planning.settings import read_settings
+from neoflix.reporting.history import Record
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.hardware import Machine
 
@@ -288,6 +293,41 @@ def recorded_run(model_dir, titles, tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, titles, model_dir) -> Path:
+    """A finished run of two epochs with its report; its folder is only read."""
+    import train
+
+    folder = tmp_path_factory.mktemp("finished")
+    rows = [{"description": text} for text in titles[:60]]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.main(
+        [
+            *("--model_name_or_path", str(model_dir), "--dataset", str(folder / "texts.jsonl")),
+            *("--output_dir", str(folder / "run"), "--cache_dir", str(folder / "cache"), "--use_cpu", "true"),
+            *("--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--logging_steps", "1"),
+            *("--report_to", "none", "--disable_tqdm", "true", "--num_train_epochs", "2", "--eval_strategy", "steps"),
+            *("--eval_steps", "2", "--deepspeed", str(ROOT / "ds_configs" / "cpu.json")),
+        ]
+    )
+    return folder / "run"
+
+
+def make_record(training: list[float], held_out: list[float], finished=True, max_steps=None, **facts) -> Record:
+    """A run that evaluates before training and after each ten steps, and logs in their middle."""
+    log = [
+        {"step": 10 * n, "epoch": n, "eval_loss": x, "eval_perplexity": 2**x, "eval_bits_per_char": x}
+        for n, x in enumerate(held_out)
+    ]
+    log += [{"step": 10 * n + 5, "loss": x, "skipped_steps": facts.get("skipped", 0)} for n, x in enumerate(training)]
+    step = 10 * max(len(held_out) - 1, 0)
+    state = {"log_history": log, "global_step": step, "max_steps": max_steps or step}
+    best = min(log[1 : len(held_out)], key=lambda line: line["eval_loss"], default={"step": 0})["step"]
+    run = {"num_training_texts": facts.get("texts", 5000)}
+    starts = [{"num_validation_texts": facts.get("held", 500)}]
+    return Record(Path("run"), run, starts, state, {"saved_step": best} if finished else {}, [])
+
+
 def generate_words(run: Path, *words) -> list[str]:
     """Words of a generate.py command for four texts of a run's model."""
     return ["--model_dir", str(run), "--num_samples", "4", "--seed", "3", *map(str, words)]
@@ -410,6 +450,55 @@ def environment_without_launcher() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in launcher}
 
 
+TWO_PROCESSES = """
+import os, sys, time
+import torch.distributed as dist
+from neoflix.runtime import watchdog
+from neoflix.runtime.processes import run_on_main_process, gather, main_process_first, run_and_exit
+from neoflix.runtime.errors import StoppedEarly, UserError
+RANK = int(os.environ["RANK"])
+def connect_processes():
+    dist.init_process_group("gloo")
+    gather(None)
+def main():
+    print("started", os.getpid(), flush=True)
+{main}
+run_and_exit(main)
+"""
+
+
+@pytest.fixture
+def start_two(tmp_path):
+    """start_two(code) -> two processes, with ranks 0 and 1, that run `code` as their main function."""
+    from forked import start_ranks
+
+    started = []
+
+    def start(code: str, **env: str) -> list:
+        script = tmp_path / "program.py"
+        script.write_text(TWO_PROCESSES.format(main="\n".join(f"    {line}" for line in code.splitlines())))
+        logs = [tmp_path / f"log-{rank}" for rank in range(2)]
+        started.extend(start_ranks(2, script, env=environment_without_launcher() | env, logs=logs))
+        return started
+
+    yield start
+    for program in started:
+        program.kill()
+        program.wait()
+
+
+@pytest.fixture
+def run_two(start_two, tmp_path):
+    """run_two(code) -> the two exit codes and what the two processes printed, without "started"."""
+
+    def run(code: str, **env: str) -> tuple[list[int], list[str]]:
+        codes = [program.wait(timeout=90) for program in start_two(code, **env)]
+        logs = [(tmp_path / f"log-{rank}").read_text() for rank in range(2)]
+        return codes, [log.partition("\n")[2] for log in logs]
+
+    return run
+
+
 def run_program(*words: str, expect: int = 0, env: dict | None = None, timeout: int = 600) -> str:
     """Runs a command in the project's folder; returns stdout and stderr together, checks the exit code.
 
@@ -450,3 +539,47 @@ def gpt2_tokenizer_dir() -> Path | None:
     """The real GPT-2 vocab.json and merges.txt, in the folder GPT2_TOKENIZER_DIR."""
     path = Path(os.environ.get("GPT2_TOKENIZER_DIR", ROOT / "data" / "gpt2_tokenizer"))
     return path if (path / "vocab.json").is_file() else None
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A run's folder with its list of files."""
+    claim(str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def save_checkpoint(path: Path, step: int, **files: str) -> Path:
+    """Makes a small complete checkpoint; it belongs to the run in whose folder it lies."""
+    path.mkdir()
+    for name, content in {"model.safetensors": f"weights of step {step}", **files}.items():
+        (path / name).write_text(content)
+    owner = {"run": owned["id"]} if (owned := read_list(path.parent)) else {}
+    write_manifest(path, {"step": step, "best_step": None, **owner}, {})
+    return path
+
+
+def list_names(folder: Path) -> list[str]:
+    """What is in a run's folder, but for its list of files."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LIST_FILE)
+
+
+@pytest.fixture
+def describe(train_words, tmp_path):
+    """describe("--seed", "7"): the record that `train.py` makes of a run with these flags."""
+    from neoflix.checkpoints.runs import describe_run
+    from neoflix.data.sources import read_dataset
+    from neoflix.data.split import split_texts
+    from neoflix.data.tokens import tokenize_split
+    from neoflix.model.load import find_tokenizer, load_model
+
+    prepare_environment()
+
+    def describe(*words: str) -> dict:
+        args = parse_train_args([*train_words, *ON_CPU, *words])
+        texts = split_texts(read_dataset(args), args.validation_fraction)
+        tokenizer = find_tokenizer(args.model_name_or_path, texts.train, tmp_path, args.text_template)
+        model = load_model(args.model_name_or_path, tokenizer, torch.float32, args.generation, lora=args.lora_settings)
+        tokens = tokenize_split(texts, tokenizer, args.max_length or 256, tmp_path, args.loss_on_prompt)
+        return describe_run(args, model, tokenizer, *tokens)
+
+    return describe

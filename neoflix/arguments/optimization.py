@@ -9,10 +9,10 @@ from neoflix.runtime.errors import UserError
 
 
 def check_schedule(args) -> None:
-    """UserError for a learning rate schedule that cannot be made, by making it."""
+    """Raises UserError if the learning rate schedule cannot be created."""
     said = f"--lr_scheduler_type {args.lr_scheduler_type}"
     if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-        raise UserError(f"{said}: follows the evaluations, which DeepSpeed cannot; use cosine, linear or constant")
+        raise UserError(f"{said}: DeepSpeed cannot follow evaluations; use cosine, linear or constant")
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     settings = args.lr_scheduler_kwargs or {}
     try:
@@ -22,7 +22,7 @@ def check_schedule(args) -> None:
 
 
 def check_optimizer(args, config: dict) -> None:
-    """UserError where `--optim` names an optimizer that the DeepSpeed file leaves no room for, or that isn't installed.
+    """Raises UserError if the DeepSpeed file excludes the optimizer of `--optim`, or if it is not installed.
 
     Args:
         config: the DeepSpeed file.
@@ -36,14 +36,14 @@ def check_optimizer(args, config: dict) -> None:
         ):
             if not is_default:
                 raise UserError(
-                    f"--{name} {getattr(args, name)}: has no effect beside the optimizer of {args.deepspeed} "
+                    f"--{name} {getattr(args, name)}: has no effect with the optimizer of {args.deepspeed} "
                     f"({config['optimizer'].get('type')}); leave it out, or remove 'optimizer' from a copy of that file"
                 )
         return
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and not is_adamw and config.get("zero_force_ds_cpu_optimizer", True):
         raise UserError(
-            f"--optim {args.optim}: DeepSpeed offloads AdamW alone; remove 'offload_optimizer' from the file"
+            f"--optim {args.optim}: DeepSpeed can offload only AdamW; remove 'offload_optimizer' from the file"
         )
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)

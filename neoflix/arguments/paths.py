@@ -1,4 +1,4 @@
-"""Paths as a user names them, and as other programs can read them. A leaf, without torch."""
+"""Paths in flags: `~` is the home folder. Imports no torch."""
 
 import os
 
@@ -22,4 +22,4 @@ def _expand(name: str, value):
     if value.startswith("hf:~"):
         return "hf:" + os.path.expanduser(value[3:])
     path = os.path.expanduser(value) if value.startswith("~") else value
-    return value if name == "prompt" and not os.path.isfile(path) else path  # else it is how a text begins
+    return value if name == "prompt" and not os.path.isfile(path) else path  # a prompt that is no file is text

@@ -1,7 +1,7 @@
-"""Recipes: YAML files of flags. A value means what was typed, by its flag's own type and not by YAML's.
+"""Recipes: YAML files of flags, whose values have their flags' types and not YAML's.
 
-YAML would turn `no` into false and `2024_01` into the number 202401, and would leave `1e-4` a string. Here every value
-stays the text that was typed, and the flag's own type decides, just as on a command line.
+YAML would read `no` as false, `2024_01` as the number 202401, and `1e-4` as a string. Here every value stays the text
+that was typed, and its flag decides what it means, as on a command line.
 """
 
 import difflib
@@ -18,8 +18,8 @@ def read_recipe(path: str) -> tuple[dict, dict]:
     """Reads a recipe, and checks its form and its sampling settings. `check_keys` checks its keys.
 
     Returns:
-        (flags, sampling settings). A flag's value is a string as it was typed, None where it is empty or null, a list
-        of strings, or a dict. A sampling setting has its own type.
+        (flags, sampling settings). A flag's value is a string as typed, None if it is empty or null, a list of strings,
+        or a dict. A sampling setting has its own type.
 
     Raises:
         UserError: the file cannot be read, is not a mapping, has a repeated key, or an unknown or invalid sampling
@@ -52,7 +52,7 @@ def _read_pairs(path: str) -> list[tuple[str, yaml.Node]]:
     if node is None or _is_empty(node):
         return []
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"--config {path}: must hold one 'flag: value' a line")
+        raise UserError(f"--config {path}: must hold one 'flag: value' per line")
     return _pairs(path, node)
 
 
@@ -81,7 +81,7 @@ def _flag_value(path: str, name: str, node: yaml.Node) -> str | list[str] | dict
 
 
 def _nested(path: str, node: yaml.Node):
-    """A block within a flag's value, such as DeepSpeed's, by JSON's rules: quoted, or not JSON, is a string."""
+    """A block within a flag's value, such as DeepSpeed's. Plain values are read as JSON, or else as strings."""
     if isinstance(node, yaml.SequenceNode):
         return [_nested(path, item) for item in node.value]
     if isinstance(node, yaml.MappingNode):
@@ -104,7 +104,7 @@ def _generation(path: str, node: yaml.Node) -> dict:
     if _is_empty(node):
         return {}
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"--config {path}: generation: must hold one 'setting: value' a line")
+        raise UserError(f"--config {path}: generation: must hold one 'setting: value' per line")
     settings, types = {}, {name: type(value) for name, value in SAMPLING_DEFAULTS.items()} | {"num_samples": int}
     for key, value in _pairs(path, node):
         name = key.replace("-", "_")

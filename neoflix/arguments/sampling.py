@@ -1,10 +1,10 @@
-"""Sampling settings: names, defaults, and what each must be."""
+"""Sampling settings: names, defaults, and valid values."""
 
 import math
 
 from neoflix.runtime.errors import UserError
 
-# What reads best from a fine-tuned model (README, "Sampling"); a run saves them with its model.
+# A run saves these with its model (docs/sampling.md).
 SAMPLING_DEFAULTS = {
     "temperature": 0.8,
     "top_k": 0,
@@ -18,7 +18,7 @@ SAMPLING_RULES = {
     "num_samples": (lambda v: v >= 1, "1 or more"),
     "batch_size": (lambda v: v >= 1, "1 or more"),
     "max_new_tokens": (lambda v: v >= 1, "1 or more"),
-    "temperature": (lambda v: 0 < v < math.inf, "above 0 (the lower, the safer; --top_k 1 takes the likeliest word)"),
+    "temperature": (lambda v: 0 < v < math.inf, "above 0 (--top_k 1 always samples the most likely token)"),
     "top_k": (lambda v: v >= 0, "0 (off) or more"),
     "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "repetition_penalty": (lambda v: 0 < v < math.inf, "above 0 (1: none)"),
@@ -26,7 +26,7 @@ SAMPLING_RULES = {
 
 
 def check_sampling(said: str, name: str, value: float) -> None:
-    """UserError for a sampling setting that cannot be used; `said`: how the user put it."""
+    """Raises UserError for a value that a sampling setting cannot have. `said` is the setting as it was typed."""
     holds, rule = SAMPLING_RULES[name]
     if not holds(value):
         raise UserError(f"{said}: must be {rule}")

@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 
 from neoflix.arguments.deepspeed_file import follow_arguments, is_json, read_ds_config
 from neoflix.arguments.train_flags import TrainFlags
-from neoflix.data.sources import default_cache_dir
 from neoflix.data.template import Template
+from neoflix.runtime.cache import default_cache_dir
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.redaction import is_secret, redact
 

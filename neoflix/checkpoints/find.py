@@ -1,7 +1,6 @@
-"""Checkpoints of a run's folder: which may be resumed, and which holds the best model.
+"""Finds the checkpoints of a run's folder: which are complete, which can be resumed, and which holds the best model.
 
-`checkpoint-N` is a checkpoint whose save came to its end. What such a folder has lost since, its manifest shows. What
-is written, replaced and deleted is in `run_folder.py`.
+A folder gets the name `checkpoint-N` once its save is complete. Its manifest shows whether it has lost anything since.
 """
 
 import re
@@ -24,12 +23,12 @@ def list_numbered(run: Path) -> list[Path]:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first, as far as names and sizes of files tell."""
+    """The complete checkpoints of a run, oldest first. Only names and sizes of files are checked, not checksums."""
     return [path for path in list_numbered(run) if not (find_corruption(path) or find_misplaced(path))]
 
 
 def find_misplaced(checkpoint: Path) -> str | None:
-    """Why a complete folder is no checkpoint of the step that its name says, as a copy is; None where it is."""
+    """Why a complete folder is not the checkpoint of the step in its name (it is a copy); None where it is."""
     step = read_manifest(checkpoint).get("step")
     return None if checkpoint.name == f"checkpoint-{step}" else f"its {MANIFEST} is of step {step}: it is a copy"
 
@@ -42,18 +41,18 @@ def check_complete(resume_from_checkpoint: str, checksums: bool = False) -> None
     """
     if damage := find_corruption(Path(resume_from_checkpoint), checksums=checksums):
         raise UserError(
-            f"--resume_from_checkpoint {resume_from_checkpoint}: no complete checkpoint ({damage}); leave the flag out "
-            "to take the newest complete one of the run"
+            f"--resume_from_checkpoint {resume_from_checkpoint}: not a complete checkpoint ({damage}); without the "
+            "flag, the run resumes from its newest complete one"
         )
 
 
 def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, report=print) -> str | None:
-    """The checkpoint to go on from: the one asked for, else the newest complete one of the run, else None.
+    """Returns the checkpoint to resume from: the one asked for, or else the newest complete one of the run, or None.
 
-    Every file of it is read and compared with its checksum. One process, before any other looks.
+    Every file of it is read and compared with its checksum. One process.
 
     Args:
-        report: called with a sentence for each checkpoint that is passed over.
+        report: called with a sentence for each checkpoint that is skipped.
     """
     if resume_from_checkpoint:
         check_complete(resume_from_checkpoint, checksums=True)
@@ -62,25 +61,25 @@ def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, repor
         damage = find_corruption(checkpoint, checksums=True) or find_misplaced(checkpoint)
         if damage is None:
             return str(checkpoint)
-        report(f"Passing over {checkpoint}, which is not complete: {damage}. Nothing needs it; it can be deleted.")
+        report(f"Skipping {checkpoint}, which is not complete: {damage}. Nothing needs it; it can be deleted.")
     return None
 
 
 def forecast_bytes(num_parameters: int, bytes_per_weight: int) -> int:
-    """Size of a checkpoint: the model twice (safetensors, and DeepSpeed's own copy), and Adam's 12 bytes a parameter
-    (fp32 weights and two moments)."""
+    """The size of a checkpoint: the model twice (safetensors, and DeepSpeed's own copy), and 12 bytes per parameter for
+    Adam (fp32 weights and two moments)."""
     return num_parameters * (12 + 2 * bytes_per_weight)
 
 
 def find_best(checkpoints: list[Path]) -> Path:
-    """The best of a run's complete checkpoints by what the newest knows, else the newest."""
+    """The best of a run's complete checkpoints, by the newest one's manifest; without an evaluation, the newest."""
     best = read_manifest(checkpoints[-1])["best_step"]
     return next((path for path in checkpoints if path.name == f"checkpoint-{best}"), checkpoints[-1])
 
 
 def list_model_files(checkpoint: Path) -> list[Path]:
-    """A checkpoint's model, tokenizer and generation settings: the files at its top that training does not need to go
-    on, of those that its manifest names."""
+    """A checkpoint's model, tokenizer and generation settings: the files at its top, of those that its manifest names,
+    that are not for resuming."""
     named = (read_manifest(checkpoint) or {"files": None})["files"]
     paths = [path for path in checkpoint.iterdir() if path.is_file() and path.name not in TRAINING_FILES]
     paths = [path for path in paths if not path.name.startswith("rng_state")]
@@ -88,11 +87,14 @@ def list_model_files(checkpoint: Path) -> list[Path]:
 
 
 def find_model(model_dir: str, flag: str = "--model_dir") -> Path:
-    """The folder to load a model from: `model_dir` itself or, where a run has not come to its end, its best
-    complete checkpoint. `flag` is how the user named it."""
+    """The folder to load a model from: `model_dir` itself or, for an unfinished run, its best complete checkpoint.
+
+    Args:
+        flag: the name of the flag, for messages.
+    """
     folder = Path(model_dir)
     if not folder.is_dir():
-        raise UserError(f"{flag} {model_dir}: no such folder; name a run's folder or one checkpoint of it")
+        raise UserError(f"{flag} {model_dir}: no such folder; use a run's folder or one of its checkpoints")
     checkpoints = list_checkpoints(folder)
     is_unfinished = (folder / RUN_FILE).is_file() and not (folder / RESULTS_FILE).is_file()
     weights = WEIGHTS_FILES + PICKLED_WEIGHTS_FILES

@@ -1,7 +1,7 @@
-"""Complete or not: a folder counts when its manifest, written last, names every file with size and checksum. A leaf.
+"""A folder's manifest, written last: it names every file with size and checksum, so that a folder is complete or not.
 
-The checksums (XXH3, 128 bits) find what a full disk, a crash or a bad cable did. They are no signature: whoever can
-write into the folder can write a manifest too.
+The checksums (XXH3, 128 bits) find damage by a full disk, a crash or a bad cable. They are not a signature: whoever can
+write to the folder can write a manifest too.
 """
 
 import json
@@ -23,10 +23,10 @@ MANIFEST = "manifest.json"
 
 
 class Files:
-    """What this process writes of a checkpoint: an entry for each file, and what went wrong.
+    """The files that this process writes to a checkpoint: their manifest entries, and the first error.
 
-    A failed write is remembered, not raised: the other processes wait in the same save's barriers, and one that
-    left would hang them. Who saved asks for `error` at the end.
+    A failed write is remembered and not raised, because the other processes wait in the barriers of the same save and
+    would hang. The caller reads `error` at the end.
     """
 
     def __init__(self, folder: Path):
@@ -48,12 +48,12 @@ class Files:
             self.error = self.error or "PyTorch's writer failed: the disk is full or gone"
 
     def save(self, state_dict, path: str | Path) -> None:
-        """`torch.save`, hashed; called by DeepSpeed, in the place of its own writer.
+        """Writes a file by `torch.save` and hashes it. DeepSpeed calls this instead of its own writer.
 
-        The archive's own checksums, which `torch.load` never looks at, are left out: they take longer than ours
+        The archive's own checksums, which `torch.load` never reads, are left out: they take longer than ours
         (0.8 GB: 0.96 s with them alone, 0.68 s with ours alone; 2 CPU cores).
         """
-        import torch  # here, because `--plan` reads manifests in a fraction of the time that torch takes to load
+        import torch  # here, because `--plan` reads manifests without it
 
         with self.remembering_errors():
             file = HashedFile(path)
@@ -79,11 +79,11 @@ def _os_error_behind(error: BaseException) -> BaseException:
 
 
 def write_manifest(folder: Path, facts: dict, entries: dict[str, dict]) -> None:
-    """Makes a folder complete: every file under it on disk and named, with what `entries` does not know read now.
+    """Completes a folder: syncs every file under it to disk and names it in the manifest.
 
     Args:
-        facts: what else a reader should know before any other file is opened (step, number of processes).
-        entries: of the files that were hashed as they were written, by path in the folder.
+        facts: further content of the manifest, such as the step and the number of processes.
+        entries: of the files that were hashed as they were written, by path in the folder. All others are read now.
     """
     share_as_asked([folder, *folder.rglob("*")])
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -98,7 +98,7 @@ def write_manifest(folder: Path, facts: dict, entries: dict[str, dict]) -> None:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """The manifest, or None where there is none that can be read."""
+    """A folder's manifest; None where it is missing or cannot be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -110,7 +110,7 @@ def find_corruption(folder: Path, checksums: bool = False) -> str | None:
     """Why a folder is not complete, in a few words; None where it is.
 
     Args:
-        checksums: read every file, not only its size: a 2.7B checkpoint takes as long as reading its 42 GB.
+        checksums: read every file and not only its size, which for a 2.7B checkpoint means 42 GB.
     """
     manifest = read_manifest(folder)
     if manifest is None:

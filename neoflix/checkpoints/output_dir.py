@@ -1,4 +1,4 @@
-"""Whether a run may write in a folder: not where it would touch the base model, another model, or a user's file."""
+"""Checks that a run, in its folder, would not touch the base model, another model, or a file of the user's."""
 
 import json
 import os
@@ -8,15 +8,14 @@ from pathlib import Path
 from neoflix.checkpoints.find import find_misplaced, list_numbered
 from neoflix.checkpoints.manifest import find_corruption
 from neoflix.checkpoints.names import MODEL_NAMES, RECORD_FILES
-from neoflix.checkpoints.ownership import adopt, is_older_run
-from neoflix.checkpoints.store import read_list
+from neoflix.checkpoints.ownership import adopt, is_older_run, read_list
 from neoflix.model.folder import ADAPTERS_CONFIG_FILE, PICKLED_WEIGHTS_FILES
 from neoflix.runtime.errors import UserError
 
 
 def check_output_dir(output_dir: str, model_name_or_path: str) -> None:
-    """UserError where a run in this folder would touch what is not its own: the base model, another model, or any
-    file of the user's. Writes nothing."""
+    """UserError where a run in this folder would touch what is not its own: the base model, another model, or a file
+    of the user's. Writes nothing."""
     run = Path(output_dir)
     for base in _base_folders(model_name_or_path):
         _check_apart(run, base)
@@ -35,13 +34,13 @@ def check_output_dir(output_dir: str, model_name_or_path: str) -> None:
     if in_the_way:
         others = f" (and {len(in_the_way) - 1} more)" if len(in_the_way) > 1 else ""
         raise UserError(
-            f"--output_dir {output_dir}: {in_the_way[0]}{others} there was not written by this run, which would "
-            "replace it; choose another --output_dir, or move it away"
+            f"--output_dir {output_dir}: {in_the_way[0]}{others} was not written by this run, which would replace "
+            "it; choose another --output_dir, or move it away"
         )
 
 
 def _base_folders(model_name_or_path: str) -> list[Path]:
-    """The folders that a run reads its weights from: the model's and, where that holds adapters, their base's."""
+    """The folders that a run reads its weights from: the model's and, for adapters, that of their base."""
     folders, name = [], model_name_or_path
     while Path(name).is_dir() and Path(name) not in folders:
         folders.append(Path(name))
@@ -69,6 +68,6 @@ def _check_apart(run: Path, base: Path) -> None:
     else:
         return
     raise UserError(
-        f"--output_dir {run}: {relation} the base model's folder {base}, which a run leaves as it is; choose another "
+        f"--output_dir {run}: {relation} the base model's folder {base}, which a run must not change; choose another "
         "--output_dir"
     )

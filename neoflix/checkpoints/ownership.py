@@ -1,72 +1,55 @@
-"""One run at a time in a folder: its lock, its list of files, and folders of older versions."""
+"""What a run owns in its folder, by its own list. Only files on that list are replaced or deleted.
 
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+`run_files.json` holds the run's id and, for each file of the model at the top of the folder, the checksum of what the
+run wrote. A file with another name or another content is the user's. Temporary folders carry the id in their names
+(`checkpoint-8.3f9a1c2b.part`), and a checkpoint carries it in its manifest.
+"""
+
+import json
+import re
 from pathlib import Path
 
-from neoflix.checkpoints.find import list_checkpoints
+from neoflix.checkpoints.find import find_misplaced, list_checkpoints
 from neoflix.checkpoints.manifest import read_manifest
-from neoflix.checkpoints.names import LIST_FILE, LOCK_FILE, OLDER_NAMES, RESULTS_FILE, TRAINING_FILES
+from neoflix.checkpoints.names import LIST_FILE, OLDER_NAMES, RESULTS_FILE, TRAINING_FILES
 from neoflix.checkpoints.runs import read_run
-from neoflix.checkpoints.store import read_list, recover_interrupted
-from neoflix.runtime.errors import UserError
-from neoflix.runtime.files import hash_file, write_json
-from neoflix.runtime.locks import Lock, acquire
+from neoflix.runtime.files import hash_file
 
 
-@contextmanager
-def opened(output_dir: str) -> Iterator[None]:
-    """A run's folder, which is this run's alone until the context ends. Collective; comes after `check_output_dir`.
-    UserError, in every process, where another run works there."""
-    from neoflix.runtime.processes import run_on_main_process  # torch: `--plan` looks at folders without it
-
-    run = Path(output_dir)
-    is_new = not run.exists()
-    run_on_main_process(_lock, run)
+def read_list(run: Path) -> dict | None:
+    """The run's id and its files, `{"id": ..., "files": {name: [checksums]}}`; None where the folder has no list."""
     try:
-        run_on_main_process(claim, output_dir)
-        yield
-    finally:
-        if lock := _locks.pop(run, None):
-            lock.release()
-            if is_new and {path.name for path in run.iterdir()} == {LIST_FILE}:  # it came to nothing
-                shutil.rmtree(run)
+        owned = json.loads((run / LIST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_list = isinstance(owned, dict) and isinstance(owned.get("files"), dict)
+    return owned if is_list and re.fullmatch(r"[0-9a-f]{8}", str(owned.get("id"))) else None
 
 
-_locks: dict[Path, Lock] = {}  # of the folders that this process holds: in the main process alone
+def is_unchanged(path: Path, checksums: list[str]) -> bool:
+    """Whether a file still has one of the checksums that the run's list has for it."""
+    return path.is_file() and hash_file(path)["xxh3_128"] in checksums
 
 
-def _lock(run: Path) -> None:
-    sentence = (
-        f"--output_dir {run}: another run works there ({{owner}}); wait until it ends, or choose another --output_dir"
-    )
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        _locks[run] = acquire(run / LOCK_FILE, sentence)
-    except OSError as error:
-        raise UserError(f"--output_dir {run}: cannot be written ({error.strerror})") from error
+def temporary(run: Path, name: str, suffix: str) -> Path:
+    """The path of `name` while it is written (`.part`), deleted (`.old`) or converted (`.universal`)."""
+    owned = read_list(run)
+    assert owned is not None, f"{run} was not claimed"
+    return run / f"{name}.{owned['id']}{suffix}"
 
 
-def check_held(run: Path) -> None:
-    """UserError where another run has taken the folder over, which happens to one that was suspended for minutes."""
-    if run in _locks and not _locks[run].is_held():
-        raise UserError(f"{run}: another run has taken the folder over while this one was suspended; nothing was saved")
-
-
-def claim(output_dir: str) -> None:
-    """Makes a folder the run's: creates it and its list, and clears away what an interrupted save of the run left."""
-    run = Path(output_dir)
-    run.mkdir(parents=True, exist_ok=True)
-    if read_list(run) is None:
-        write_json(run / LIST_FILE, {"id": uuid.uuid4().hex[:8], "files": adopt(run)})
-    recover_interrupted(run)
+def is_own(checkpoint: Path, run: Path) -> bool:
+    """Whether this run wrote a `checkpoint-N`, and not plain Trainer or another run; a copy under another number is not
+    its own. (Manifests of older versions name no run.)"""
+    manifest, owned = read_manifest(checkpoint), read_list(run)
+    if manifest is None or find_misplaced(checkpoint):
+        return False
+    return owned is None or manifest.get("run", owned["id"]) == owned["id"]
 
 
 def adopt(run: Path) -> dict[str, list[str]]:
-    """The files of a run that was begun before there were lists, by what is certain: it wrote nothing after its
-    results, and an unfinished one had copied its model from one of its checkpoints."""
+    """The files of a run begun by a version without lists, as far as they are certainly its own: a finished run wrote
+    nothing after its results, and an unfinished one has copied its model from one of its checkpoints."""
     if not is_older_run(run):
         return {}
     results, adopted = run / RESULTS_FILE, {}
@@ -82,7 +65,7 @@ def adopt(run: Path) -> dict[str, list[str]]:
 
 
 def is_older_run(run: Path) -> bool:
-    """Whether a folder without a list holds a run of this project all the same."""
+    """Whether a folder without a list holds a run of an older version."""
     try:
         facts = read_run(run)
     except ValueError:  # another program's

@@ -1,53 +1,70 @@
-"""A run's record: what the model is trained with, whether a start continues that run, and what it changes.
+"""A run's record, `run.json`: what the model is trained with.
 
-`run.json` lies in the run's folder. It is written once a start has taken its first step, so a start that fails before
-that changes nothing. Every setting that changes what the model learns is recorded and compared; a setting may change
-within a run only where `--override_resumed` names it, or where it makes the run longer, and `changes` says from which
-step.
+Every setting that changes what the model learns is recorded, and compared with those of a later start (`start.py`). The
+record is written once a start has taken its first step, so a start that fails before that changes nothing.
 """
 
 import hashlib
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
 
-from neoflix.checkpoints.find import find_resume_point, list_numbered
-from neoflix.checkpoints.manifest import find_corruption, read_manifest
+from neoflix.checkpoints.find import list_numbered
 from neoflix.checkpoints.names import RESULTS_FILE, RUN_FILE, STATE_FILE
-from neoflix.checkpoints.same_run import (
-    DEEPSPEED_NOT_COMPARED,
-    NOT_COMPARED,
-    OPTIMIZER_NOT_COMPARED,
-    PATIENCE_WAY_ON,
-    RECORDED_ELSEWHERE,
-    SCHEDULE,
-    ZERO_COMPARED,
-    _has_free_schedule,
-    _makes_longer,
-    _number,
-    _refusal,
-    _show,
-    _way_on,
-    explain_early_stop,
-    find_differences,
-)
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import write_json
 
+# Arguments that do not change what the model learns: paths, logs, speed, memory, rounding. All others are compared.
+NOT_COMPARED = frozenset(
+    """
+    output_dir config cache_dir command plan plan_must_fit plan_device_memory plan_host_memory allow_pickle
+    eval_only do_train do_eval do_predict resume_from_checkpoint override_resumed overwrite_output_dir local_rank
+    logging_dir logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica
+    log_on_each_node include_num_input_tokens_seen include_tokens_per_second include_for_metrics disable_tqdm debug
+    report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    sample_prompts num_progress_samples generation use_cache
+    eval_on_start per_device_eval_batch_size eval_accumulation_steps eval_do_concat_batches eval_use_gather_object
+    prediction_loss_only batch_eval_metrics
+    save_total_limit save_only_model save_on_each_node save_safetensors enable_jit_checkpoint load_best_model_at_end
+    restore_callback_states_from_checkpoint
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context dataloader_in_order remove_unused_columns
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+    torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps use_liger_kernel
+    liger_kernel_config tf32 full_determinism use_cpu ddp_find_unused_parameters ddp_bucket_cap_mb
+    ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+    """.split()
+)
 
-class Start(NamedTuple):
-    """How a start of `train.py` stands to the run in its folder."""
+# Recorded under other names: the model, the texts, LoRA, the DeepSpeed file, and the texts per step.
+RECORDED_ELSEWHERE = frozenset(
+    """
+    model_name_or_path dataset text_column template loss_on_prompt validation_fraction max_length lora lora_rank
+    lora_alpha deepspeed per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size
+    """.split()
+)
 
-    run: dict  # the record, from this start's first step on
-    checkpoint: str | None = None  # to resume from
-    from_step: int = 0
-    changes: tuple[dict, ...] = ()  # settings that this start changes: `from_step`, `setting`, `was`, `now`
-    is_finished: bool = False  # this very run, with these settings, is complete: nothing to do
+# Keys of the DeepSpeed file that do not change what the model learns.
+DEEPSPEED_NOT_COMPARED = frozenset(
+    """
+    activation_checkpointing aio autotuning checkpoint checkpoint_writer comms_logger csv_monitor comet
+    datastates_ckpt disable_allgather disable_python_gc dump_state elasticity compile flops_profiler
+    gradient_accumulation_steps gradient_clipping log_level memory_breakdown nebula steps_per_print tensorboard timers
+    train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
+    wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    """.split()
+)
+
+# Keys of `zero_optimization` that do.
+ZERO_COMPARED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zenflow")
+
+# Values that Trainer fills in from the arguments, and choices between implementations of one optimizer.
+OPTIMIZER_NOT_COMPARED = ("lr", "betas", "eps", "weight_decay", "torch_adam", "fused")
 
 
 def describe_run(args, model, tokenizer, train_tokens, validation_tokens) -> dict:
-    """A run's record: model, tokenizer, texts (by hash), and every setting that changes what is learned."""
+    """Makes a run's record: model, tokenizer, texts (by hash), and every setting that changes what the model learns."""
     architecture = ("model_type", "hidden_size", "num_layers", "num_hidden_layers", "vocab_size")
     backend = tokenizer.backend_tokenizer.to_str().encode()
     arguments = json.loads(args.to_json_string())
@@ -77,11 +94,12 @@ def describe_texts(args) -> dict:
 
 
 def describe_deepspeed(config: dict) -> dict:
-    """What changes learning in DeepSpeed's file, "auto" filled in: {"optimizer.type": "AdamW", ...}."""
+    """The settings of a DeepSpeed file that change what the model learns, with "auto" filled in, such as
+    {"optimizer.type": "AdamW"}."""
     kept = {key: value for key, value in config.items() if key not in DEEPSPEED_NOT_COMPARED}
     half = [name for name in ("fp16", "bf16", "bfloat16", "amp") if kept.get(name, {}).get("enabled")]
     kept = {key: value for key, value in kept.items() if key not in ("fp16", "bf16", "bfloat16", "amp") or key in half}
-    if not half and kept.get("data_types") == {"grad_accum_dtype": "fp32"}:  # as without it
+    if not half and kept.get("data_types") == {"grad_accum_dtype": "fp32"}:  # no difference
         del kept["data_types"]
     zero = kept.pop("zero_optimization", {})
     kept["zero_optimization"] = {key: zero[key] for key in ZERO_COMPARED if key in zero}
@@ -101,7 +119,7 @@ def _flatten(config: dict, prefix: str = "") -> dict:
 
 
 def read_run(folder: str | Path) -> dict | None:
-    """A run's record, or None where no run has taken a step."""
+    """Reads a run's record; None where no run has taken a step."""
     path = Path(folder, RUN_FILE)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -112,14 +130,14 @@ def read_run(folder: str | Path) -> dict | None:
 
 
 def find_run(folder: str | Path) -> dict | None:
-    """The record of the run that a folder belongs to, as the run's folder or one of its checkpoints; None otherwise."""
+    """The record of the run whose folder, or one of whose checkpoints, a folder is; None for any other folder."""
     folder = Path(folder).resolve()
     is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
     return read_run(folder) or (read_run(folder.parent) if is_checkpoint else None)
 
 
 def read_texts_per_step(output_dir: str, resume_from_checkpoint: str | None) -> int | None:
-    """Texts a step of the run that is about to be resumed; None where none is."""
+    """Texts per step of the run that would be resumed; None where there is none to resume."""
     run = Path(resume_from_checkpoint).parent if resume_from_checkpoint else Path(output_dir)
     if list_numbered(run) or (run / RESULTS_FILE).is_file():
         return (read_run(run) or {}).get("texts_per_step")
@@ -127,104 +145,12 @@ def read_texts_per_step(output_dir: str, resume_from_checkpoint: str | None) -> 
 
 
 def save_run(folder: str, run: dict) -> None:
-    """Records a run that has taken a step, and that it is not finished."""
+    """Writes the record of a run that has taken a step. It is not finished any more, if it was."""
     for of_the_end in (RESULTS_FILE, STATE_FILE):
         Path(folder, of_the_end).unlink(missing_ok=True)
     write_json(Path(folder, RUN_FILE), run)
 
 
 def save_results(output_dir: str, results: dict) -> None:
-    """Writes the run's figures; from then on it is finished."""
+    """Writes a run's figures, which marks it as finished."""
     write_json(Path(output_dir, RESULTS_FILE), results)
-
-
-def find_start(
-    output_dir: str, resume_from_checkpoint: str | None, run: dict, override: list[str] | None, report=print
-) -> Start:
-    """Whether a start continues the run in its folder, from which checkpoint, and what it changes. One process.
-
-    Args:
-        run: the record of this start, as `describe_run` makes it.
-        override: settings that may differ from the run's.
-        report: called with each sentence for the user.
-
-    Raises:
-        UserError: where the start differs from the run in any other setting, or where nothing can be resumed.
-    """
-    is_complete = Path(output_dir, RESULTS_FILE).is_file()
-    before = read_run(output_dir)
-    if is_complete and before and not find_differences(before, run):
-        report(f"{output_dir} already holds this run, finished. {_way_on(output_dir)}")
-        return Start(before, is_finished=True)
-    checkpoint = find_resume_point(output_dir, resume_from_checkpoint, report)
-    if checkpoint is None:
-        if is_complete and before:
-            raise UserError(
-                f"{output_dir} holds a finished run with other settings and no complete checkpoint to resume; choose "
-                "another --output_dir"
-            )
-        return Start(run)
-    step = read_manifest(Path(checkpoint))["step"]
-    before = read_run(Path(checkpoint).parent)
-    if before is None:
-        report(f"{Path(checkpoint).parent} has no {RUN_FILE}: whether {checkpoint} fits these settings is not checked")
-        return Start(run, checkpoint, step)
-    if run["arguments"].keys() - before["arguments"].keys():
-        report(f"{RUN_FILE} is from an earlier version, which recorded fewer settings; only those are compared")
-    return _resume(before, run, checkpoint, step, override, output_dir, report)
-
-
-def _resume(before: dict, run: dict, checkpoint: str, step: int, override, output_dir: str, report) -> Start:
-    before = rewind(before, step)
-    differences = find_differences(before, run)
-    allowed = {name.removeprefix("--").replace("-", "_") for name in override or []}
-    allowed |= {each.setting for each in differences if _makes_longer(each)}
-    allowed -= set() if _has_free_schedule(before, run) else set(SCHEDULE)
-    if refused := [each for each in differences if each.setting not in allowed]:
-        raise UserError(_refusal(checkpoint, before, run, refused, step))
-    if differences and (later := _find_later(output_dir, step)):
-        raise UserError(
-            f"{checkpoint}: with another {differences[0].setting}, the later {later.name} in {output_dir} would no "
-            "longer belong to this run; choose another --output_dir"
-        )
-    changes = [{"from_step": step, **each._asdict()} for each in differences]
-    for each in differences:
-        report(f"From step {step} on: --{each.setting} {_show(each.now)} (was {_show(each.was)})")
-    arguments = before["arguments"] | {each.setting: each.now for each in differences}
-    record = before | {"texts": run["texts"], "arguments": arguments, "changes": [*before["changes"], *changes]}
-    return Start(record, checkpoint, step, tuple(changes))
-
-
-def _find_later(output_dir: str, step: int) -> Path | None:
-    """The newest complete checkpoint after a step; None without one.
-
-    A damaged one does not count: it is passed over, and replaced when the run comes to its step again.
-    """
-    for checkpoint in reversed(list_numbered(Path(output_dir))):
-        if _number(checkpoint) > step and find_corruption(checkpoint, checksums=True) is None:
-            return checkpoint
-    return None
-
-
-def rewind(run: dict, step: int) -> dict:
-    """The record as it was when the run had taken `step` steps: later changes undone."""
-    changes, arguments = run.get("changes", []), dict(run["arguments"])
-    for change in reversed(changes):
-        if change["from_step"] >= step:
-            arguments[change["setting"]] = change["was"]
-    kept = [change for change in changes if change["from_step"] < step]
-    return run | {"arguments": arguments, "changes": kept}
-
-
-def check_progress(start: Start, step: int, max_steps: int) -> None:
-    """UserError for a start that changes settings of a run and took no step: they had no effect."""
-    if not start.changes or step > start.from_step:
-        return
-    names = ", ".join(f"--{change['setting']}" for change in start.changes)
-    run = Path(start.checkpoint).parent
-    if step < max_steps:
-        raise UserError(f"{run}: {names} had no effect on this run. {explain_early_stop(step)} {PATIENCE_WAY_ON}")
-    raise UserError(
-        f"{run}: {names} had no effect, because the run is complete at step {step}; raise --num_train_epochs (or "
-        "--max_steps) too"
-    )

@@ -1,8 +1,9 @@
-"""A ZeRO checkpoint, saved by one number of processes, for another: DeepSpeed's universal form of it.
+"""Converts a ZeRO checkpoint for another number of processes, to DeepSpeed's universal form.
 
-ZeRO's files hold each process's share of the optimizer's flat tensors; the universal form holds each weight's own
-(https://www.deepspeed.ai/tutorials/universal-checkpointing). It is made when a run goes on with another number of
-processes, lies in the run's folder as `checkpoint-N.ID.universal` until all have read it, and is then deleted.
+ZeRO's files hold each process's share of the optimizer's flattened tensors; the universal form holds one tensor for
+each weight (https://www.deepspeed.ai/tutorials/universal-checkpointing). It is made when a run is resumed by another
+number of processes, is kept in the run's folder as `checkpoint-N.ID.universal` until all have read it, and is then
+deleted.
 """
 
 import os
@@ -23,13 +24,13 @@ from neoflix.runtime.files import without_wildcards
 
 
 def needs_conversion(checkpoint: Path, num_processes: int) -> bool:
-    """Whether the optimizer in this checkpoint is divided among another number of processes."""
-    is_divided = any(checkpoint.glob("*/*_optim_states.pt"))  # not at ZeRO stage 0
-    return is_divided and read_manifest(checkpoint)["num_processes"] != num_processes
+    """Whether the optimizer in this checkpoint is partitioned for another number of processes."""
+    is_partitioned = any(checkpoint.glob("*/*_optim_states.pt"))  # not at ZeRO stage 0
+    return is_partitioned and read_manifest(checkpoint)["num_processes"] != num_processes
 
 
 def check_loadable(checkpoint: Path, zero: dict, num_processes: int) -> None:
-    """UserError where DeepSpeed 0.19.8 would fail to load the optimizer, or would leave it out without a word.
+    """UserError where DeepSpeed 0.19.8 would fail to load the optimizer, or would silently not load it.
 
     Args:
         zero: `zero_optimization` of the DeepSpeed file.
@@ -39,14 +40,14 @@ def check_loadable(checkpoint: Path, zero: dict, num_processes: int) -> None:
     if zero.get("stage", 0) not in alike:
         raise UserError(
             f"{checkpoint} was saved at ZeRO stage {saved['zero_stage']}, and its optimizer does not fit stage "
-            f"{zero.get('stage', 0)}; go on with the --deepspeed file it began with, or start anew in another "
+            f"{zero.get('stage', 0)}; resume with the --deepspeed file it was saved with, or start again in another "
             "--output_dir"
         )
     is_on_nvme = zero.get("offload_optimizer", {}).get("device") == "nvme"
     if is_on_nvme and saved["num_processes"] != num_processes:
         raise UserError(
             f"{checkpoint} was saved by {saved['num_processes']} process(es) with the optimizer on NVMe, and "
-            f"{num_processes} cannot take it over; go on with {saved['num_processes']}, or start anew in another "
+            f"{num_processes} cannot load it; resume with {saved['num_processes']}, or start again in another "
             "--output_dir"
         )
 
@@ -61,7 +62,7 @@ def convert(checkpoint: Path, target: Path) -> Path:
     model_bytes = sum(path.stat().st_size for path in checkpoint.glob("*/*_model_states.pt"))
     needed = 2 * (optimizer_bytes + model_bytes)  # in slices first, then whole; tied weights once more
     saved_by = read_manifest(checkpoint)["num_processes"]
-    say(f"{checkpoint.name} was saved by {saved_by} process(es): converting it, {needed / 2**30:.1f} GiB for the while")
+    say(f"{checkpoint.name} was saved by {saved_by} process(es); converting it takes {needed / 2**30:.1f} GiB of disk")
     check_space(target.parent, needed, "the conversion takes")
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -73,7 +74,7 @@ def convert(checkpoint: Path, target: Path) -> Path:
 
 
 def _convert_optimizer(source: Path, target: Path, num_bytes: int) -> None:
-    """DeepSpeed's own program, in a process of its own: its memory is the system's again afterwards."""
+    """Runs DeepSpeed's own program, in a separate process, so that its memory is returned to the system."""
     words = ["--input_folder", source, "--output_folder", target, "--inject_missing_state"]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "2"]  # each holds a process's whole share
     with (
@@ -92,9 +93,9 @@ def _convert_optimizer(source: Path, target: Path, num_bytes: int) -> None:
 
 
 def _num_bytes(folder: Path) -> int:
-    """Of all files under a folder in which files come and go."""
+    """The size of all files under a folder while files come and go."""
     total = 0
-    for parent, _, names in os.walk(folder):  # unlike rglob it passes over what has gone meanwhile
+    for parent, _, names in os.walk(folder):  # unlike rglob, it skips what has disappeared meanwhile
         for name in names:
             with suppress(FileNotFoundError):
                 total += os.path.getsize(os.path.join(parent, name))

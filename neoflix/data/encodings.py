@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from neoflix.data.rows import FileError
 from neoflix.runtime.errors import UserError
 
 
 @contextmanager
-def _unpack(raw: BinaryIO, name: str) -> Iterator[tuple[BinaryIO, str]]:
-    """(a file's content, the name that says its format), taken out of gzip or zip."""
+def unpack(raw: BinaryIO, name: str) -> Iterator[tuple[BinaryIO, str]]:
+    """Yields (the content of a file, the name whose ending is its format), unpacked if it is a gzip or zip file."""
     if name.lower().endswith(".gz"):
         with gzip.open(raw) as file:
             yield file, name[: -len(".gz")]
@@ -24,11 +25,11 @@ def _unpack(raw: BinaryIO, name: str) -> Iterator[tuple[BinaryIO, str]]:
                 with archive.open(member) as file:
                     yield file, member
         except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise UserError(f"cannot be unpacked ({error})") from error
+            raise FileError(f"cannot be unpacked ({error})") from error
         except RuntimeError as error:
             if "password" not in str(error):
                 raise
-            raise UserError("is encrypted; unpack it first") from error
+            raise FileError("is encrypted; unpack it first") from error
     else:
         yield raw, name
 
@@ -42,18 +43,22 @@ def _find_member(archive: zipfile.ZipFile) -> str:
     ]
     if len(members) != 1:
         some = ", ".join(members[:5]) + (", ..." if len(members) > 5 else "")
-        raise UserError(f"holds {len(members)} files ({some or 'none'}), must be one; unpack it and name the file")
+        raise FileError(f"holds {len(members)} files ({some or 'none'}), must be one; unpack it and name the file")
     return members[0]
 
 
 @contextmanager
-def _as_text(file: BinaryIO, limit: int | None = None, newline: str | None = None) -> Iterator[TextIO]:
-    """The file decoded as UTF-8, without a byte order mark. With newline="" line ends stay as they are; by default
-    each becomes "\\n"."""
+def as_text(file: BinaryIO, limit: int | None = None, newline: str | None = None) -> Iterator[TextIO]:
+    """Decodes a file as UTF-8, without its byte order mark.
+
+    Args:
+        limit: rows that will be read; None: all of them.
+        newline: "" keeps line ends as they are; by default each becomes "\\n".
+    """
     if encoding := _find_wide_encoding(file.peek(64)[:64]):
-        raise UserError(f"not UTF-8 but {encoding}; save it as UTF-8")
+        raise FileError(f"not UTF-8 but {encoding}; save it as UTF-8")
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
-    if limit is not None:  # how far the file was read says how many rows it has: read it in small steps
+    if limit is not None:  # the number of rows is estimated by how far the file was read: read it in small steps
         text._CHUNK_SIZE = 512
     try:
         yield text
@@ -62,7 +67,7 @@ def _as_text(file: BinaryIO, limit: int | None = None, newline: str | None = Non
 
 
 def _find_wide_encoding(head: bytes) -> str | None:
-    """UTF-16 or UTF-32, by the byte order mark or by the zeros that they have in every Latin letter."""
+    """Recognizes UTF-16 and UTF-32 by the byte order mark, or by the zeros that every Latin letter has in them."""
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.count(0) > len(head) // 3:
@@ -70,8 +75,9 @@ def _find_wide_encoding(head: bytes) -> str | None:
     return None
 
 
-def _describe_encoding(path: Path, suffix: str | None) -> str:
-    with path.open("rb") as raw, _unpack(raw, suffix or path.name) as (file, _):
+def describe_encoding(path: Path, suffix: str | None) -> str:
+    """Where a file is not UTF-8, for an error."""
+    with path.open("rb") as raw, unpack(raw, suffix or path.name) as (file, _):
         number = next(number for number, line in enumerate(file, start=1) if not _is_utf8(line))
     return f"not UTF-8 in line {number}; save it as UTF-8 (it may be Windows-1252 or Latin-1)"
 
@@ -85,14 +91,16 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 text file that hold text; only \\n, \\r\\n and \\r end a line.
+    """The lines of a UTF-8 text file that are not blank; only \\n, \\r\\n and \\r end a line.
 
     Raises:
-        UserError: where it is not UTF-8, without the file's name.
+        UserError: if the file is not UTF-8; the message does not name the file.
     """
     with path.open("rb") as file:
         try:
-            with _as_text(file) as lines:
+            with as_text(file) as lines:
                 return [line.rstrip("\n") for line in lines if line.strip()]
         except UnicodeDecodeError:
-            raise UserError(_describe_encoding(path, ".txt")) from None
+            raise UserError(describe_encoding(path, ".txt")) from None
+        except FileError as error:
+            raise UserError(str(error)) from None

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 from neoflix.data.columns import is_missing
+from neoflix.data.rows import Table
 from neoflix.data.tables import read_table
 from neoflix.data.template import Example, Template
 from neoflix.runtime.errors import UserError
@@ -60,15 +61,17 @@ def read_fields(given: dict[str, str], file: str | None, template: Template | No
     path = Path(file).expanduser()
     if not path.exists():
         raise UserError(f"--fields_file {file}: no such file")
-    flags = {"flag": "--fields_file", "column_flag": "--fields_file"}
-    names = read_table(path, **flags, limit=1000).names
-    known = [name for name in template.fields if name in names]
-    if not known:
-        raise UserError(
-            f"--fields_file {file}: has none of the columns {', '.join(template.fields)}; it has {', '.join(names)}"
-        )
-    rows = [map(as_field, row) for row in read_table(path, known, **flags).rows]
-    return [given | {name: value for name, value in zip(known, row, strict=True) if value} for row in rows]
+
+    def choose(head: Table) -> list[str]:
+        known = [name for name in template.fields if name in head.names]
+        if not known:
+            columns = ", ".join(template.fields)
+            raise UserError(f"--fields_file {file}: has none of the columns {columns}; it has {', '.join(head.names)}")
+        return known
+
+    table = read_table(path, choose, flag="--fields_file", column_flag="--fields_file")
+    rows = [map(as_field, row) for row in table.rows]
+    return [given | {name: value for name, value in zip(table.names, row, strict=True) if value} for row in rows]
 
 
 def as_field(cell) -> str:

@@ -1,4 +1,4 @@
-"""CSV, TSV and their like, by Python's strict `csv`."""
+"""CSV, TSV and other separated files, read by Python's strict `csv` module."""
 
 import csv
 import re
@@ -7,40 +7,34 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import BinaryIO, TextIO
 
-from neoflix.data.encodings import (
-    _as_text,
-)
-from neoflix.data.rows import HEAD, Table, _require
-from neoflix.runtime.errors import UserError
+from neoflix.data.encodings import as_text
+from neoflix.data.rows import Columns, FileError, Table, fill_table
 
 SEPARATORS = (",", "\t", ";", "|")
+SEPARATOR_LINE = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)  # the first line of some CSV files written by Excel
+NUM_PROBED = 20  # rows that decide whether a file of one column has several columns with another separator
 
 
-SEPARATOR_LINE = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)  # Excel's first line of a CSV file
-
-
-def _read_separated(file: BinaryIO, columns: list[str] | None, limit: int | None, usual: str) -> Table:
+def read_separated(file: BinaryIO, columns: Columns, limit: int | None, usual: str) -> Table:
+    """Reads a file with a header line and separated fields; `usual` is the separator that its name promises."""
     csv.field_size_limit(sys.maxsize)
-    with _as_text(file, limit, newline="") as lines:
+    with as_text(file, limit, newline="") as lines:
         separator = _find_separator(lines, usual)
         lines.seek(0)
-        if said := SEPARATOR_LINE.fullmatch(lines.readline()):
-            separator = said[1]
+        if named := SEPARATOR_LINE.fullmatch(lines.readline()):
+            separator = named[1]
         else:
             lines.seek(0)
-        rows = _parse(lines, separator, first_line=2 if said else 1)
+        rows = _parse(lines, separator, first_line=2 if named else 1)
         names = next(rows, None)
         if names is None:
-            raise UserError("the file is empty")
-        _require(columns, names)
-        if columns is None:
-            return Table(names, list(islice(rows, limit)))
-        places = [names.index(name) for name in columns]
-        return Table(columns, [[row[place] for place in places] for row in islice(rows, limit)])
+            raise FileError("the file is empty")
+        return fill_table(names, islice(rows, limit), columns)
 
 
 def _parse(lines: TextIO, separator: str, first_line: int) -> Iterator[list[str]]:
-    """Header and rows, all of the header's length; blank lines are left out. UserError for any other row."""
+    """Yields the header and the rows, without blank lines. Raises FileError for a row that is not as long as the
+    header."""
     reader = csv.reader(lines, delimiter=separator, strict=True)
     width, line = None, first_line
     try:
@@ -49,17 +43,17 @@ def _parse(lines: TextIO, separator: str, first_line: int) -> Iterator[list[str]
                 yield row
             elif row and (width is None or len(row) > 1 or row[0].strip()):
                 if width is not None:
-                    raise UserError(
-                        f"line {line} has {_count(len(row), 'field')}, the header has {width}; a field that holds the "
-                        f"separator {separator!r} must be in quotes"
+                    raise FileError(
+                        f"line {line} has {_count(len(row), 'field')}, the header has {width}; a field that contains "
+                        f"the separator {separator!r} must be in quotes"
                     )
                 width = len(row)
                 yield row
             line = first_line + reader.line_num
     except csv.Error as error:
         if "unexpected end" in str(error):
-            raise UserError(f"a quote that opens in line {line} is not closed") from error
-        raise UserError(
+            raise FileError(f"a quote that opens in line {line} is not closed") from error
+        raise FileError(
             f"the row that begins in line {line} has text after a closing quote; a quote inside a quoted field must "
             f"be doubled ({error})"
         ) from error
@@ -70,8 +64,8 @@ def _count(number: int, noun: str) -> str:
 
 
 def _find_separator(lines: TextIO, usual: str) -> str:
-    """The usual one, unless the header has one column by it, and several by another one that fits the first rows: files
-    of Excel, for one, have semicolons in much of Europe."""
+    """The usual separator, unless it finds one column in the header while another separator finds several and fits the
+    first rows: in much of Europe, Excel writes semicolons."""
     if _num_fields(lines, usual)[:1] not in ([], [1]):
         return usual
     for separator in SEPARATORS:
@@ -82,13 +76,13 @@ def _find_separator(lines: TextIO, usual: str) -> str:
 
 
 def _num_fields(lines: TextIO, separator: str) -> list[int]:
-    """Fields of the header and the first rows; only those before the first one that is not CSV."""
+    """The number of fields of the header and each of the first rows, up to the first one that is not valid CSV."""
     lines.seek(0)
     counts = []
     try:
         for row in csv.reader(lines, delimiter=separator, strict=True):
             counts += [len(row)] if row else []
-            if len(counts) > HEAD:
+            if len(counts) > NUM_PROBED:
                 break
     except csv.Error:
         pass

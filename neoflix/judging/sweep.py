@@ -24,6 +24,11 @@ SWEEP_COLUMNS = (
 )
 
 
+def name_settings(settings: dict) -> str:
+    """{"temperature": 0.7, "top_k": 5} -> 'temperature=0.7,top_k=5'"""
+    return ",".join(f"{name}={value}" for name, value in settings.items())
+
+
 def sweep_header(width: int) -> str:
     """The first line of a sweep's table. `width` is that of the longest name of a setting."""
     return " " * width + "".join(f"{name:>{len(name) + 2}}" for name, _ in SWEEP_COLUMNS)
@@ -87,7 +92,7 @@ def compare_settings(
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--output {output}: the folder cannot be made ({error.strerror})") from error
-    names = [",".join(f"{name}={value}" for name, value in each.items()) for each in settings]
+    names = [name_settings(each) for each in settings]
     width = max(map(len, names))
     print(sweep_header(width), flush=True)
     for name, each in zip(names, settings, strict=True):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 
-from neoflix.data.sources import default_cache_dir, find_local_dataset, sample_examples
+from neoflix.data.sources import find_local_dataset, sample_examples
 from neoflix.data.tables import find_text_files
 from neoflix.data.template import Template
 from neoflix.model.shape import Shape
-from neoflix.runtime.cache import in_cache, new_path
+from neoflix.runtime.cache import default_cache_dir, in_cache, new_path
 
 CHARS_PER_TOKEN = 4.8  # of the 7,787 Netflix descriptions with GPT-2's tokenizer, without special tokens
 SAMPLE_TEXTS = 500

@@ -10,9 +10,9 @@ from pathlib import Path
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import (
     Machine,
-    _dotted,
-    _run,
     check_driver,
+    dotted,
+    output_of,
     torch_cuda,
 )
 
@@ -21,7 +21,7 @@ def toolkit_cuda() -> tuple[int, ...]:
     """Version of the CUDA toolkit that DeepSpeed compiles with, or () if there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    match = re.search(r"release (\d+)\.(\d+)", _run(nvcc, "--version"))
+    match = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
     return tuple(int(part) for part in match.groups()) if match else ()
 
 
@@ -72,7 +72,7 @@ def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple
     check_driver(machine.device_name, machine.driver, built)
     if bf16 and machine.capability < (8, 0):
         raise UserError(
-            f"--bf16 true: {machine.device_name} (compute capability {_dotted(machine.capability)}) has no "
+            f"--bf16 true: {machine.device_name} (compute capability {dotted(machine.capability)}) has no "
             "bf16, which needs 8.0 (Ampere); leave --bf16 out to use fp16"
         )
     optimizer = ds_config.get("optimizer", {})
@@ -82,12 +82,12 @@ def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple
         if not toolkit:
             raise UserError(
                 "DeepSpeed compiles its GPU Adam and found no CUDA toolkit (nvcc): install the one for CUDA "
-                f'{_dotted(built)}, or set "torch_adam": true in the optimizer\'s params of the DeepSpeed file'
+                f'{dotted(built)}, or set "torch_adam": true in the optimizer\'s params of the DeepSpeed file'
             )
         if toolkit[0] != built[0]:
             raise UserError(
-                f"DeepSpeed compiles its GPU Adam with CUDA {_dotted(toolkit)}, and torch was built for "
-                f'{_dotted(built)}: install that toolkit (CUDA_HOME names its folder), or set "torch_adam": true in '
+                f"DeepSpeed compiles its GPU Adam with CUDA {dotted(toolkit)}, and torch was built for "
+                f'{dotted(built)}: install that toolkit (CUDA_HOME names its folder), or set "torch_adam": true in '
                 "the optimizer's params of the DeepSpeed file"
             )
 

@@ -1,4 +1,4 @@
-"""Drawings of a run as SVG: loss, learning rate, memory."""
+"""Plots of a run as SVG: loss, learning rate, speed, memory; and of several runs in one."""
 
 import math
 import re
@@ -8,21 +8,20 @@ from html import escape
 from io import StringIO
 
 from neoflix.reporting.history import Record
+from neoflix.runtime.console import GIB
 
-# Colours that matplotlib draws with, and the words of the page's style sheet that take their place.
+MAX_RUNS = 6  # in one comparison: as many as there are colours
+
+# The page has a light and a dark style, and matplotlib knows neither. So it draws with placeholder colours that occur
+# nowhere else, and `_for_page` replaces each by a CSS variable, to which the page's style sheet gives a colour.
 INK, GRID = "#0f0f01", "#0f0f02"
-
-
-MOST_RUNS = 6  # in one comparison: as many as there are colours
-COLOURS = [f"#0f0f1{number}" for number in range(MOST_RUNS)]
-
-
-STYLE_WORDS = {INK: "var(--ink)", GRID: "var(--grid)"} | {c: f"var(--c{n})" for n, c in enumerate(COLOURS)}
+COLOURS = [f"#0f0f1{number}" for number in range(MAX_RUNS)]
+CSS_VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)"} | {c: f"var(--c{n})" for n, c in enumerate(COLOURS)}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over steps. `points`: drawn with marks; `colour`: a number."""
+    """Values over steps. `points` draws marks; `colour` is an index of COLOURS."""
 
     label: str
     steps: list[int]
@@ -33,30 +32,32 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Plot:
+    """A plot in a page. `caption` explains it to a reader who sees such a plot for the first time."""
+
     title: str
-    words: str  # what it shows, for a reader who sees such a thing for the first time
+    caption: str
     svg: str
 
 
 def draw(
     title: str,
-    words: str,
+    caption: str,
     curves: Iterable[Curve],
     log: bool = False,
     levels: Iterable[tuple[str, float]] = (),
     best: tuple[int, float] | None = None,
-) -> Drawing | None:
-    """Curves over steps as SVG; None where there is nothing to draw.
+) -> Plot | None:
+    """Draws curves over steps as SVG; None if they have no points.
 
     Args:
-        levels: (label, value) of lines across the drawing.
+        levels: (label, value) of horizontal lines.
         best: the point to mark.
     """
     curves = [curve for curve in map(_finite, curves) if curve.steps]
     if not curves:
         return None
-    from matplotlib import rc_context  # half a second, at a run's end
+    from matplotlib import rc_context  # takes half a second
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -94,7 +95,7 @@ def draw(
         figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
         image = StringIO()
         figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
-    return Drawing(title, words, _for_page(image.getvalue(), title))
+    return Plot(title, caption, _for_page(image.getvalue(), title))
 
 
 def _finite(curve: Curve) -> Curve:
@@ -103,79 +104,78 @@ def _finite(curve: Curve) -> Curve:
 
 
 def _for_page(svg: str, title: str) -> str:
-    """Matplotlib's file as a part of a page: no header, no addresses, no names that another drawing has too, and the
-    page's colours."""
+    """Makes matplotlib's file a part of a page: in the page's colours, without header, URLs, and ids that another plot
+    has too."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r'<svg (.*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg, count=1)
-    for colour, word in STYLE_WORDS.items():
-        svg = svg.replace(colour, word)
+    for placeholder, variable in CSS_VARIABLES.items():
+        svg = svg.replace(placeholder, variable)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
-def draw_run(record: Record) -> list[Drawing]:
-    """The drawings of one run's report."""
-    untouched, best = record.untouched, record.best
+def draw_run(record: Record) -> list[Plot]:
+    """The plots of one run's report."""
+    baseline, best = record.baseline, record.best
     steps, losses = record.curve("loss")
     perplexities = [math.exp(min(loss, 700)) for loss in losses]
-    drawings = [
+    plots = [
         draw(
             "Loss",
-            "How surprised the model is by each next token (nats): on the texts it learns from and, the figure that "
-            "counts, on texts it has never seen. Lower is better; where the second one rises, it has begun to learn by "
-            "heart.",
+            "Mean loss per token (nats), on the training texts and on held-out texts, which the model never sees. The "
+            "held-out loss is the one that counts, and lower is better. Where it rises, the model memorizes its texts.",
             [Curve("training", steps, losses), Curve("held out", *record.curve("eval_loss"), 1, points=True)],
-            levels=[("untouched model", untouched["eval_loss"])] if untouched else [],
+            levels=[("before training", baseline["eval_loss"])] if baseline else [],
             best=(best["step"], best["eval_loss"]) if best else None,
         ),
         draw(
             "Perplexity",
-            "The same as a number of choices: a perplexity of 20 is the doubt between 20 equally likely tokens.",
+            "exp(loss): with a perplexity of 20, the model is as unsure as between 20 equally likely tokens.",
             [
                 Curve("training", steps, perplexities),
                 Curve("held out", *record.curve("eval_perplexity"), 1, points=True),
             ],
             log=True,
-            levels=[("untouched model", untouched["eval_perplexity"])] if untouched else [],
+            levels=[("before training", baseline["eval_perplexity"])] if baseline else [],
             best=(best["step"], best["eval_perplexity"]) if best else None,
         ),
         draw(
             "Learning rate",
-            "How large the steps are: they grow while it warms up, then fall.",
+            "The size of the steps: it grows during warmup, then falls.",
             [Curve("learning rate", *record.curve("learning_rate"))],
         ),
         draw(
             "Gradient norm",
-            "How steep the loss is, before it is cut off at --max_grad_norm. Single peaks are common; where it grows "
-            "tenfold and stays there, the learning rate is too high.",
+            "Before clipping at --max_grad_norm. Single peaks are common; if it grows tenfold and stays there, the "
+            "learning rate is too high.",
             [Curve("gradient norm", *record.curve("grad_norm"))],
         ),
         draw(
             "Speed",
-            "Real tokens learnt in a second, on all devices.",
+            "Training tokens per second on all devices, without padding.",
             [Curve("tokens/s", *record.curve("tokens_per_second"))],
         ),
         draw(
-            "Share of the hardware's peak",
-            "Model FLOPs utilization: how much of what the devices can do at best goes into the model's own products.",
+            "Model FLOPs utilization",
+            "Share of the devices' peak performance that the model's own matrix products use.",
             [Curve("MFU, %", *_scaled(record.curve("mfu"), 0.01))],
         ),
         draw_memory(record),
     ]
-    return [drawing for drawing in drawings if drawing]
+    return [plot for plot in plots if plot]
 
 
-def draw_memory(record: Record) -> Drawing | None:
-    """Peaks of memory, and what the plan said."""
+def draw_memory(record: Record) -> Plot | None:
+    """Peak memory, and the plan's forecast."""
     curves, levels = [], []
-    for number, (where, name) in enumerate((("device", "device, fullest one"), ("host", "host, all processes"))):
+    for number, (where, name) in enumerate((("device", "device (the fullest)"), ("host", "host (all processes)"))):
         curves.append(Curve(name, *_scaled(record.curve(f"peak_{where}_bytes"), GIB), number))
         if planned := record.results.get(f"plan_{where}_bytes"):
             levels.append((f"{where}, planned", planned / GIB))
     return draw(
-        "Memory", "The most that was held so far, GiB, and what the plan said before the run.", curves, levels=levels
+        "Memory", "Peak memory so far in GiB, and the forecast of the plan before the run.", curves, levels=levels
     )
 
 
@@ -183,4 +183,28 @@ def _scaled(curve: tuple[list, list], unit: float) -> tuple[list, list]:
     return curve[0], [value / unit for value in curve[1]]
 
 
-GIB = 2**30
+def draw_comparison(records: list[Record], names: list[str]) -> list[Plot]:
+    """The plots of several runs, each with one curve per run."""
+
+    def overlay(title: str, caption: str, key: str, points: bool = False, log: bool = False) -> Plot | None:
+        runs = enumerate(zip(names, records, strict=True))
+        return draw(title, caption, [Curve(name, *run.curve(key), n, points) for n, (name, run) in runs], log=log)
+
+    plots = [
+        overlay(
+            "Perplexity on held-out texts",
+            "Lower is better. Comparable only for the same held-out texts and the same tokenizer.",
+            "eval_perplexity",
+            points=True,
+            log=True,
+        ),
+        overlay(
+            "Bits per character on held-out texts",
+            "Lower is better. Comparable for any tokenizer.",
+            "eval_bits_per_char",
+            points=True,
+        ),
+        overlay("Training loss", "On the training texts, in nats per token.", "loss"),
+        overlay("Speed", "Training tokens per second on all devices, without padding.", "tokens_per_second"),
+    ]
+    return [plot for plot in plots if plot]

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: how it was started, and the texts of each evaluation."""
+"""What a run records while it goes on: its starts, and the texts of each evaluation."""
 
 import json
 import os
@@ -6,22 +6,25 @@ import platform
 import re
 import shlex
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from neoflix.checkpoints.names import LIVE_SAMPLES_FILE, STARTS_FILE
+from neoflix.data.tables import parse_json_lines
 from neoflix.runtime.files import read_json, write_json, write_text
 from neoflix.runtime.redaction import redact_command
 
 
 def log_start(output_dir: str, facts: dict) -> None:
-    """Adds to the run's folder how it was started this time, on what machine and with which versions. A start from the
-    beginning forgets those before it. One process.
+    """Adds a start to the run's starts.json, with hardware and versions. A start from step 0 replaces earlier ones.
+
+    To be called in one process.
 
     Args:
-        facts: of this start; `from_step`: how far the run was.
+        facts: facts of this start, among them `command` and `from_step`.
     """
     before = read_json(Path(output_dir, STARTS_FILE), []) if facts["from_step"] else []
     command = redact_command(shlex.split(facts["command"]))
@@ -32,7 +35,7 @@ def log_start(output_dir: str, facts: dict) -> None:
 
 
 def describe_hardware() -> str:
-    """This node's devices, or its processor, cores and memory, in a few words."""
+    """This node's GPUs, if there are any, and its processor, cores and memory, in a few words."""
     memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
     names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     host = f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}, {memory}"
@@ -44,25 +47,18 @@ def describe_hardware() -> str:
 
 
 def read_live_samples(output_dir: str | Path) -> list[dict]:
-    """The rows of a run's file of samples; what a kill left of one is left out."""
+    """The rows of a run's file of samples, up to a line that a killed process left unfinished."""
     rows = []
-    try:
-        lines = Path(output_dir, LIVE_SAMPLES_FILE).read_text(encoding="utf-8").split("\n")  # a text may hold U+2028
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-            rows.append(
-                {"step": int(row["step"]), "epoch": float(row["epoch"])} | {k: str(row[k]) for k in ("prompt", "text")}
-            )
-        except (ValueError, KeyError, TypeError):
-            continue
+    path = Path(output_dir, LIVE_SAMPLES_FILE)
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError), path.open(encoding="utf-8") as lines:
+        for _, row in parse_json_lines(lines):
+            numbers = {"step": int(row["step"]), "epoch": float(row["epoch"])}
+            rows.append(numbers | {name: str(row[name]) for name in ("prompt", "text")})
     return rows
 
 
 def write_live_samples(output_dir: str | Path, rows: list[dict]) -> None:
-    """All rows or, where that fails (OSError), those that were there before."""
+    """Replaces the run's file of samples. If that fails (OSError), the old file stays."""
     path = Path(output_dir, LIVE_SAMPLES_FILE)
     if not rows:
         path.unlink(missing_ok=True)

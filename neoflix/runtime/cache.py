@@ -23,6 +23,13 @@ UNFINISHED = re.compile(r".+\.((?P<host>[\w-]+)@)?[0-9a-f]{32}\.part|tokens-[0-9
 DAY = 86_400  # seconds in which another machine may go on, whose locks are not always seen here
 
 
+def default_cache_dir() -> Path:
+    """The folder beside Hugging Face's data set cache, by the same variables; importing `datasets` takes too long."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    home = Path(os.environ.get("HF_HOME", cache / "huggingface"))
+    return Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser() / "neoflix"
+
+
 @contextmanager
 def in_cache(folder: Path) -> Iterator[None]:
     """UserError where the cache folder cannot be read or written, or its disk is full."""

@@ -149,7 +149,7 @@ def _cgroup_rest(folder: Path, limit_name: str, usage_name: str, cached_name: st
     return [int(limit) - usage]
 
 
-def _run(*words: str) -> str:
+def output_of(*words: str) -> str:
     """What a program prints; nothing where it is missing or fails."""
     try:
         return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -197,10 +197,10 @@ def check_driver(name: str, driver: tuple[int, ...], built: tuple[int, ...]) -> 
     oldest = OLDEST_DRIVER.get(built[0], ())
     if driver and driver < oldest:
         raise UserError(
-            f"driver {_dotted(driver)} is older than {_dotted(oldest)}, the oldest for torch's CUDA {_dotted(built)}; "
+            f"driver {dotted(driver)} is older than {dotted(oldest)}, the oldest for torch's CUDA {dotted(built)}; "
             f"update the driver or install a torch built for an older CUDA; {USE_THE_CPU}"
         )
 
 
-def _dotted(version: tuple[int, ...]) -> str:
+def dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))

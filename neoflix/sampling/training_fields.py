@@ -4,9 +4,10 @@ from pathlib import Path
 
 from neoflix.checkpoints.runs import find_run
 from neoflix.data.fields import FieldPool
-from neoflix.data.sources import default_cache_dir, find_local_dataset, read_examples
+from neoflix.data.sources import find_local_dataset, read_examples
 from neoflix.data.split import split_texts
 from neoflix.data.template import Template
+from neoflix.runtime.cache import default_cache_dir
 from neoflix.runtime.errors import UserError
 
 

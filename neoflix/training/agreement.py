@@ -1,4 +1,4 @@
-"""Whether all processes run the same code on the same data."""
+"""Checks that all processes run the same code on the same data."""
 
 import hashlib
 
@@ -7,8 +7,10 @@ from neoflix.runtime.files import ROOT
 
 
 def check_same_everywhere(args, texts) -> None:
-    """UserError, in every process, where processes run other code, other versions, other settings or other texts than
-    the first: they would wait for each other for ever, or learn something that nobody asked for. Collective."""
+    """Raises UserError in every process if one has other code, versions, settings or texts than the first process.
+
+    Such processes would wait for each other forever, or train a wrong model. Collective.
+    """
     from importlib.metadata import version
 
     from neoflix.runtime.processes import gather, num_processes
@@ -35,5 +37,5 @@ def check_same_everywhere(args, texts) -> None:
             if theirs[what] != everywhere[0][what]:
                 raise UserError(
                     f"process {rank} has other {what} than process 0 ({theirs[what]}, not {everywhere[0][what]}): "
-                    "give every node the same"
+                    "all nodes must have the same"
                 )

@@ -11,8 +11,9 @@ from transformers.trainer_callback import ExportableState
 from neoflix.checkpoints.find import forecast_bytes, list_checkpoints
 from neoflix.checkpoints.manifest import Files, find_corruption, num_bytes, read_manifest, write_manifest
 from neoflix.checkpoints.names import LATEST_FILE, STATE_FILE
-from neoflix.checkpoints.ownership import check_held
-from neoflix.checkpoints.store import check_space, commit, export_best, prune, read_list, temporary
+from neoflix.checkpoints.ownership import read_list, temporary
+from neoflix.checkpoints.run_folder import check_held
+from neoflix.checkpoints.store import check_space, commit, export_best, prune
 from neoflix.model.folder import has_weights
 from neoflix.model.lora import has_adapters
 from neoflix.runtime.console import is_main_process, say

@@ -11,8 +11,8 @@ from transformers import ProgressCallback, Trainer
 from transformers.utils import logging
 
 from neoflix.checkpoints.names import UNIVERSAL
-from neoflix.checkpoints.runs import Start, check_progress
-from neoflix.checkpoints.store import temporary
+from neoflix.checkpoints.ownership import temporary
+from neoflix.checkpoints.start import Start, check_progress
 from neoflix.data.fields import FieldPool
 from neoflix.data.packing import PackedCollator, PaddedCollator
 from neoflix.model.lora import collect_adapters, has_adapters, save_adapters

@@ -1,14 +1,13 @@
 """Which checkpoint a run goes on from, which are kept, which one is sampled."""
 
-import json
+import shutil
 
 import pytest
+from conftest import save_checkpoint
 
 from neoflix.checkpoints.find import find_model, find_resume_point, list_checkpoints
 from neoflix.checkpoints.manifest import MANIFEST, write_manifest
 from neoflix.checkpoints.names import RESULTS_FILE, RUN_FILE
-from neoflix.checkpoints.runs import read_texts_per_step
-from neoflix.checkpoints.store import check_space
 
 
 @pytest.fixture
@@ -56,8 +55,17 @@ def test_no_run_no_resume(tmp_path):
 def test_a_damaged_one_asked_for_by_name_is_refused(save, tmp_path):
     save(1)
     (save(2) / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no complete checkpoint \(model.safetensors is missing\)"):
+    with pytest.raises(ValueError, match=r"checkpoint-2.*model.safetensors is missing"):
         find_resume_point(str(tmp_path), str(tmp_path / "checkpoint-2"))
+
+
+def test_an_older_model_at_the_top_is_not_what_an_unfinished_run_is_sampled_from(save, tmp_path):
+    for name in ("config.json", "model.safetensors", RUN_FILE):
+        (tmp_path / name).write_text("{}")
+    checkpoint = save(2)
+    assert find_model(str(tmp_path)) == checkpoint
+    (tmp_path / RESULTS_FILE).write_text("{}")
+    assert find_model(str(tmp_path)) == tmp_path
 
 
 def test_an_unfinished_run_is_sampled_from_its_best_checkpoint(save, tmp_path):
@@ -78,15 +86,9 @@ def test_where_the_best_is_gone_the_newest_is_sampled(save, tmp_path):
     assert find_model(str(tmp_path)).name == "checkpoint-3"
 
 
-def test_texts_per_step_are_known_where_a_run_goes_on(save, tmp_path):
-    (tmp_path / RUN_FILE).write_text(json.dumps({"texts_per_step": 32}))
-    assert read_texts_per_step(str(tmp_path), None) is None, "nothing was trained yet: the command decides"
-    checkpoint = save(1)
-    assert read_texts_per_step(str(tmp_path), None) == 32
-    assert read_texts_per_step("elsewhere", str(checkpoint)) == 32
-
-
-def test_too_little_space_is_a_sentence(tmp_path):
-    check_space(tmp_path / "not" / "there" / "yet", 1, "it takes")
-    with pytest.raises(ValueError, match=r"it takes 1048576.0 GiB of disk, .* GiB are free; make room"):
-        check_space(tmp_path, 2**50, "it takes")
+def test_a_copy_under_another_number_is_not_resumed_from(folder):
+    shutil.copytree(save_checkpoint(folder / "checkpoint-4", 4), folder / "checkpoint-9")
+    said = []
+    assert find_resume_point(str(folder), None, said.append) == str(folder / "checkpoint-4")
+    assert "checkpoint-9" in said[0]
+    assert "copy" in said[0]

@@ -1,12 +1,6 @@
-"""Files to rows: as Python's csv module reads them, whatever the size; every other format; what ends a line."""
-
-import csv
 import gzip
-import io
 import json
 import os
-import random
-import re
 import subprocess
 import zipfile
 from pathlib import Path
@@ -15,142 +9,89 @@ import pandas as pd
 import pytest
 from conftest import PYTHON, ROOT
 
-from neoflix.checkpoints.names import LIVE_SAMPLES_FILE
-from neoflix.data.encodings import read_lines
-from neoflix.data.fields import read_fields
-from neoflix.data.sources import read_examples
+from neoflix.data.sources import find_dataset, read_examples
 from neoflix.data.tables import find_text_files, read_table
 from neoflix.data.template import Template
-from neoflix.judging.judge import read_samples
-from neoflix.reporting.run_log import read_live_samples, write_live_samples
 from neoflix.runtime.errors import UserError
-
-# All that str.splitlines takes for a line's end and a file does not.
-NOT_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
-PIECES = [*"abc ,;|\t\"'", "\n", "\r\n", "\r", '""', "word", "é", "日本", "😀", "\0", *NOT_LINE_ENDS]
 
 
 def read_texts(path: Path, column: str | None = None) -> list[str]:
     return [example.completion for example in read_examples(path, column)]
 
 
-def random_cell(rng: random.Random, longest: int) -> str:
-    return "".join(rng.choices(PIECES, k=rng.randint(0, longest)))
+TEXTS = ["Plain.", 'Two,  "quoted" fields; and a\nline.', "  trimmed  ", "", "NA", "Café — naïve"]
+KEPT = ["Plain.", 'Two,  "quoted" fields; and a\nline.', "trimmed", "NA", "Café — naïve"]
 
 
-def write_rows(path: Path, rows: list[list[str]], **dialect) -> None:
-    with path.open("w", encoding=dialect.pop("encoding", "utf-8"), newline="") as file:
-        csv.writer(file, **dialect).writerows(rows)
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_every_format_gives_the_same_texts(tmp_path, suffix):
+    path = tmp_path / f"texts{suffix}"
+    frame = pd.DataFrame({"n": range(len(TEXTS)), "text": TEXTS})
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in frame.to_dict("records")))
+    elif suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="," if suffix == ".csv" else "\t")
+    assert read_texts(path, "text") == KEPT
 
 
-@pytest.mark.parametrize("seed", range(120))
-def test_every_csv_is_read_as_python_does(tmp_path, seed):
-    rng = random.Random(seed)
-    suffix = rng.choice([".csv", ".tsv"])
-    dialect = {
-        "delimiter": "," if suffix == ".csv" else "\t",
-        "lineterminator": rng.choice(["\n", "\r\n", "\r"]),
-        "quoting": rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
-        "encoding": rng.choice(["utf-8", "utf-8-sig"]),
-    }
-    names = [f"column {number}" for number in range(rng.randint(1, 7))]
-    longest = rng.choice([3, 30, 300])
-    rows = [[random_cell(rng, longest) for _ in names] for _ in range(rng.randint(1, 60))]
-    if dialect["quoting"] == csv.QUOTE_MINIMAL and dialect["lineterminator"] != "\r\n":
-        # The writer leaves the other line end without quotes, and every reader takes it for one.
-        rows = [[re.sub("[\r\n]", dialect["lineterminator"], cell) for cell in row] for row in rows]
-    path = tmp_path / f"table{suffix}"
-    write_rows(path, [names, *rows], **dialect)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header, *expected = (row for row in csv.reader(file, delimiter=dialect["delimiter"]) if row)
-    assert (header, expected) == (names, rows)
-    table = read_table(path)
-    assert (table.names, table.rows) == (names, expected)
-    some = rng.sample(names, rng.randint(1, len(names)))
-    assert read_table(path, some).rows == [[row[names.index(name)] for name in some] for row in expected]
-    assert read_table(path, limit=5).rows == expected[:5]
+def test_null_values_are_rows_without_text(tmp_path):
+    path = tmp_path / "nulls.jsonl"
+    path.write_text('{"text": "one"}\n{"text": null}\n{"n": 1}\n{"text": "two"}\n')
+    assert read_texts(path, "text") == ["one", "two"]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".tsv"])
-def test_large_files_are_read_exactly_by_all_who_read(tmp_path, suffix):
-    """Above the block size of every fast reader (1 MB), with texts of many lines and one of 3 MB."""
-    rng = random.Random(1)
-    line = 'River of the night, and the "train" comes home' + NOT_LINE_ENDS
-    rows = [[f"Song {i}", "\n".join([line] * rng.randint(1, 30)).strip()] for i in range(2_000)]
-    rows[1_000][1] = "\r\n".join(["la la"] * 450_000)
-    plain = io.StringIO(newline="")
-    csv.writer(plain, delimiter="\t" if suffix == ".tsv" else ",").writerows([["title", "text"], *rows])
-    path = tmp_path / f"lyrics{suffix}"
-    content = plain.getvalue().encode()
-    path.write_bytes(gzip.compress(content, 1) if suffix.endswith(".gz") else content)
-    texts = [text for _, text in rows]
-    assert read_texts(path) == texts
-    assert [each[:2] for each in read_examples(path, template=Template("{title}: {text}"))[:2]] == [
-        ("Song 0:", f" {texts[0]}"),
-        ("Song 1:", f" {texts[1]}"),
-    ]
-    assert [row["text"] for row in read_samples(str(path))] == texts
-    assert [row["title"] for row in read_fields({}, str(path), Template("{title}: {text}"))] == [t for t, _ in rows]
+BAD_FILES = {
+    "empty.csv": (b"", "is empty"),
+    "blank.csv": (b"\n\n", "is empty"),
+    "header_only.csv": (b"title,description\n", "no rows"),
+    "wrong_column.csv": (b"title,synopsis\na,b\n", "it has title, synopsis"),
+    "no_texts.csv": (b"title,description\na,\nb,  \n", "every row"),
+    "latin1.csv": (b"title,description\n" + b"a,b\n" * 99_998 + "a,café\n".encode("latin-1"), "UTF-8 in line 100000;"),
+    "latin1_header.csv": ("título,description\na,b\n".encode("latin-1"), "not UTF-8"),
+    "short_row.csv": (b"title,description\na,b\nc\n", "line 3 has 1 field, the header has 2"),
+    "long_row.csv": (b'title,description\n"a\na","b\nb"\nc,d,e\n', "line 5 has 3 fields, the header has 2"),
+    "unclosed.csv": (b'title,description\na,b\na,"b\nc,d\n', "a quote that opens in line 3 is not closed"),
+    "quotes.csv": (b'title,description\na,"b "c" d"\n', "line 2 has text after a closing quote"),
+    "twice.csv": (b"description,title,description\na,b,c\n", "2 columns of .* have this name"),
+    "utf16.csv": ("title,description\na,b\n".encode("utf-16"), "not UTF-8 but UTF-16"),
+    "utf16_without_mark.csv": ("title,description\na,b\n".encode("utf-16-le"), "not UTF-8 but UTF-16"),
+    "utf32.jsonl": ('{"description": "a"}\n'.encode("utf-32"), "not UTF-8 but UTF-32"),
+    "semicolons.csv": (b"title;description\na;b\nc;d;e\n", "line 3 has 3 fields, the header has 2"),
+    "mixed.jsonl": (b'{"description": "a"}\n{"description": 12345}\n', "row 2 of .* holds 12345, which is not text"),
+    "lists.json": (b'[{"description": "a"}, ["b"]]', "item 2 .*JSON object"),
+    "broken.json": (b'[{"description": "a"}', "not valid JSON"),
+    "half.jsonl": (
+        b'{"description": "a"}\n{"description": "b \\ud83d"}\n',
+        r"line 2 has .ud83d, one half of a character",
+    ),
+    "half.json": (b'[{"description": "a \\uDE00"}]', r"the file has .ude00, one half of a character"),
+    "cut.csv.gz": (gzip.compress(b"title,description\na,b\n" * 99)[:-9], "damaged or incomplete"),
+    "not.csv.gz": (b"title,description\na,b\n", "cannot be read .Not a gzipped file"),
+    "not.zip": (b"title,description\na,b\n", "cannot be unpacked"),
+    "latin1.csv.gz": (gzip.compress("title,description\na,café\n".encode("latin-1")), "not UTF-8 in line 2"),
+    "numbers.csv": (b"title,description\na,1999\nb,2001\n", "holds numbers"),
+    "broken.jsonl": (b'{"description": "a"}\n{"description": "b"\n', "line 2"),
+    "list.jsonl": (b'{"description": "a"}\n["b"]\n', "line 2"),
+    "wrong_key.jsonl": (b'{"synopsis": "a"}\n', "it has synopsis"),
+    "numbers.jsonl": (b'{"description": 1}\n{"description": 2}\n', "not text|numbers"),
+    "latin1.jsonl": ('{"description": "café"}\n'.encode("latin-1"), "not UTF-8"),
+    "not.parquet": (b"title,description\na,b\n", "not a Parquet file"),
+    "prose.docx": (b"PK", "must be .csv"),
+}
 
 
-@pytest.mark.parametrize(
-    ("content", "rows"),
-    [
-        (b"text\none\n\ntwo", [["one"], ["two"]]),
-        (b'text\n""\none\n', [[""], ["one"]]),
-        (b"text\rone\rtwo\r", [["one"], ["two"]]),
-        (b'text\nsay "hi" to her\n', [['say "hi" to her']]),
-        (b'text\n"say ""hi"""\n', [['say "hi"']]),
-        (b"\n\ntext,n\n\none,1\n  \ntwo,2\n", [["one", "1"], ["two", "2"]]),
-        (b"text,text\none,two\n", [["one", "two"]]),
-        (b"text;n\none;1\ntwo, or three;2\n", [["one", "1"], ["two, or three", "2"]]),
-        (b'"text";"n"\n"one; two";"1"\n', [["one; two", "1"]]),
-        (b"text\tn\none\t1\n", [["one", "1"]]),
-        (b"\xef\xbb\xbfsep=;\r\ntext;n\r\none, or two;1\r\n", [["one, or two", "1"]]),
-        (b"text; or prose\none\ntwo\n", [["one"], ["two"]]),
-        (b"text\none; two\nthree; four\n", [["one; two"], ["three; four"]]),
-    ],
-)
-def test_shapes_of_csv(tmp_path, content, rows):
-    path = tmp_path / "table.csv"
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused(tmp_path, name):
+    content, message = BAD_FILES[name]
+    path = tmp_path / name
     path.write_bytes(content)
-    assert read_table(path).rows == rows
+    with pytest.raises(UserError, match=message) as error:
+        read_texts(path, "description")
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
 
-
-# ---- what breaks lines, and what does not --------------------------------------------------------------------
-
-
-def test_only_line_ends_break_lines(tmp_path):
-    """U+2028 and its kind stay in texts, in every file with a text a line."""
-    texts = [f"before{char}after" for char in NOT_LINE_ENDS]
-    rows = [{"text": text, "prompt": "", "step": 1, "epoch": 1.0} for text in texts]
-    jsonl = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (tmp_path / "samples.jsonl").write_text(jsonl, encoding="utf-8")
-    assert [row["text"] for row in read_samples(str(tmp_path / "samples.jsonl"))] == texts
-    assert read_texts(tmp_path / "samples.jsonl") == texts
-    (tmp_path / "lines.txt").write_text("\n".join(texts), encoding="utf-8")
-    assert read_lines(tmp_path / "lines.txt") == texts
-    assert read_texts(tmp_path / "lines.txt") == texts
-    write_live_samples(tmp_path, rows)
-    assert (tmp_path / LIVE_SAMPLES_FILE).is_file()
-    assert [row["text"] for row in read_live_samples(tmp_path)] == texts
-
-
-def test_byte_order_marks_are_no_text(tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "a.txt").write_text("One.", encoding="utf-8-sig")
-    (tmp_path / "lines.txt").write_bytes("\ufeffOne.\r\nTwo.\r\n".encode())
-    (tmp_path / "rows.jsonl").write_text('\ufeff{"text": "One."}\n\ufeff{"text": "Two."}\n', encoding="utf-8")
-    (tmp_path / "array.json").write_text('\ufeff[{"text": "One."}]', encoding="utf-8")
-    (tmp_path / "table.csv").write_text("text\nOne.\n", encoding="utf-8-sig")
-    assert read_texts(folder) == ["One."]
-    assert read_lines(tmp_path / "lines.txt") == ["One.", "Two."]
-    for name, texts in (("rows.jsonl", ["One.", "Two."]), ("array.json", ["One."]), ("table.csv", ["One."])):
-        assert read_texts(tmp_path / name) == texts
-
-
-# ---- formats -------------------------------------------------------------------------------------------------
 
 ROWS = [{"text": "One.", "n": 1}, {"text": "Two\nlines, 😀."}]
 JSON_LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -177,14 +118,6 @@ def test_json_and_what_it_is_packed_in(tmp_path, name, packing):
     assert read_table(path).rows == [["One.", 1], ["Two\nlines, 😀.", None]]
 
 
-def test_a_zip_of_several_files_is_asked_about(tmp_path):
-    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
-        archive.writestr("a.csv", "text\nOne.\n")
-        archive.writestr("b.csv", "text\nTwo.\n")
-    with pytest.raises(UserError, match=r"holds 2 files \(a.csv, b.csv\), must be one"):
-        read_texts(tmp_path / "two.zip")
-
-
 def test_a_column_that_is_the_index_of_a_parquet_file(tmp_path):
     frame = pd.DataFrame({"text": ["One.", None], "key": ["a", "b"], "n": [1, None]}).set_index("key")
     frame.to_parquet(tmp_path / "index.parquet")
@@ -193,8 +126,25 @@ def test_a_column_that_is_the_index_of_a_parquet_file(tmp_path):
         each[:2] for each in read_examples(tmp_path / "index.parquet", template=Template("{n} | {key}: {text}"))
     ] == [("1 | a:", " One.")]
     frame[:0].to_parquet(tmp_path / "empty.parquet")
-    with pytest.raises(UserError, match="has no rows"):
+    with pytest.raises(UserError, match=r"empty\.parquet: .*no rows"):
         read_texts(tmp_path / "empty.parquet")
+
+
+def test_each_file_of_a_folder_is_a_text(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name, text in (
+        ("b.txt", "The second."),
+        ("a.txt", " The first.\n"),
+        ("old/c.txt", "The third."),
+        ("n.md", "No."),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = find_dataset(str(tmp_path))
+    assert read_texts(found) == ["The first.", "The second.", "The third."]
+    assert read_examples(found, template=Template("{name}: {text}"))[2].whole == "old/c: The third."
+    (tmp_path / "d.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match=r"d\.txt: not UTF-8"):
+        read_texts(found)
 
 
 def test_the_text_files_of_a_folder(tmp_path):
@@ -211,7 +161,7 @@ def test_the_text_files_of_a_folder(tmp_path):
     assert [str(path.relative_to(folder)) for path in find_text_files(folder)] == ["a.TXT", "b/c.txt", "linked/d.txt"]
     assert read_texts(folder) == ["Text a.TXT.", "Text b/c.txt.", "Text d."]
     os.symlink(tmp_path / "gone.txt", folder / "broken.txt")
-    with pytest.raises(UserError, match=r"broken\.txt: a link to a file that is not there"):
+    with pytest.raises(UserError, match=r"broken\.txt: a link"):
         read_texts(folder)
 
 

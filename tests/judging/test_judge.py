@@ -9,7 +9,7 @@ from conftest import as_examples, generate_words, read_jsonl
 
 import generate
 from neoflix.arguments.generate import parse_generate_args
-from neoflix.checkpoints.runs import find_start
+from neoflix.checkpoints.start import find_start
 from neoflix.data.split import split_texts
 from neoflix.judging.base_model import BaseModel
 from neoflix.judging.judge import Judge, read_training_texts

@@ -4,13 +4,14 @@ import os
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from conftest import PYTHON, ROOT, as_examples
 
 from neoflix.data.tokenizer import load_tokenizer, train_tokenizer
 from neoflix.data.tokens import tokenize_texts
-from neoflix.runtime.cache import HOST, in_cache, new_path, remove_orphans
+from neoflix.runtime.cache import HOST, default_cache_dir, in_cache, new_path, remove_orphans
 from neoflix.runtime.errors import UserError
 
 
@@ -59,6 +60,16 @@ def test_only_what_nobody_writes_is_removed(tmp_path):
     with new_path(tmp_path / "next"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"my.part", "next"}
+
+
+def test_the_default_folder_is_beside_that_of_datasets(monkeypatch, tmp_path):
+    from datasets import config
+
+    for name in ("HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        assert name not in os.environ or str(config.HF_DATASETS_CACHE).startswith(os.environ[name])
+    assert default_cache_dir() == Path(config.HF_DATASETS_CACHE) / "neoflix"
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "datasets" / "neoflix"
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, tokenizer, titles):

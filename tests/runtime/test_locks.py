@@ -10,13 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import PYTHON, ROOT
-from forked import launch
 
-from neoflix.checkpoints.names import LIST_FILE, LOCK_FILE
-from neoflix.checkpoints.ownership import opened
 from neoflix.runtime import locks
 from neoflix.runtime.locks import _describe_this_process, acquire, locked
-from neoflix.runtime.processes import exit_code_of
 
 HOLDER = """
 import sys, time
@@ -179,30 +175,3 @@ def test_one_that_lost_its_lock_knows_and_leaves_the_new_one_alone(path):
     assert not lock.is_held()
     lock.release()
     assert json.loads(path.read_text())["host"] == "node7"
-
-
-# ---- a run's folder ------------------------------------------------------------------------------------------
-
-
-def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(train_words, tmp_path):
-    run = tmp_path / "run"
-    with opened(str(run)):
-        before = {path.name: path.read_bytes() for path in run.iterdir()}
-        output = launch(0, "train.py", *train_words, "--deepspeed", "ds_configs/cpu.json", expect=2)
-        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-        assert LOCK_FILE in before
-    sentence = next(line for line in output.splitlines() if line.startswith("error:"))
-    assert f"--output_dir {run}: another run works there (process {os.getpid()} on {os.uname().nodename}" in sentence
-    assert "Traceback" not in output
-
-
-def test_a_run_that_comes_to_nothing_leaves_no_folder(train_words, tmp_path):
-    import train
-
-    (tmp_path / "same.csv").write_text("description\n" + "the same text in every row\n" * 20)
-    words = [*train_words, "--dataset", str(tmp_path / "same.csv"), "--deepspeed", "ds_configs/cpu.json"]
-    assert exit_code_of(lambda: train.main(words)) == 2
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "run").mkdir()
-    assert exit_code_of(lambda: train.main(words)) == 2
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [LIST_FILE]

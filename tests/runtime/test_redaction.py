@@ -1,7 +1,6 @@
 """No secret and, in the model card, no local path reaches a file of the run."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from conftest import parse_train_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from neoflix.reporting.card import _without_folders, model_card
 from neoflix.reporting.history import Record
 from neoflix.runtime.redaction import HIDDEN, is_secret, redact, redact_command, redact_text
 
@@ -110,43 +108,3 @@ def test_an_unknown_flag_does_not_show_its_value(train_words):
     with pytest.raises(ValueError, match="unknown argument '--hub_tokn'; did you mean") as error:
         parse_train_args([*train_words, f"--hub_tokn={OTHER}"])
     assert OTHER not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("word", "published"),
-    [
-        ("/home/me/models/base", "base"),
-        ("--output_dir=/home/me/run 1/", "--output_dir=run 1"),
-        ("~/texts/x.csv", "x.csv"),
-        ("../x.csv", "x.csv"),
-        ("some/where/else/x.csv", "x.csv"),
-        ("EleutherAI/gpt-neo-2.7B", "EleutherAI/gpt-neo-2.7B"),
-        ("hf:owner/name:train", "hf:owner/name:train"),
-        ("hf:/home/me/name", "hf:name"),
-        ('{"file": "/home/me/x.json"}', '{"file": "x.json"}'),
-        ("{title}/{year}: {text}", "{title}/{year}: {text}"),
-        ("--max_steps", "--max_steps"),
-    ],
-)
-def test_a_word_without_folders(word, published):
-    assert _without_folders(word) == published
-
-
-def test_the_card_holds_no_path_and_nothing_that_markdown_or_yaml_reads(tmp_path):
-    record = Record(
-        folder=tmp_path / "run: [x] `y`",
-        run={
-            "model": str(tmp_path / "models" / "*base*"),
-            "lora": {"rank": 4, "alpha": 8},
-            "texts": {"dataset": str(tmp_path / "a: b.csv"), "template": "`{title}` <b>|</b>: {text}"},
-        },
-        starts=[{"command": f"train.py --dataset '{tmp_path}/a: b.csv' --model_name_or_path={tmp_path}/models/base"}],
-        state={"log_history": []},
-        results={"perplexity": 2.0},
-        samples=[],
-    )
-    card = model_card(record)
-    assert str(tmp_path) not in card
-    assert r"\*base\*" in card
-    assert "<b>" not in card
-    assert re.search(r"the template \\`\{title\}\\`", card)
