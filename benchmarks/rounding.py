@@ -25,7 +25,7 @@ from neoflix.data.sources import SAMPLE_PATH, read_examples
 from neoflix.data.split import split_texts
 from neoflix.data.tokenizer import train_tokenizer
 from neoflix.data.tokens import tokenize_texts
-from neoflix.export import gpt2_config, rewrite
+from neoflix.model.gpt2 import gpt2_config, rewrite
 from neoflix.model.load import build_model
 
 VOCAB_SIZE, EPOCHS, TEXTS_PER_STEP = 2048, 6, 16

@@ -17,24 +17,24 @@ import torch.distributed as dist
 
 from neoflix.runtime.console import accept_any_text, is_main_process, printable, say, shout
 from neoflix.runtime.errors import RUN_ME_AGAIN, MainProcessError, StoppedEarly, UserError
-from neoflix.runtime.vouching import connect
+from neoflix.runtime.store import connect
 from neoflix.runtime.watchdog import Failure, end_for, end_process, get_watchdog, leave_exit_code, start_watchdog
 
-LONGEST_WAIT = timedelta(hours=12)  # for the main process, which tokenises, or converts a checkpoint
+LONGEST_WAIT = timedelta(hours=12)  # for the main process, which tokenizes the texts or converts a checkpoint
 
 
-_questions = itertools.count()  # to the main process, so far
+_calls = itertools.count()  # of `run_on_main_process`
 
 
 @functools.cache
 def _cpu_group() -> dist.ProcessGroup:
-    """All processes, connected by way of the CPU: a word between them never waits for a GPU, and may take hours."""
+    """All processes, connected through the CPU: what they exchange never waits for a GPU, and may take hours."""
     return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
 @functools.cache
 def _store() -> dist.Store:
-    """What the main process answers by. Unlike a group it is there from the start, before devices are touched."""
+    """The store of `run_on_main_process`. Unlike a process group it exists from the start, before devices are used."""
     store = connect(serves=is_main_process())
     store.set_timeout(LONGEST_WAIT)
     return store
@@ -45,7 +45,7 @@ def num_processes() -> int:
 
 
 def gather(value: Any) -> list:
-    """Each process's value, in every process, by rank. Collective."""
+    """Returns the values of all processes, by rank. Collective."""
     if num_processes() == 1:
         return [value]
     values = [None] * num_processes()
@@ -54,7 +54,7 @@ def gather(value: Any) -> list:
 
 
 def any_across_ranks(flag: bool) -> bool:
-    """True in every process where it is true in one. Collective; a fraction of a millisecond on one machine."""
+    """Whether the flag is true in any process. Collective; a fraction of a millisecond on one machine."""
     if num_processes() == 1:
         return flag
     flags = torch.tensor([int(flag)])
@@ -63,15 +63,16 @@ def any_across_ranks(flag: bool) -> bool:
 
 
 def run_on_main_process(function: Callable, *args) -> Any:
-    """What `function` returns in the main process, in every process. Collective; also before there is a process group.
+    """Calls a function in the main process and returns its result in every process. Collective; also works before
+    there is a process group.
 
     Raises:
-        UserError: in every process, where the main one raises it.
-        MainProcessError: in the others, where the main one raises any other exception.
+        UserError: in every process, if the main one raises it.
+        MainProcessError: in the others, if the main one raises any other exception.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return function(*args)
-    key = f"answer{next(_questions)}"
+    key = f"answer{next(_calls)}"
     if not is_main_process():
         answer, error = pickle.loads(_store().get(key))
         if error:
@@ -95,7 +96,7 @@ def run_on_main_process(function: Callable, *args) -> Any:
 @contextmanager
 def main_process_first() -> Iterator[None]:
     """Runs the block in the first process of each machine, then in the others, which find its caches filled.
-    Collective. An exception in any of them ends all (watchdog.py)."""
+    Collective. An exception in any process ends all of them (`watchdog.py`)."""
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not is_first:
         gather(None)
@@ -105,39 +106,39 @@ def main_process_first() -> Iterator[None]:
 
 
 def exit_code_of(main: Callable[[], None]) -> int:
-    """Runs an entry point. What the user got wrong (UserError) is one sentence and exit code 2, no traceback;
-    NEOFLIX_TRACEBACK=1 shows where it arose. Any other exception is the caller's."""
+    """Runs an entry point and returns its exit code. A UserError is printed as one sentence, without a traceback;
+    NEOFLIX_TRACEBACK=1 shows it. Other exceptions are raised."""
     try:
         main()
     except UserError as error:
         if os.environ.get("NEOFLIX_TRACEBACK"):
             traceback.print_exc()
-        _say_once(str(error))
+        _print_once(str(error))
         return error.exit_code
     except StoppedEarly as stopped:
         say(str(stopped))
         return RUN_ME_AGAIN
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has seen enough, as in `generate.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
+    except BrokenPipeError:  # the reader of our output has ended, as in `generate.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails
         return 128 + signal.SIGPIPE
     return 0
 
 
-def _say_once(error: str) -> None:
-    """Prints a UserError's sentence from whatever process has it, but once for all that have the same."""
+def _print_once(error: str) -> None:
+    """Prints the message of a UserError, from whichever process has it, and only once if several have the same."""
     watchdog, error = get_watchdog(), printable(error)  # it may quote a text
     if watchdog is None:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    elif watchdog.may_say(error):
+    elif watchdog.may_print(error):
         who = "" if is_main_process() else f"{watchdog.describe_itself()}: "
         shout(f"error: {who}{error}")
 
 
 def run_and_exit(main: Callable[[], None]) -> None:
-    """Runs an entry point and ends the process with its exit code. Where one of several processes fails, all end, with
-    its exit code."""
+    """Runs an entry point and ends the process with its exit code. If one of several processes fails, all end with its
+    exit code."""
 
     def watched_main() -> None:
         start_watchdog()
@@ -158,7 +159,7 @@ def run_and_exit(main: Callable[[], None]) -> None:
 
 
 def _explain(error: Exception) -> None:
-    """Shows the traceback of a bug. An exception that follows from another process's failure ends this process."""
+    """Prints the traceback of a bug. If the exception follows from another process's failure, it just ends this one."""
     watchdog = get_watchdog()
     if isinstance(error, MainProcessError):
         end_for(Failure(1, 0, ""))
@@ -167,4 +168,4 @@ def _explain(error: Exception) -> None:
     traceback.print_exception(error)
     if watchdog:
         words = f"{type(error).__name__}: {error}".splitlines()[0]
-        shout(f"error: {watchdog.describe_itself()} failed ({words}); it last said: {watchdog.activity()}")
+        shout(f"error: {watchdog.describe_itself()} failed ({words}); last reported: {watchdog.activity()}")

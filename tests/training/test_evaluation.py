@@ -174,7 +174,7 @@ def test_two_processes_find_what_one_does(run_dir, measure):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--validation_fraction", "0"], "nothing to measure on"),
+        (["--validation_fraction", "0"], "--validation_fraction 0"),
         (["--plan"], "leave it out"),
         (["--output_dir", "{run}"], "is a run's folder"),
         (["--output_dir", "{run}/figures"], "is a run's folder"),
