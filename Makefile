@@ -1,16 +1,24 @@
-.PHONY: setup test soak lint bench
+.PHONY: setup test check soak lint bench
+
+# A worker takes 1 GB, and up to 2 GB more for what it launches.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+PYTEST = .venv/bin/python -m pytest
+PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
 
 setup:            ## .venv with everything that running and testing need
 	./launch.sh --setup-only
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 
-test: setup lint  ## every test but the slow ones; on a machine with a GPU the gpu-marked ones too
-	.venv/bin/python -m pytest -m "not slow"
+test: setup lint  ## every test but the slow ones, on up to 4 cores; on a machine with a GPU the gpu-marked ones too
+	$(PYTEST) $(PARALLEL) -m "not slow"
+
+check: setup lint ## within a minute: the tests that start no process and train no model
+	$(PYTEST) $(PARALLEL) -m "not slow and not process"
 
 soak: setup       ## the tests that take minutes each
-	.venv/bin/python -m pytest -m slow -o faulthandler_timeout=3600
+	$(PYTEST) -m slow -o faulthandler_timeout=3600
 
-lint:
+lint:             ## style and format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 

@@ -102,33 +102,37 @@ def soak(folder: Path, args: argparse.Namespace) -> dict:
     }
 
 
+def train_words(run: Path, args: argparse.Namespace) -> list[str]:
+    """The run: train.py with its flags."""
+    flags = {
+        "config": "recipes/demo.yaml",
+        "deepspeed": args.deepspeed,
+        "output_dir": run,
+        "cache_dir": run.parent / "cache",
+        "max_steps": args.steps,
+        "per_device_train_batch_size": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 10,
+        "early_stopping_patience": 0,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": "true",
+    }
+    return ["train.py", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+
+
 class Life:
     """One start of the run, until it ends or is killed."""
 
     def __init__(self, run: Path, args: argparse.Namespace):
         self.run, self.log = run, run.with_suffix(".log")
         port = random.SystemRandom().randint(20_000, 30_000)  # not one that the system hands out meanwhile
-        flags = {
-            "config": "recipes/demo.yaml",
-            "deepspeed": args.deepspeed,
-            "output_dir": run,
-            "cache_dir": run.parent / "cache",
-            "max_steps": args.steps,
-            "per_device_train_batch_size": 4,
-            "eval_strategy": "steps",
-            "eval_steps": 10,
-            "early_stopping_patience": 0,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "disable_tqdm": "true",
-        }
-        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
         deepspeed = [sys.executable, Path(sys.executable).with_name("deepspeed")]
         with self.log.open("w") as log:
             self.command = subprocess.Popen(
-                [*deepspeed, "--num_accelerators", "2", "--master_port", str(port), "train.py", *words],
+                [*deepspeed, "--num_accelerators", "2", "--master_port", str(port), *train_words(run, args)],
                 cwd=ROOT,
                 env=os.environ | {"DS_ACCELERATOR": "cpu"},
                 stdout=log,

@@ -212,8 +212,8 @@ def limit_of(config: GPTNeoConfig) -> str:
     if limit == config.max_position_embeddings:
         return ""
     return (
-        f"Longer texts would be wrong: GPT-Neo's local layers attend to {config.window_size} tokens, GPT-2's to all. "
-        f"The other {config.max_position_embeddings - limit:,} positions are left out, so no engine uses them."
+        f"Longer texts would be wrong: GPT-Neo's local layers attend to the last {config.window_size} tokens, GPT-2's "
+        f"to all. The other {config.max_position_embeddings - limit:,} positions are left out, so no engine uses them."
     )
 
 

@@ -4,6 +4,7 @@ import argparse
 import csv
 import functools
 import gc
+import inspect
 import itertools
 import json
 import os
@@ -59,7 +60,44 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+# What a test or a fixture of its names where it starts a process, or trains (which takes seconds).
+STARTERS = {"subprocess", "run_program", "launch", "start_ranks", "runpy", "train", "Life", "Cluster"}
+# DeepSpeed asks these programs about the machine, once.
+ASKED = {"c++", "g++", "gcc", "ninja", "numactl", "file", "uname"}
+
+
+def starts_process(function, seen: set) -> bool:
+    """Whether a function, or one of its file's that it calls, names one of STARTERS."""
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    code = [function.__code__]
+    while code:
+        names = set(code[-1].co_names)
+        code += [each for each in code.pop().co_consts if inspect.iscode(each)]
+        if names & STARTERS & function.__globals__.keys():
+            return True
+        for name in names - seen:
+            called = function.__globals__.get(name)
+            seen.add(name)
+            if inspect.isfunction(called) and called.__module__ == function.__module__ and starts_process(called, seen):
+                return True
+    return False
+
+
+def pytest_itemcollected(item):
+    """Marks what starts a process. Tests of a file share its fixtures and so a worker, but for those of whole runs;
+    those that use a GPU share one as well."""
+    definitions = item._fixtureinfo.name2fixturedefs
+    fixtures = [definitions[name][-1].func for name in definitions if name != starts_what_its_mark_says.__name__]
+    if "runs" in item.path.parts or any(starts_process(each, set()) for each in [item.function, *fixtures]):
+        item.add_marker(pytest.mark.process)
+    if item.get_closest_marker("gpu"):
+        item.add_marker(pytest.mark.xdist_group("gpu"))
+    elif "runs" not in item.path.parts and not item.get_closest_marker("xdist_group"):
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "runs" not in item.path.parts)  # the longest first: no worker is left with them
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -76,6 +114,24 @@ def runs_draw_nothing(request, monkeypatch):
     """Six drawings at each run's end take longer than its training; only tests of reports look at them."""
     if request.path.parent.name != "reporting":
         monkeypatch.setattr("neoflix.reporting.curves.draw", lambda *_, **__: None)
+
+
+@pytest.fixture(autouse=True)
+def starts_what_its_mark_says(request, monkeypatch):
+    """Under `make check` a test without the mark `process` may not start one, nor train."""
+    if "not process" not in request.config.option.markexpr:
+        return
+    start = subprocess.Popen.__init__
+    advice = "name what starts it in conftest.STARTERS, or mark the test `process`"
+
+    def check_and_start(self, args, *more, **options):
+        program = Path(args[0] if isinstance(args, list | tuple) else args).name
+        assert program in ASKED, f"starts {program}: {advice}"
+        start(self, args, *more, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", check_and_start)
+    train = "neoflix.training.trainer.TokenTrainer.train"
+    monkeypatch.setattr(train, lambda *_, **__: pytest.fail(f"trains: {advice}"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,11 @@
-"""Which models can be sampled, and how: found out from what a model computes, not from a list of names.
+"""Finds out how a model can be sampled, from what it computes and not from a list of names.
 
-Training reads whole texts, sampling reads them token by token, and an architecture may do the two differently: ALiBi
+Training reads whole texts, sampling reads them token by token, and an architecture may treat the two differently: ALiBi
 takes its distances from the mask, a recurrent model keeps a state instead of keys and values, RoBERTa counts its
-positions from 2, BERT reads in both directions. So every model but GPT-Neo (whose attention is ours) grows a few short
-texts first, and what it computes for them token by token must be what it computes for the whole texts.
+positions from 2, BERT reads in both directions. So every model except GPT-Neo (whose attention is ours) first grows a
+few short texts, and its logits token by token must equal its logits for the whole texts.
 
-Shapes: B texts side by side, T tokens, V vocabulary, N texts.
+Shapes: B texts at once, T tokens, V vocabulary, N texts.
 """
 
 from collections import deque
@@ -31,28 +31,24 @@ from neoflix.sampling.draw import stream_keys
 from neoflix.sampling.inference import eval_mode
 from neoflix.sampling.slot_cache import num_rows
 
-# Lengths of the prompts that are tried: two side by side, above and below PROBE_WINDOW, and the beginning token alone,
-# after another text, whose state RecurrentGemma would go on with.
+# Lengths of the test prompts: two of the same length at once, some above and some below PROBE_WINDOW, and the beginning
+# token alone after another text, whose state RecurrentGemma would continue with.
 PROMPT_LENGTHS = (7, 7, 3, 1, 12)
 
-
-PROBE_WINDOW = 4  # sliding windows while texts are tried
-
+PROBE_WINDOW = 4  # sliding windows during the test
 
 PROBE_STEPS = 3
 
-
 # Largest difference of logits (root mean square, in standard deviations of a token's logits) that counts as rounding.
-# In 50 architectures of two layers it was at most 2e-6 in fp32, 0.003 in fp16 and 0.018 in bf16, and at least 0.5 where
+# For 50 architectures of two layers it was at most 2e-6 in fp32, 0.003 in fp16 and 0.018 in bf16, and at least 0.5 if
 # positions, masks or states were wrong.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-
 
 HALF_TOLERANCE = 0.08
 
 
 class DrawProcessor(LogitsProcessor):
-    """Has transformers' greedy `generate` take the tokens that `Decoder` would draw, by the same noise."""
+    """Makes transformers' greedy `generate` choose the tokens that `Decoder` would draw, with the same noise."""
 
     def __init__(self, draw, keys_B: torch.Tensor, prompt_length: int, penalty: float, never_drawn: torch.Tensor):
         self.draw, self.keys_B, self.prompt_length, self.never_drawn = draw, keys_B, prompt_length, never_drawn
@@ -113,7 +109,7 @@ class GenerateDecoder:
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """The model's saved settings are put aside: `generate` would add them to those it is given."""
+    """Replaces the model's saved settings for a while: `generate` would add them to those it is given."""
     saved, model.generation_config = model.generation_config, config
     try:
         yield
@@ -122,9 +118,12 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
 
 
 def find_decoder(model: PreTrainedModel) -> Callable[..., Decoder | GenerateDecoder]:
-    """The fastest decoder whose logits are those of the model's forward pass over whole texts, as training has it.
+    """The fastest decoder whose logits equal those of a forward pass over whole texts, as in training.
 
-    Takes about a dozen passes over a few tokens. UserError where no decoder is right.
+    Takes about a dozen passes over a few tokens.
+
+    Raises:
+        UserError: if no decoder is right.
     """
     if model.config._attn_implementation == ATTENTION_NAME:
         return Decoder
@@ -138,8 +137,8 @@ def find_decoder(model: PreTrainedModel) -> Callable[..., Decoder | GenerateDeco
             if _is_right(model, decoder):
                 return decoder
     raise UserError(
-        f"{model.name_or_path}: a {model.config.model_type} model computes something else token by token than for a "
-        "whole text, so that what it learns could not be sampled; use one of the architectures in docs/loading.md"
+        f"{model.name_or_path}: a {model.config.model_type} model has other logits token by token than for a whole "
+        "text, so it cannot be sampled as it is trained; use one of the architectures in docs/loading.md"
     )
 
 
@@ -151,12 +150,12 @@ def check_can_be_sampled(model: PreTrainedModel) -> None:
 
 
 def makes_slots(make: Callable[..., Decoder | GenerateDecoder]) -> bool:
-    """Whether what `find_decoder` returned makes a `Decoder`."""
+    """Whether the result of `find_decoder` makes a `Decoder`."""
     return getattr(make, "func", make) is Decoder
 
 
 class Recorder:
-    """A draw that keeps the logits of each text and step, and takes the likeliest token."""
+    """A draw that records the logits of each text and step, and chooses the likeliest token."""
 
     def __init__(self):
         self.logits: dict[tuple[int, int], torch.Tensor] = {}
@@ -171,7 +170,7 @@ class Recorder:
 
 
 def _is_right(model: PreTrainedModel, make: Callable[..., Decoder | GenerateDecoder]) -> bool:
-    """Whether a decoder's logits are those of the whole texts: a few of several lengths, two of them side by side."""
+    """Whether a decoder's logits equal those of the whole texts, for a few texts of several lengths, two at once."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(num_rows(model), (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
     texts = [Text(index, prompt, PROBE_STEPS) for index, prompt in enumerate(prompts)]
@@ -183,7 +182,7 @@ def _is_right(model: PreTrainedModel, make: Callable[..., Decoder | GenerateDeco
                 pass
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # whatever an architecture does that this decoder does not know: the next one is tried
+        except Exception:  # whatever an architecture does that this decoder does not support; the next one is tried
             return False
         whole_NTV = _read_whole(model, [text.prompt_ids + text.new_ids for text in texts])
     keys = stream_keys(0, [text.index for text in texts]).tolist()
@@ -191,13 +190,13 @@ def _is_right(model: PreTrainedModel, make: Callable[..., Decoder | GenerateDeco
     by_token = torch.stack([recorder.logits[key, step] for _, key, step in steps])
     whole = torch.stack([whole_NTV[text.index, len(text.prompt_ids) - 1 + step] for text, _, step in steps])
     if not whole.isfinite().all():
-        return True  # fp16 that overflows: nothing can be compared, and training will say so
+        return True  # fp16 overflows: nothing can be compared, and training reports it
     error = (by_token - whole).square().mean(-1).sqrt() / whole.std(-1).clamp(min=1e-6)
     return bool((error < TOLERANCE.get(model.dtype, HALF_TOLERANCE)).all())
 
 
 def _read_whole(model: PreTrainedModel, texts: list[list[int]]) -> torch.Tensor:
-    """Logits [N, T, V] of whole texts, padded on the right as training pads them."""
+    """Logits [N, T, V] of whole texts, padded on the right as in training."""
     rows = [torch.tensor(ids) for ids in texts]
     ids_NT = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id or 0).to(model.device)
     is_real_NT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
@@ -206,7 +205,7 @@ def _read_whole(model: PreTrainedModel, texts: list[list[int]]) -> torch.Tensor:
 
 @contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Sliding windows of a few tokens, so that a text of a dozen passes their end."""
+    """Sets sliding windows to a few tokens, so that a text of a dozen tokens is longer than them."""
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)
     if window is None:

@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from neoflix.model.attention import ATTENTION_NAME
-from neoflix.sampling.draw import PLACES, Draw, stream_keys
-from neoflix.sampling.slot_cache import Masks, SlotCache, check_memory, num_rows
+from neoflix.sampling.draw import Draw, stream_keys
+from neoflix.sampling.slot_cache import PLACES, Masks, SlotCache, check_memory, num_rows
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Drawing a token: counter-based noise, temperature, top_k, top_p, repetition penalty."""
+"""Drawing a token: counter-based noise, temperature, top_k, top_p."""
 
 from dataclasses import dataclass, replace
 
@@ -6,15 +6,11 @@ import torch
 
 MASK_64 = (1 << 64) - 1
 
-
-PLACES = 32  # attention reads the cache up to the next multiple of this; on CUDA each has a graph of its own
-
-
-CANDIDATES = 1024  # likeliest tokens looked at for top_p; more, where these do not hold the share
+CANDIDATES = 1024  # likeliest tokens looked at for top_p; more are needed if their probabilities sum to less than top_p
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finalizer on int64 (arithmetic modulo 2^64): nearby inputs, unrelated outputs.
+    """splitmix64's finalizer on int64 (arithmetic modulo 2^64): nearby inputs give unrelated outputs.
 
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
@@ -29,12 +25,12 @@ def _signed(x: int) -> int:
 
 
 def stream_keys(seed: int, indices: list[int]) -> torch.Tensor:
-    """int64 [B]: what names the random streams of texts `indices` of `seed`."""
+    """int64 [B]: the keys of the random streams of texts `indices` of `seed`."""
     return _mix(_mix(torch.tensor([_signed((seed << 32) ^ index) for index in indices])) + 1)
 
 
 def gumbel_noise(keys_B: torch.Tensor, steps_B: torch.Tensor, tokens_BK: torch.Tensor) -> torch.Tensor:
-    """float64 [B, K]: Gumbel noise that is a hash of (stream, step, token), whatever else is in the batch."""
+    """float64 [B, K]: Gumbel noise, a hash of (stream, step, token). It does not depend on the batch."""
     bits_BK = _mix(_mix(keys_B + steps_B).unsqueeze(1) + tokens_BK)
     uniform_BK = (((bits_BK >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
     return -uniform_BK.log().neg().log()
@@ -42,11 +38,11 @@ def gumbel_noise(keys_B: torch.Tensor, steps_B: torch.Tensor, tokens_BK: torch.T
 
 @dataclass(frozen=True)
 class Draw:
-    """How a token is drawn: temperature, then top_k (0: off), then top_p, as `generate` has them.
+    """Draws tokens by temperature, then top_k (0: off), then top_p, as `generate` does.
 
-    The token is argmax over logits + Gumbel noise, which is a draw from their softmax (the Gumbel-max trick,
-    https://arxiv.org/abs/1411.0030). top_p needs no sort of the vocabulary: the likeliest tokens are taken out, and
-    as a rule they hold the share.
+    The token is the argmax of logits + Gumbel noise, which is a draw from their softmax (the Gumbel-max trick,
+    https://arxiv.org/abs/1411.0030). top_p does not sort the vocabulary: it looks at the likeliest tokens, whose
+    probabilities usually sum to top_p.
     """
 
     temperature: float
@@ -61,7 +57,7 @@ class Draw:
     def __call__(
         self, logits_BV: torch.Tensor, keys_B: torch.Tensor, steps_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (token [B], whether more candidates are needed to know it, bool [B])."""
+        """Returns (tokens [B], whether each needs more candidates to be known, bool [B])."""
         num_tokens = logits_BV.shape[1]
         logits_BV = logits_BV.float()
         logits_BV = logits_BV / self.temperature if self.temperature != 1 else logits_BV
@@ -78,14 +74,14 @@ class Draw:
                 shares_BK = logits_BV.softmax(-1).gather(1, tokens_BK)
                 if count < num_tokens:
                     is_short_B = shares_BK.sum(-1) < self.top_p
-            likelier_BK = shares_BK.cumsum(-1) - shares_BK  # the share of all tokens before this one
+            likelier_BK = shares_BK.cumsum(-1) - shares_BK  # sum of the probabilities before this token
             likelier_BK[:, 0] = 0
             scores_BK = scores_BK.masked_fill(likelier_BK >= self.top_p, float("-inf"))
         best_B1 = (scores_BK + gumbel_noise(keys_B, steps_B, tokens_BK)).argmax(-1, keepdim=True)
         return tokens_BK.gather(1, best_B1).squeeze(1), is_short_B
 
     def settled(self, logits_BV: torch.Tensor, keys_B: torch.Tensor, steps_B: torch.Tensor) -> torch.Tensor:
-        """token [B], from as many candidates as it takes. Waits for the device."""
+        """Tokens [B], from as many candidates as needed. Waits for the device."""
         draw = self
         tokens_B, is_short_B = draw(logits_BV, keys_B, steps_B)
         while is_short_B.any():

@@ -1,6 +1,6 @@
-"""Keys and values of texts that grow side by side: their places, their masks, and the memory they need.
+"""Keys and values of texts that grow at once: their places, their masks, and the memory they need.
 
-Shapes: B slots, H heads, L places of a slot, D dimensions a head, T tokens of a prompt.
+Shapes: B slots, H heads, L places of a slot, D dimensions of a head, T tokens of a prompt.
 """
 
 import torch
@@ -8,19 +8,20 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from neoflix.model.attention import ATTENTION_NAME
+from neoflix.runtime.console import GIB
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import read_host_memory
 
-GIB = 2**30
+PLACES = 32  # attention reads the cache up to the next multiple of this; on CUDA each has its own graph
 
-
-ATTENDS = {"full_attention", "sliding_attention"}  # layers that keep keys and values of single tokens, nothing else
+ATTENDS = {"full_attention", "sliding_attention"}  # layers that keep keys and values of single tokens and nothing else
 
 
 class SlotCache(Cache):
-    """Keys and values of B texts, the next token of each at a place of its own.
+    """Keys and values of B texts. The next token of each text has its own place.
 
-    `length`: places that attention reads, the same for all slots.
+    Attributes:
+        length: the number of places that attention reads, the same for all slots.
     """
 
     def __init__(self, places_B: torch.Tensor, num_places: int):
@@ -31,14 +32,15 @@ class SlotCache(Cache):
         self.values: dict[int, torch.Tensor] = {}
 
     def _room(self, layer: int, key_BH1D: torch.Tensor, value_BH1D: torch.Tensor) -> None:
-        """A layer's room is made when its shape is known. Unwritten places are read, with weight 0: no NaN there."""
+        """Allocates a layer's keys and values once their shape is known: zeros, as attention reads places that are not
+        written yet, with weight 0."""
         if layer not in self.keys:
             for room, new in ((self.keys, key_BH1D), (self.values, value_BH1D)):
                 shape = (len(self.places_B), new.shape[1], self.num_places, new.shape[3])
                 room[layer] = torch.zeros(shape, dtype=new.dtype, device=new.device)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """One new token of each slot: keys and values [B, H, 1, D] -> all [B, H, length, D]."""
+        """Adds one token to each slot: keys and values [B, H, 1, D] -> all [B, H, length, D]."""
         self._room(layer_idx, key_states, value_states)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[self.slots_B, :, self.places_B] = key_states[:, :, 0]
@@ -46,7 +48,7 @@ class SlotCache(Cache):
         return keys[:, :, : self.length], values[:, :, : self.length]
 
     def fill(self, slot: int, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """The first T tokens of a slot: keys and values [1, H, T, D] of each layer."""
+        """Sets the first T tokens of a slot: keys and values [1, H, T, D] of each layer."""
         for layer, (key, value) in enumerate(layers):
             self._room(layer, key, value)
             self.keys[layer][slot, :, : key.shape[2]] = key[0]
@@ -55,7 +57,7 @@ class SlotCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
-    # What transformers makes a mask from, where it is given one [B, L]: the token is the last of `length` places.
+    # transformers makes its mask from these, given a flat mask [B, L]: the new token is the last of `length` places.
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.length - 1
@@ -65,10 +67,11 @@ class SlotCache(Cache):
 
 
 def find_windows(model: PreTrainedModel) -> dict[str, int | None]:
-    """The kinds of attention that a model's layers have, by transformers' names: the number of tokens each one sees,
-    None for the whole text. GPT-Neo's local layers, whose window our attention knows, count as whole.
+    """The kinds of attention in a model's layers, by transformers' names, and the number of tokens that each attends
+    to: None for the whole text, and for GPT-Neo's local layers, whose window our attention knows.
 
-    ValueError for a model with layers that keep something other than keys and values.
+    Raises:
+        ValueError: if a layer keeps something other than keys and values.
     """
     kinds, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     if others := set(kinds) - ATTENDS:
@@ -77,18 +80,18 @@ def find_windows(model: PreTrainedModel) -> dict[str, int | None]:
 
 
 class Masks:
-    """The attention mask of a step: which places the new token of each slot sees.
+    """Makes the attention mask of a step: the places to which the new token of each slot attends.
 
     Args:
-        is_flat: [B, L], from which the model makes a mask (and ALiBi's distances) by itself. Otherwise [B, 1, 1, L], or
-            one for each kind of layer, which transformers hands on as it is.
+        is_flat: makes [B, L], from which the model makes its own mask (and ALiBi's distances). Otherwise [B, 1, 1, L],
+            or one of these for each kind of layer, which transformers passes on unchanged.
     """
 
     def __init__(self, model: PreTrainedModel, is_flat: bool):
         self.is_flat, self.windows, self.dtype = is_flat, find_windows(model), model.dtype
-        self.takes_bool = model.config._attn_implementation == ATTENTION_NAME  # others may add masks up
+        self.takes_bool = model.config._attn_implementation == ATTENTION_NAME  # others may add the mask to the scores
         if is_flat and any(self.windows.values()):
-            raise ValueError("a flat mask knows no place that is a slot's own, and so no window")
+            raise ValueError("a flat mask cannot express a window, as each slot has its own place")
 
     def __call__(self, places_B: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
         places_L, places_B1 = torch.arange(length, device=places_B.device), places_B.unsqueeze(1)
@@ -109,14 +112,14 @@ class Masks:
 
 
 def num_rows(model: PreTrainedModel) -> int:
-    """Rows of the output embedding; under ZeRO-3, where a weight at rest is empty, too."""
+    """Rows of the output embedding. Under ZeRO-3, where a weight is empty between passes, DeepSpeed knows its shape."""
     weight = model.get_output_embeddings().weight
     return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 @torch.no_grad()
 def place_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the keys and values of one token, which the model is asked for: configs name heads in many ways."""
+    """Bytes of the keys and values of one token. Measured, because configs name heads in many ways."""
     cache = DynamicCache()
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     model.base_model(input_ids=token, past_key_values=cache, use_cache=True)
@@ -124,18 +127,18 @@ def place_bytes(model: PreTrainedModel) -> int:
 
 
 def check_memory(model: PreTrainedModel, num_slots: int, num_places: int) -> None:
-    """UserError where keys, values and logits of so many texts need more memory than is free."""
+    """Raises UserError if keys, values and logits of so many texts need more memory than is free."""
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(model.device)[0]
     else:
         free = read_host_memory()
-    logits = 16 * num_rows(model)  # fp32: as they are, scaled, their shares, spare
+    logits = 16 * num_rows(model)  # four copies in fp32: raw, scaled, probabilities, spare
     need = place_bytes(model) * num_places + logits
     if num_slots * need <= free:
         return
     raise UserError(
-        f"--batch_size {num_slots}: texts of up to {num_places:,} tokens need {num_slots * need / GIB:.1f} GiB beside "
-        f"the model, and {free / GIB:.1f} are free; "
+        f"--batch_size {num_slots}: texts of up to {num_places:,} tokens need {num_slots * need / GIB:.1f} GiB besides "
+        f"the model, and {free / GIB:.1f} GiB are free; "
         + (f"--batch_size {free // need} would fit" if free >= need else "lower --max_new_tokens")
     )

@@ -11,6 +11,7 @@ import pytest
 from forked import launch
 from conftest import DEEPSPEED, PYTHON, ROOT, free_port, losses, results, run_program
 from soak import Life, compare, fingerprint
+from soak import train_words as train_words_of
 
 import train
 from neoflix.checkpoints.find import list_checkpoints, list_numbered
@@ -172,11 +173,12 @@ TWO = argparse.Namespace(steps=24, deepspeed="ds_config.json")  # a checkpoint e
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory):
-    life = Life(tmp_path_factory.mktemp("two") / "untouched", TWO)
-    assert life.wait() == 0, life.log.read_text()
-    return life.run
+    run = tmp_path_factory.mktemp("two") / "untouched"
+    launch(2, *train_words_of(run, TWO))
+    return run
 
 
+@pytest.mark.xdist_group("untouched")
 def test_a_run_asked_to_stop_in_any_way_goes_on_to_the_same_result(untouched, tmp_path, monkeypatch):
     """DeepSpeed's launcher loses the exit code where it is itself killed; the run leaves it in a file of its own."""
     code = tmp_path / "code"
@@ -195,20 +197,31 @@ def test_a_run_asked_to_stop_in_any_way_goes_on_to_the_same_result(untouched, tm
         step = re.search(r"Stopped after step (\d+) \(" + reason, life.log.read_text())[1]
         assert list_checkpoints(folder)[-1].name == f"checkpoint-{step}"
         code.unlink()
-    assert Life(folder, TWO).wait() == 0
+    launch(2, *train_words_of(folder, TWO))
     assert code.read_text() == "0\n"
     assert_same_run(folder, untouched)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_job_and_is_named(untouched, tmp_path, rank):
-    life = Life(tmp_path / "run", TWO)
-    assert life.await_first_step()
-    assert life.kill(f"rank {rank}") < 60
-    assert life.wait() != 0
-    said = re.findall(r"^error: .*", life.log.read_text(), re.MULTILINE)
-    assert len(said) == 1, "not one sentence, once"
-    assert re.match(rf"error: rank {rank} \(process \d+ on \S+\) was killed or crashed; .*: \S+", said[0])
+@pytest.mark.xdist_group("untouched")
+def test_kills_change_nothing(untouched, tmp_path):
+    """A rank that is killed ends the job and is named; the last kill falls into a save. `make soak` has thirty, at
+    random moments."""
+    folder = tmp_path / "run"
+    for target, in_save in (("rank 0", False), ("rank 1", False), ("all ranks", True)):
+        newest = next(iter(list_checkpoints(folder)[::-1]), None)
+        life = Life(folder, TWO)
+        assert life.await_first_step()
+        assert life.await_moment(0.1, in_save)
+        assert life.kill(target) < 60
+        assert life.wait() != 0
+        assert life.chosen() == newest
+        said = re.findall(r"^error: .*", life.log.read_text(), re.MULTILINE)
+        if target != "all ranks":
+            assert len(said) == 1, "not one sentence, once"
+            named = rf"error: {target} \(process \d+ on \S+\) was killed or crashed; .*: \S+"
+            assert re.match(named, said[0])
+    launch(2, *train_words_of(folder, TWO))
+    assert_same_run(folder, untouched)
 
 
 def driver(tmp_path, code: str) -> str:
@@ -231,8 +244,7 @@ def fail(self, args, state, control, **kwargs):
 StopOnRequest.on_step_end = fail
 """,
     )
-    words = [DEEPSPEED, "--num_accelerators", "2", "--master_port", free_port(), script, *train_words]
-    output = run_program(*words, expect=1, timeout=120)
+    output = launch(2, script, *train_words, expect=1)
     pattern = (
         r"error: rank 1 \(process \d+ on \S+\) failed \(ZeroDivisionError: of our own making\); .*training, step 3"
     )
@@ -259,12 +271,6 @@ saving.make_folder = make_folder_and_fill
     assert output.count("could not be written") == 1
     assert "Traceback" not in output
     assert [path.name for path in (small_disk / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-
-
-def test_kills_at_random_moments_change_nothing():
-    """Three of the soak's kills; `make soak` does thirty."""
-    output = run_program(PYTHON, "benchmarks/soak.py", "--kills", "3", "--steps", "24", env={"OMP_NUM_THREADS": "1"})
-    assert '"runs_finished_identical": 1' in output
 
 
 @pytest.mark.slow

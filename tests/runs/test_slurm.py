@@ -13,6 +13,7 @@ from soak import compare, fingerprint, role
 
 from neoflix.checkpoints.find import list_checkpoints
 
+pytestmark = pytest.mark.xdist_group("slurm")
 SECONDS = 180  # for a start on a machine that has other things to do
 
 FLAGS = {
