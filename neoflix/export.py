@@ -28,7 +28,7 @@ from neoflix.model.load import load_pretrained
 from neoflix.reporting.render import escape_markdown, render
 from neoflix.runtime.console import GIB, say
 from neoflix.runtime.errors import UserError
-from neoflix.runtime.files import free_bytes, share_as_asked, sync_folder
+from neoflix.runtime.files import apply_umask, free_bytes, sync_folder
 from neoflix.runtime.processes import run_and_exit
 
 
@@ -115,7 +115,7 @@ def appearing_whole(target: Path) -> Iterator[Path]:
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        share_as_asked(unfinished.rglob("*"))
+        apply_umask(unfinished.rglob("*"))
         for path in unfinished.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

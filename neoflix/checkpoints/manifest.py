@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 from neoflix.runtime.files import (
     HashedFile,
+    apply_umask,
     hash_file,
-    share_as_asked,
     sync_folder,
     write_json,
 )
@@ -85,7 +85,7 @@ def write_manifest(folder: Path, facts: dict, entries: dict[str, dict]) -> None:
         facts: further content of the manifest, such as the step and the number of processes.
         entries: of the files that were hashed as they were written, by path in the folder. All others are read now.
     """
-    share_as_asked([folder, *folder.rglob("*")])
+    apply_umask([folder, *folder.rglob("*")])
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {str(path.relative_to(folder)): path for path in paths}
     with ThreadPoolExecutor(4) as pool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from neoflix.checkpoints.names import LIST_FILE, LOCK_FILE
 from neoflix.checkpoints.ownership import adopt, read_list
-from neoflix.checkpoints.store import recover_interrupted
+from neoflix.checkpoints.storage import recover_interrupted
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import write_json
 from neoflix.runtime.locks import Lock, acquire

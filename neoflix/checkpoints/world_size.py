@@ -17,7 +17,7 @@ from pathlib import Path
 
 from neoflix.checkpoints.manifest import read_manifest
 from neoflix.checkpoints.names import LATEST_FILE, STATE_FILE
-from neoflix.checkpoints.store import check_space
+from neoflix.checkpoints.storage import check_space
 from neoflix.runtime.console import progress, say
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import without_wildcards

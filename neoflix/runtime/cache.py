@@ -1,4 +1,4 @@
-"""Files and folders of the cache: whole or not there at all, and nothing left of runs that were killed. A leaf."""
+"""Files and folders of the cache: complete or not there at all, with nothing left of killed runs."""
 
 import fcntl
 import os
@@ -16,11 +16,11 @@ from neoflix.runtime.errors import UserError
 HOST = re.sub(r"\W", "-", socket.gethostname())
 
 
-# What is being written, and where; earlier versions left out where, and had two kinds.
+# Files that are being written, with the machine that writes them; earlier versions had two other kinds of names.
 UNFINISHED = re.compile(r".+\.((?P<host>[\w-]+)@)?[0-9a-f]{32}\.part|tokens-[0-9a-f]+\.arrow\.[0-9a-f]{32}\.json")
 
 
-DAY = 86_400  # seconds in which another machine may go on, whose locks are not always seen here
+DAY = 86_400  # seconds; another machine may still be writing, and its locks are not always visible here
 
 
 def default_cache_dir() -> Path:
@@ -32,21 +32,21 @@ def default_cache_dir() -> Path:
 
 @contextmanager
 def in_cache(folder: Path) -> Iterator[None]:
-    """UserError where the cache folder cannot be read or written, or its disk is full."""
+    """Raises UserError if the cache folder cannot be read or written, or its disk is full."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise UserError(
-            f"--cache_dir {folder}: cannot be read or written ({reason}); make room there, or use another folder"
+            f"--cache_dir {folder}: cannot be read or written ({reason}); free disk space there, or use another folder"
         ) from error
 
 
 @contextmanager
 def new_path(path: Path, is_folder: bool = False) -> Iterator[Path]:
-    """Another path to write at, beside `path`: it becomes `path` when the block ends, and is removed if that raises.
+    """Yields another path to write to, beside `path`: it becomes `path` when the block ends; an error removes it.
 
-    It is locked (`flock`) for as long as this process lives, so that others can tell it from what a killed run left.
+    It is locked (`flock`) for as long as this process lives, which tells it from what a killed run left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_orphans(path.parent)
@@ -56,7 +56,7 @@ def new_path(path: Path, is_folder: bool = False) -> Iterator[Path]:
         try:
             unfinished.replace(path)
         except OSError:
-            if not (is_folder and path.is_dir()):  # else another process was first
+            if not (is_folder and path.is_dir()):  # otherwise another process was first
                 raise
     finally:
         _remove(unfinished)
@@ -73,12 +73,12 @@ def _create(path: Path, is_folder: bool) -> tuple[Path, int]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if unfinished.exists():
             return unfinished, lock
-        os.close(lock)  # another process took it for an orphan before it was locked
+        os.close(lock)  # another process removed it as an orphan before it was locked
 
 
 def remove_orphans(folder: Path) -> None:
-    """Removes what killed runs left unfinished in a folder: what no process has locked, and of other machines only what
-    is a day old. On a disk without locks nothing is removed."""
+    """Removes the unfinished files of killed runs in a folder: those that no process has locked and, of other machines,
+    those that are a day old. On a disk without locks nothing is removed."""
     for path in folder.iterdir():
         match = UNFINISHED.fullmatch(path.name)
         if match is None:

@@ -1,27 +1,27 @@
-"""Exceptions and exit codes that have a meaning of their own. A leaf: imports nothing of ours."""
+"""Exceptions and exit codes with a meaning of their own."""
 
-RUN_ME_AGAIN = 75  # exit code: stopped on request, the same command goes on from there (EX_TEMPFAIL of sysexits.h)
+RUN_ME_AGAIN = 75  # exit code: stopped on request; the same command resumes the run (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(ValueError):
-    """A mistake of the user's, in one sentence: what is wrong, where, and the way out.
+    """A mistake that the user can correct, in one sentence: what is wrong, where, and the way out.
 
-    A program that ends by it prints the sentence and exits with code 2, without a traceback. Any other exception is a
-    bug, of ours or of a library, and keeps its traceback.
+    The program prints the sentence and exits with code 2, without a traceback. Any other exception is a bug, of ours or
+    of a library, and keeps its traceback.
     """
 
     exit_code = 2
 
 
 class DivergedError(UserError):
-    """Training whose losses or weights are no longer finite numbers. The input was valid: exit code 1."""
+    """The losses or weights are no longer finite numbers. The input was valid, so the exit code is 1."""
 
     exit_code = 1
 
 
 class StoppedEarly(Exception):  # noqa: N818 - not an error
-    """The run stopped on request, with its checkpoint saved; says where. Exit code `RUN_ME_AGAIN`."""
+    """The run stopped on request; the message tells where its checkpoint is. Exit code `RUN_ME_AGAIN`."""
 
 
 class MainProcessError(RuntimeError):
-    """What rank 0 did for all processes failed there; rank 0 shows the traceback. Exit code 1."""
+    """A function that rank 0 ran for all processes failed there; rank 0 prints the traceback. Exit code 1."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, with checksums; the project's folder."""
+"""Files that are written completely or not at all, and checksums of files."""
 
 import json
 import math
@@ -14,11 +14,15 @@ from pathlib import Path
 
 import xxhash
 
+ROOT = Path(__file__).resolve().parent.parent.parent  # the project's folder
+
+BLOCK = 1 << 20  # bytes hashed and written at a time: for the second, they are still in the processor's cache
+
 
 @contextmanager
 def without_wildcards(folder: Path | None) -> Iterator[Path | None]:
-    """A path to a folder (None for None) for programs that read `[`, `*` and `?` in it as wildcards, as DeepSpeed and
-    transformers do: the folder's own or, where it has such characters, a link's, until the context ends."""
+    """Yields a path to a folder without `[`, `*` and `?`, which DeepSpeed and transformers read as wildcards: the
+    folder's own or, if it has such characters, a link that exists until the context ends. None stays None."""
     if folder is None or not set("*?[") & set(str(folder)):
         yield folder
         return
@@ -28,11 +32,8 @@ def without_wildcards(folder: Path | None) -> Iterator[Path | None]:
         yield link
 
 
-BLOCK = 1 << 20  # bytes hashed and written at a time: still in the processor's cache for the second of the two
-
-
 class HashedFile:
-    """A new file, hashed as it is written, and on the disk itself (fsync) once `close` returns."""
+    """A new file that is hashed while it is written, and is on the disk itself (fsync) once `close` returns."""
 
     def __init__(self, path: str | Path):
         self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
@@ -63,7 +64,7 @@ class HashedFile:
 
 
 def hash_file(path: Path, sync: bool = False) -> dict:
-    """The manifest's entry for a file that is there already."""
+    """The manifest's entry for a file: size and checksum. With `sync`, the file is on the disk itself then."""
     digest, num_bytes = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(BLOCK))
@@ -76,7 +77,7 @@ def hash_file(path: Path, sync: bool = False) -> dict:
 
 
 def sync_folder(folder: Path) -> None:
-    """The names in a folder, on the disk itself."""
+    """Writes the names in a folder to the disk itself."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,20 +85,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def share_as_asked(paths: Iterable[Path]) -> None:
-    """Gives files and folders the permissions that the user's umask allows; safetensors makes files that the user alone
+def apply_umask(paths: Iterable[Path]) -> None:
+    """Gives files and folders the permissions that the user's umask allows: safetensors makes files that only the user
     may read."""
     umask = int(re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1], 8)
     for path in paths:
         mode = stat.S_IMODE(path.stat().st_mode)
-        asked = mode | (0o777 if path.is_dir() else 0o666) & ~umask
-        if asked != mode:
+        allowed = mode | (0o777 if path.is_dir() else 0o666) & ~umask
+        if allowed != mode:
             with suppress(PermissionError):  # another user's
-                path.chmod(asked)
+                path.chmod(allowed)
 
 
 def write_json(path: Path, content: dict | list) -> None:
-    """All of it or nothing, and on the disk itself. NaN and infinity, which JSON does not have, become null."""
+    """Writes a JSON file as `write_text` does. NaN and infinity, which JSON does not have, become null."""
     write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
 
 
@@ -110,8 +111,8 @@ def _without_nan(content):
 
 
 def write_text(path: Path, content: str) -> None:
-    """All of it or nothing, and on the disk itself."""
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # a name that nobody else's file has
+    """Writes a text file, completely or not at all, to the disk itself."""
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # a name that no other file has
     try:
         with unfinished.open("x", encoding="utf-8") as file:
             file.write(content)
@@ -130,11 +131,8 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-
 def read_json(path: Path, default):
-    """A file's content, or `default` where there is none of that kind."""
+    """The content of a JSON file, or `default` if there is none of the same type."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
-"""The GPUs that this process can use. The one place that asks for them.
+"""The GPUs that this process can use; nothing else looks for them.
 
-Torch is asked where it is loaded: it alone knows what it can use. Elsewhere (`train.py --plan` must answer before torch
-is imported) NVML is asked, the library of NVIDIA's driver. What NVML cannot tell goes to torch, which is imported for
-it: a driver without NVML (containers with the capability "compute" only), MIG, memory shared with the host, and several
-kinds of cards chosen by number (CUDA numbers them by speed, NVML by bus).
+If torch is loaded, it decides: it alone knows what it can use. Otherwise (`train.py --plan` must answer before torch is
+imported) NVML decides, the library of NVIDIA's driver. Torch is imported only for what NVML cannot tell: a driver
+without NVML (containers with the capability "compute" only), MIG, memory shared with the host, and several kinds of
+cards chosen by number (CUDA numbers them by speed, NVML by bus).
 """
 
 import os
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pynvml
 
-# How torch 2.13 and later pin host memory for copies to a GPU: no more than was asked for, where it would round each
-# buffer up to a power of two (40 GiB for the 25 of GPT-Neo-2.7B's offloaded optimizer). Buffers up to 8 MB are still
-# rounded and used again. The two limits must be equal: a freed buffer that was cached but not rounded is handed out for
-# larger requests of the same power of two and overflows (70 MiB for 120: ZeRO-3 with offload segfaults).
+# Makes torch 2.13 and later pin host memory in exact sizes. By default it rounds each buffer up to a power of two (40
+# GiB instead of 25 for the offloaded optimizer of GPT-Neo-2.7B). Buffers up to 8 MB are still rounded and reused. The
+# two limits must be equal: a freed buffer that was cached but not rounded is reused for larger requests of the same
+# power of two and overflows (70 MiB for 120: ZeRO-3 with offload segfaults).
 PINNED_MEMORY = "pinned_max_round_threshold_mb:8,pinned_max_cached_size_mb:8"
 
 
@@ -28,10 +28,10 @@ DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg")  # Linux; Windows' subsystem for L
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    memory: int  # bytes, all of it
+    memory: int  # bytes in total
     free: int  # bytes that no process holds
     capability: tuple[int, int]  # CUDA compute capability
-    driver: tuple[int, ...] = ()  # its version; (): not known
+    driver: tuple[int, ...] = ()  # its version; () if not known
     has_nvlink: bool = False
     shares_host_memory: bool = False
 
@@ -43,7 +43,7 @@ def read_gpus() -> list[Gpu]:
 
 
 def read_gpus_by_nvml() -> list[Gpu] | None:
-    """The GPUs by NVIDIA's driver, whether torch can use them or not; None where NVML cannot tell."""
+    """The GPUs that NVIDIA's driver shows, whether torch can use them or not; None if NVML cannot tell."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not visible.strip():
         return []
@@ -68,7 +68,7 @@ def _nvml():
 
 
 def _choose(handles: list, visible: str | None) -> list | None:
-    """Those that CUDA_VISIBLE_DEVICES leaves; None where only CUDA knows."""
+    """The GPUs that CUDA_VISIBLE_DEVICES selects; None if only CUDA can tell."""
     if any(_is_divided(handle) for handle in handles) or (visible or "").startswith("MIG-"):
         return None
     if visible is None:
@@ -82,10 +82,10 @@ def _choose(handles: list, visible: str | None) -> list | None:
 
 
 def visible_devices(visible: str, uuids: list[str]) -> list[int]:
-    """Indices of the devices that CUDA shows for a CUDA_VISIBLE_DEVICES of numbers or of beginnings of UUIDs.
+    """Indices of the devices that CUDA shows for a CUDA_VISIBLE_DEVICES of numbers or prefixes of UUIDs.
 
     The first word that names no device ends the list; a device that is named twice empties it (CUDA C++ Programming
-    Guide, "CUDA Environment Variables"; torch.cuda._parse_visible_devices reads it alike).
+    Guide, "CUDA Environment Variables"; torch.cuda._parse_visible_devices does the same).
     """
     chosen = []
     for word in visible.split(","):
@@ -104,13 +104,13 @@ def visible_devices(visible: str, uuids: list[str]) -> list[int]:
 
 def _is_divided(handle) -> bool:
     """Whether the GPU is in MIG mode."""
-    with suppress(pynvml.NVMLError):  # most have none
+    with suppress(pynvml.NVMLError):  # most GPUs do not have it
         return pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
     return False
 
 
 def _read_gpu(handle) -> Gpu:
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)  # NVMLError_NotSupported where it is the host's
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)  # NVMLError_NotSupported if it is shared with the host
     return Gpu(
         pynvml.nvmlDeviceGetName(handle),
         memory.total,
@@ -143,11 +143,11 @@ def _read_gpus_by_torch() -> list[Gpu]:
     gpus = []
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        free, driver, has_nvlink = _ask_nvml_of(str(device.uuid))
+        free, driver, has_nvlink = _read_by_nvml(str(device.uuid))
         if device.is_integrated:
-            free = device.total_memory  # what the host has free decides
+            free = device.total_memory  # limited by what the host has free
         elif free is None:
-            free = _ask_torch_for_free_memory(index, device.total_memory)
+            free = _read_free_memory_by_torch(index, device.total_memory)
         gpus.append(
             Gpu(
                 device.name,
@@ -162,8 +162,8 @@ def _read_gpus_by_torch() -> list[Gpu]:
     return gpus
 
 
-def _ask_nvml_of(uuid: str) -> tuple[int | None, tuple[int, ...], bool]:
-    """(free bytes, the driver's version, whether there is NVLink) of a GPU or of a part of one (MIG)."""
+def _read_by_nvml(uuid: str) -> tuple[int | None, tuple[int, ...], bool]:
+    """(free bytes, the driver's version, whether it has NVLink) of a GPU or a part of one (MIG)."""
     for kind in ("GPU", "MIG"):
         with suppress(pynvml.NVMLError), _nvml():
             handle = pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}")
@@ -171,8 +171,8 @@ def _ask_nvml_of(uuid: str) -> tuple[int | None, tuple[int, ...], bool]:
     return None, (), False
 
 
-def _ask_torch_for_free_memory(index: int, total: int) -> int:
-    """Only of this process's own device: to ask takes half a GiB of it."""
+def _read_free_memory_by_torch(index: int, total: int) -> int:
+    """Free bytes of this process's own device, else all of them: asking takes half a GiB of a device."""
     import torch
 
     return torch.cuda.mem_get_info(index)[0] if index == int(os.environ.get("LOCAL_RANK", "0")) else total

@@ -1,13 +1,7 @@
-"""The machine a run is to start on: what it has, and what it lacks for this run. A leaf that does without torch, whose
-import os
-import re
-import shutil
-import tempfile
-from pathlib import Path
-from neoflix.runtime.errors import UserError
-import alone takes longer than `--plan` may.
+"""The machine that a run starts on: memory, disk, cores, GPUs, driver.
 
-`read_machine` looks; everything that decides takes the `Machine` it returns, so that a test hands in any machine.
+Nothing here imports torch until it is needed, because its import takes longer than `--plan` may. `read_machine` reads
+the machine; everything that decides takes the `Machine` it returns, so that a test can pass any machine.
 """
 
 import importlib.util
@@ -23,17 +17,21 @@ from pathlib import Path
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.gpus import read_gpus, read_gpus_by_nvml
 
+# Oldest driver for each CUDA a torch may be built with (NVIDIA, "CUDA Toolkit Release Notes", table "CUDA Toolkit
+# and Minimum Required Driver Version for CUDA Minor Version Compatibility", Linux).
+OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
+
 USE_THE_CPU = "to use the CPU, empty CUDA_VISIBLE_DEVICES (train.py: --use_cpu true)"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a node has. Memory and disk in bytes, free ones; `None` where it could not be found out."""
+    """What a node has. Memory and disk are free bytes; `None` if they are not known."""
 
-    host_memory: int  # available to this job: the kernel's MemAvailable, or less where a cgroup says so
-    disk: int | None  # free where the run's folder lies, and what its own checkpoints take already
+    host_memory: int  # available to this job: the kernel's MemAvailable, or less if a cgroup limits it
+    disk: int | None  # free for the run's folder, including what its own checkpoints take already
     num_cores: int
-    num_devices: int = 0  # GPUs; 0: the CPU trains, and its device memory is the host's
+    num_devices: int = 0  # GPUs; 0: the run trains on the CPU, in host memory
     device_name: str = "CPU"
     device_memory: int = 0  # of the smallest GPU, all of it
     device_taken: int = 0  # of that, held by other processes
@@ -50,12 +48,12 @@ class Machine:
 
 
 def read_machine(output_dir: str, use_cpu: bool = False) -> Machine:
-    """What this machine has free now, as this process sees it."""
+    """Reads what this machine has free now, as this process sees it."""
     gpus = [] if use_cpu else read_gpus()
     disk = shutil.disk_usage(nearest_folder(output_dir))
     machine = Machine(
         host_memory=read_host_memory(),
-        # /proc and the like have no size: nothing is written there anyway
+        # /proc and the like have no size; nothing is written there
         disk=disk.free + checkpoint_bytes(output_dir) if disk.total else None,
         num_cores=len(os.sched_getaffinity(0)),
         locked_memory=_read_locked_memory(),
@@ -78,10 +76,10 @@ def read_machine(output_dir: str, use_cpu: bool = False) -> Machine:
 
 
 def has_gpu() -> bool:
-    """Whether torch has a GPU to compute on.
+    """Whether torch can compute on a GPU.
 
     Raises:
-        UserError: where NVIDIA's driver shows one that torch cannot use. Training on the CPU instead would take days.
+        UserError: if NVIDIA's driver shows a GPU that torch cannot use; training on the CPU instead would take days.
     """
     import torch
 
@@ -112,8 +110,8 @@ def nearest_folder(path: str) -> Path:
 
 
 def read_host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may still take: MemAvailable, or what its cgroup (version 1 or 2) and those above it
-    leave. Pages of files count as free there, as the kernel drops them first."""
+    """Bytes that this process may still use: MemAvailable, or what its cgroup (version 1 or 2) and those above it
+    leave. Cached pages of files count as free, because the kernel drops them first."""
     meminfo = (proc / "meminfo").read_text()
     free = [int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]) * 1024]
     with suppress(OSError):
@@ -130,12 +128,12 @@ def read_host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
             for place in [folder, *folder.parents]:
                 if root not in [place, *place.parents]:
                     break
-                free += _cgroup_rest(place, *names)
+                free += _read_cgroup(place, *names)
     return max(min(free), 0)
 
 
-def _cgroup_rest(folder: Path, limit_name: str, usage_name: str, cached_name: str) -> list[int]:
-    """[what this one cgroup leaves], or [] where it sets no limit."""
+def _read_cgroup(folder: Path, limit_name: str, usage_name: str, cached_name: str) -> list[int]:
+    """[the bytes that a cgroup leaves], or [] if it sets no limit."""
     try:
         limit = (folder / limit_name).read_text().strip()
         usage = int((folder / usage_name).read_text())
@@ -150,11 +148,17 @@ def _cgroup_rest(folder: Path, limit_name: str, usage_name: str, cached_name: st
 
 
 def output_of(*words: str) -> str:
-    """What a program prints; nothing where it is missing or fails."""
+    """What a program prints; "" if it is missing or fails."""
     try:
         return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def checkpoint_bytes(output_dir: str) -> int:
+    """Bytes of the checkpoints in a run's folder."""
+    files = [path for path in Path(output_dir).glob("checkpoint-*/**/*") if path.is_file()]
+    return sum(path.stat().st_size for path in files)
 
 
 def _read_locked_memory() -> int | None:
@@ -167,33 +171,28 @@ def torch_version() -> tuple[int, ...]:
 
 
 def _torch_fact(name: str) -> tuple[int, ...]:
-    """The first two numbers of a line of torch's version.py, which imports nothing; () where there are none."""
+    """The first two numbers of a line of torch's version.py, which imports nothing; () if there are none."""
     spec = importlib.util.find_spec("torch")
     text = Path(spec.origin).with_name("version.py").read_text() if spec else ""
     match = re.search(rf"^{name}\b.*=\s*'(\d+)\.(\d+)", text, re.MULTILINE)
     return tuple(int(part) for part in match.groups()) if match else ()
 
 
-# Oldest driver for each CUDA a torch may be built with (NVIDIA, "CUDA Toolkit Release Notes", table "CUDA Toolkit
-# and Minimum Required Driver Version for CUDA Minor Version Compatibility", Linux).
-OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
-
-
-def checkpoint_bytes(output_dir: str) -> int:
-    """Of the checkpoints that lie in a run's folder."""
-    files = [path for path in Path(output_dir).glob("checkpoint-*/**/*") if path.is_file()]
-    return sum(path.stat().st_size for path in files)
-
-
 def torch_cuda() -> tuple[int, ...]:
-    """The CUDA that torch was built with, () where with none."""
+    """The version of CUDA that torch was built with; () if it was built without."""
     return _torch_fact("cuda")
 
 
 def check_driver(name: str, driver: tuple[int, ...], built: tuple[int, ...]) -> None:
-    """UserError for a torch without CUDA, or with a newer one than the driver knows. A `driver` of () is not known."""
+    """Checks that torch was built with CUDA, and not with a newer one than the driver supports.
+
+    Args:
+        name: the GPU's.
+        driver: its version; () if it is not known.
+        built: the version of CUDA that torch was built with.
+    """
     if not built:
-        raise UserError(f"{name}: this torch was built without CUDA; install one that was (pytorch.org); {USE_THE_CPU}")
+        raise UserError(f"{name}: torch was built without CUDA; install one with CUDA (pytorch.org); {USE_THE_CPU}")
     oldest = OLDEST_DRIVER.get(built[0], ())
     if driver and driver < oldest:
         raise UserError(

@@ -1,8 +1,8 @@
-"""A lock file: one process at a time works on a folder or a file, on any machine that sees the disk.
+"""Lock files: only one process at a time works on a folder or a file, on all machines that share the disk.
 
-The file names its owner. On the owner's machine the process table says at once whether it still runs, so a lock left by
-`kill -9` or a reboot holds up nobody. Elsewhere its sign of life does: the owner sets the file's time every 10 seconds,
-and a lock whose time has stood still for two minutes belongs to nobody.
+The file names its owner. On the owner's machine the process table shows at once whether it still runs, so that a lock
+left by `kill -9` or a reboot blocks nothing. For other machines, the owner updates the file's time every 10 seconds; a
+lock whose time has not changed for two minutes is stale.
 """
 
 import fcntl
@@ -12,8 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from neoflix.runtime.console import say
@@ -22,9 +21,8 @@ from neoflix.runtime.errors import UserError
 BEAT = 10.0  # seconds between two signs of life
 
 
-PATIENCE = (
-    120.0  # seconds without one: many beats, since DeepSpeed's CPU Adam may keep a thread waiting for half a minute
-)
+# Seconds without one after which a lock is stale: DeepSpeed's CPU Adam may block the thread for half a minute.
+PATIENCE = 120.0
 
 
 class Lock:
@@ -38,10 +36,10 @@ class Lock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
             with suppress(OSError):
-                os.utime(self._descriptor)  # its own file, even where another process has put one in its place
+                os.utime(self._descriptor)  # its own file, even if another process has replaced it
 
     def is_held(self) -> bool:
-        """Whether the file is still this process's: one that was suspended for minutes may have lost it."""
+        """Whether the file is still this process's; a process that was suspended for minutes may have lost it."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
         except FileNotFoundError:
@@ -55,42 +53,36 @@ class Lock:
         os.close(self._descriptor)
 
 
-@contextmanager
-def locked(path: Path, sentence: str) -> Iterator[Lock]:
-    """Holds the lock file at `path`; errors as `acquire`."""
-    lock = acquire(path, sentence)
-    try:
-        yield lock
-    finally:
-        lock.release()
-
-
-def acquire(path: Path, sentence: str) -> Lock:
-    """Takes the lock file at `path`. OSError where the disk takes no file there.
+def acquire(path: Path, message: str) -> Lock:
+    """Creates the lock file at `path`.
 
     Args:
-        sentence: what UserError says where another process holds it, with `{owner}` for that one.
+        message: of the UserError, with `{owner}` for the process that holds the lock.
+
+    Raises:
+        UserError: if another process holds the lock.
+        OSError: if no file can be created there.
     """
-    facts = _describe_this_process()
+    facts = describe_owner()
     while (descriptor := _create(path, facts)) is None:
         owner = _read(path)
         if owner is None:
-            continue  # it has just gone
+            continue  # it was just removed
         if _is_alive(path, owner):
-            raise UserError(sentence.replace("{owner}", _name(owner)))
+            raise UserError(message.replace("{owner}", _name(owner)))
         _remove(path, owner)
     return Lock(path, descriptor)
 
 
-def _describe_this_process() -> dict:
+def describe_owner() -> dict:
     return {
         "id": uuid.uuid4().hex,
         "host": socket.gethostname(),
         "process": os.getpid(),
         "began": _start_time(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "kernel": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),  # another one after each boot
-        "processes": os.stat("/proc/self/ns/pid").st_ino,  # a container has a process table of its own
+        "kernel": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),  # differs after each boot
+        "processes": os.stat("/proc/self/ns/pid").st_ino,  # a container has its own process table
     }
 
 
@@ -101,8 +93,9 @@ def _name(owner: dict) -> str:
 
 
 def _create(path: Path, facts: dict) -> int | None:
-    """Creates the file and returns its descriptor, locked by `flock` where the disk knows that; None where there is one
-    already. It appears with its content where the disk has hard links."""
+    """Creates the file and returns its descriptor, or None if it exists already.
+
+    It is locked by `flock` if the disk supports that, and appears with its content if the disk supports hard links."""
     mine = path.with_name(f"{path.name}.{facts['id']}")
     try:
         descriptor = _write(mine, facts)
@@ -133,8 +126,11 @@ def _write(path: Path, facts: dict) -> int:
 
 
 def _read(path: Path) -> dict | None:
-    """The owner that a lock file names, `{}` where it is empty, as a crash may leave it; None where there is no file.
-    UserError for a file of another kind."""
+    """The owner that a lock file names: `{}` if it is empty, as a crash may leave it, and None if there is no file.
+
+    Raises:
+        UserError: for another kind of file.
+    """
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -146,22 +142,22 @@ def _read(path: Path) -> dict | None:
     except ValueError:
         owner = None
     if not isinstance(owner, dict) or (content and not {"id", "process", "kernel"} <= owner.keys()):
-        raise UserError(f"{path}: is not a lock file of this program, which needs this name; move it away")
+        raise UserError(f"{path}: not a lock file of this program, which needs this name; move it away")
     return owner
 
 
 def _is_alive(path: Path, owner: dict) -> bool:
-    here = _describe_this_process()
+    here = describe_owner()
     if owner.get("kernel") == here["kernel"]:
         if owner.get("processes") == here["processes"]:
             return _start_time(owner["process"]) == owner["began"]
-        if owner.get("flock"):  # another container: the kernel, which is the same, lets go of a dead process's locks
+        if owner.get("flock"):  # another container: the same kernel releases the locks of a dead process
             return _is_flocked(path)
     return _is_flocked(path) or _gives_signs_of_life(path)
 
 
 def _start_time(process: int) -> int | None:
-    """When a process began, in ticks since boot; None where there is none, or a dead one that nobody has reaped."""
+    """When a process began, in ticks since boot; None if it does not run."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -170,7 +166,7 @@ def _start_time(process: int) -> int | None:
 
 
 def _is_flocked(path: Path) -> bool:
-    """Whether another process holds the file by `flock`; False also where the disk does not know that."""
+    """Whether another process holds the file by `flock`; False if the disk does not support it."""
     try:
         with path.open("rb") as file:  # another user may not write to it
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -182,15 +178,15 @@ def _is_flocked(path: Path) -> bool:
 
 
 def _gives_signs_of_life(path: Path) -> bool:
-    """Watches a file until its time moves, which is True, or has stood still for PATIENCE seconds."""
+    """Watches a file until its time changes (True) or has not changed for PATIENCE seconds (False)."""
     try:
         last = path.stat().st_mtime
         patience, began = PATIENCE - (_now(path.parent) - last), time.monotonic()
         if patience > 0:
-            say(f"{path}: held by {_name(_read(path) or {})}; waiting for a sign of life, {patience:.0f} s at the most")
+            say(f"{path}: held by {_name(_read(path) or {})}; waiting for a sign of life, {patience:.0f} s at most")
         while time.monotonic() - began < patience:
             time.sleep(min(1.0, BEAT))
-            with path.open("rb") as file:  # NFS asks the server again for a file that is opened
+            with path.open("rb") as file:  # when a file is opened, NFS asks the server again
                 if os.fstat(file.fileno()).st_mtime != last:
                     return True
     except FileNotFoundError:
@@ -199,7 +195,7 @@ def _gives_signs_of_life(path: Path) -> bool:
 
 
 def _now(folder: Path) -> float:
-    """The time by the clock of the disk, which may be another machine's."""
+    """The time by the disk's clock, which may be that of another machine."""
     probe = folder / f"{uuid.uuid4().hex}.probe"
     try:
         probe.touch(exist_ok=False)
@@ -209,7 +205,7 @@ def _now(folder: Path) -> float:
 
 
 def _remove(path: Path, owner: dict) -> None:
-    """Removes a dead owner's lock file. Where another process was quicker, and it is a new one, it is put back."""
+    """Removes a dead owner's lock file. If another process has replaced it meanwhile, the new one is put back."""
     doomed = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         path.rename(doomed)

@@ -1,4 +1,4 @@
-"""Secrets, such as a hub's token, taken out of what a run writes down. A leaf, without torch."""
+"""Removes secrets, such as a hub's token, from what a run records."""
 
 import json
 import re
@@ -19,13 +19,13 @@ PATTERNS = (
 
 
 def is_secret(name: str) -> bool:
-    """Whether a flag or a key holds a secret by its name: hub_token, --hub-token, wandbApiKey, PASSWORD."""
+    """Whether the name of a flag or a key means a secret: hub_token, --hub-token, wandbApiKey, PASSWORD."""
     parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     return any(part.endswith(SECRET_WORDS) for part in re.split(r"[^a-z0-9]+", parts))
 
 
 def redact(value):
-    """A value of JSON's kinds without secrets: those of keys that are secret by their names, and those inside texts."""
+    """A JSON value without secrets: neither the values of keys with secret names, nor secrets inside strings."""
     if isinstance(value, dict):
         return {key: _hide(item) if is_secret(str(key)) else redact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -38,7 +38,7 @@ def _hide(value):
 
 
 def redact_text(text: str) -> str:
-    """A text without the secrets that stand in it: in JSON, in URLs, or by the look of a token."""
+    """A text without the secrets in it: in JSON, in URLs, and whatever looks like a token."""
     if text.lstrip().startswith(("{", "[")):
         try:
             return json.dumps(redact(json.loads(text)))
@@ -50,7 +50,7 @@ def redact_text(text: str) -> str:
 
 
 def redact_command(words: list[str]) -> str:
-    """A command line as one would type it, without secrets and without the launcher's own `--local_rank`."""
+    """A command line as one types it, without secrets and without the launcher's `--local_rank`."""
     kept, hides_next = [], False
     for word in words:
         flag, equals, value = word.partition("=")

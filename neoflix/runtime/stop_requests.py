@@ -1,6 +1,6 @@
-"""Requests to stop a run: a signal, a launcher that is gone, a file named STOP. A leaf: imports nothing of ours.
+"""Requests to stop a run: a signal, the end of DeepSpeed's launcher, a file named STOP.
 
-They are noticed here and acted on at the end of a step (callbacks.StopOnRequest), by all processes together.
+They are noticed here. All processes act on them together, at the end of a step (`callbacks.StopOnRequest`).
 """
 
 import os
@@ -19,26 +19,26 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _requests: list[str] = []  # why this process was asked to stop
 
 
-_held = threading.Event()  # DeepSpeed's launcher is
+_suspended = threading.Event()  # whether DeepSpeed's launcher is suspended
 
 
 def find_stop_request(run: str) -> str | None:
-    """Why the run should stop, or None."""
+    """The reason why the run should stop, or None."""
     if _requests:
         return _requests[0]
     return f"{STOP_FILE} in {run}" if Path(run, STOP_FILE).exists() else None
 
 
 def forget_stop_file(run: str) -> None:
-    """A STOP file holds once: the same command goes on afterwards."""
+    """Removes the STOP file, so that the same command resumes the run."""
     Path(run, STOP_FILE).unlink(missing_ok=True)
 
 
 def catch_stop_requests() -> None:
-    """From here on SIGTERM and SIGUSR1 are requests, and so is the end of DeepSpeed's launcher.
+    """Makes SIGTERM, SIGUSR1 and the end of DeepSpeed's launcher requests to stop.
 
-    A thread hears the signals, by a pipe: the main thread hears nothing while it waits for other processes, and a
-    launcher that said SIGTERM kills after 30 s.
+    A thread receives the signals through a pipe. The main thread would not notice them while it waits for other
+    processes, and a launcher kills 30 s after its SIGTERM.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -51,17 +51,17 @@ def catch_stop_requests() -> None:
 
 
 def _listen(read_end: int) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in _hold's shell too, which has to outlive them
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the shell of `_suspend`, which must outlive them
     while number := os.read(read_end, 1):
         if number[0] not in SIGNALS:
             continue
         if number[0] == signal.SIGTERM and not _requests and (launcher := _find_launcher()):
-            _hold(launcher)
+            _suspend(launcher)
         _requests.append(signal.Signals(number[0]).name)
 
 
 def _find_launcher() -> int | None:
-    """DeepSpeed's launcher on this machine, where it is this process's parent."""
+    """The process of DeepSpeed's launcher, if it is this process's parent."""
     try:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
     except OSError:
@@ -69,12 +69,12 @@ def _find_launcher() -> int | None:
     return os.getppid() if b"deepspeed.launcher.launch" in command else None
 
 
-def _hold(launcher: int) -> None:
-    """Stops the launcher's clock for as long as this process lives.
+def _suspend(launcher: int) -> None:
+    """Suspends the launcher for as long as this process lives.
 
-    DeepSpeed's launcher hands SIGTERM on and kills what still runs 30 s later (launch.py, terminate_process_tree);
-    saving a 2.7B checkpoint takes minutes. Who wakes the launcher is a shell that waits for the end of a pipe,
-    which this process's end is, whatever ends it.
+    DeepSpeed's launcher forwards SIGTERM and kills the processes that still run 30 s later (launch.py,
+    terminate_process_tree), while saving a 2.7B checkpoint takes minutes. A shell wakes the launcher when a pipe
+    closes, which happens when this process ends, for whatever reason.
     """
     read_end, write_end = os.pipe()
     wake = f"read _; kill -CONT {launcher}"
@@ -82,7 +82,7 @@ def _hold(launcher: int) -> None:
     os.close(read_end)
     os.set_inheritable(write_end, False)
     os.kill(launcher, signal.SIGSTOP)
-    _held.set()
+    _suspended.set()
 
 
 def _parent_of(process: int) -> int | None:
@@ -93,11 +93,11 @@ def _parent_of(process: int) -> int | None:
 
 
 def _watch(launcher: int) -> None:
-    """A launcher that was killed leaves its processes running unseen; they save and end instead. Its own parent,
-    the `deepspeed` command, is killed by a SIGTERM that it does not hand on: the same."""
+    """Requests a stop when the launcher is gone, because its processes would go on unnoticed. The same holds for its
+    parent, the `deepspeed` command, which does not forward the SIGTERM that kills it."""
     command = _parent_of(launcher)
     while os.getppid() == launcher and _parent_of(launcher) == command:
-        if _held.is_set():  # SLURM says SIGCONT after SIGTERM, to all
+        if _suspended.is_set():  # after SIGTERM, SLURM sends SIGCONT to all
             os.kill(launcher, signal.SIGSTOP)
         time.sleep(1)
     _requests.append("DeepSpeed's launcher is gone")

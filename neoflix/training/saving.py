@@ -13,7 +13,7 @@ from neoflix.checkpoints.manifest import Files, find_corruption, num_bytes, read
 from neoflix.checkpoints.names import LATEST_FILE, STATE_FILE
 from neoflix.checkpoints.ownership import read_list, temporary
 from neoflix.checkpoints.run_folder import check_held
-from neoflix.checkpoints.store import check_space, commit, export_best, prune
+from neoflix.checkpoints.storage import check_space, commit, export_best, prune
 from neoflix.model.folder import has_weights
 from neoflix.model.lora import has_adapters
 from neoflix.runtime.console import is_main_process, say

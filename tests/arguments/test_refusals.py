@@ -35,7 +35,7 @@ WORKS = {
         torch_compile resume_from_checkpoint activation_checkpointing gradient_checkpointing disable_tqdm logging_steps
         deepspeed
         use_cpu report_to bf16""",
-    "tests/training/test_optimizer.py": "weight_decay optim",
+    "tests/training/test_parameter_groups.py": "weight_decay optim",
     "tests/planning/test_settings.py": "fp16",
     "test_flags_that_change_a_log": """logging_strategy logging_first_step lr_scheduler_kwargs adam_beta1 adam_beta2
         adam_epsilon max_grad_norm include_num_input_tokens_seen skip_memory_metrics data_seed train_sampling_strategy

@@ -11,7 +11,7 @@ from neoflix.checkpoints.names import LIST_FILE, RESULTS_FILE, RUN_FILE
 from neoflix.checkpoints.output_dir import check_output_dir
 from neoflix.checkpoints.ownership import is_own, read_list, temporary
 from neoflix.checkpoints.run_folder import claim
-from neoflix.checkpoints.store import export_best
+from neoflix.checkpoints.storage import export_best
 from neoflix.runtime.files import write_json
 
 OTHER = "EleutherAI/gpt-neo-125m"  # a base model that is not a folder

@@ -6,22 +6,35 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import PYTHON, ROOT
 
 from neoflix.runtime import locks
-from neoflix.runtime.locks import _describe_this_process, acquire, locked
+from neoflix.runtime.locks import Lock, acquire, describe_owner
 
 HOLDER = """
 import sys, time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from neoflix.runtime.locks import acquire
 lock = acquire(Path(sys.argv[1]), "{owner}")
 print("held", flush=True)
 time.sleep(600)
 """
+
+
+@contextmanager
+def locked(path: Path, message: str) -> Iterator[Lock]:
+    lock = acquire(path, message)
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 @pytest.fixture
@@ -49,7 +62,7 @@ def hold(path):
 
 def write_as(path: Path, age: float = 0, **facts) -> None:
     """A lock file of another owner, whose last sign of life was `age` seconds ago."""
-    path.write_text(json.dumps(_describe_this_process() | {"id": "another"} | facts))
+    path.write_text(json.dumps(describe_owner() | {"id": "another"} | facts))
     os.utime(path, (time.time() - age,) * 2)
 
 

@@ -11,7 +11,7 @@ from neoflix.checkpoints.names import LIST_FILE, RECORD_FILES, UNIVERSAL
 from neoflix.checkpoints.ownership import is_own, is_unchanged, read_list, temporary
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
-from neoflix.runtime.files import free_bytes, hash_file, share_as_asked, sync_folder, write_json
+from neoflix.runtime.files import apply_umask, free_bytes, hash_file, sync_folder, write_json
 
 
 def check_space(run: Path, needed: int, what: str) -> None:
@@ -102,7 +102,7 @@ def export_best(checkpoint: Path, run: Path) -> None:
     """
     owned, entries = read_list(run), (read_manifest(checkpoint) or {"files": {}})["files"]
     sources = {path.name: path for path in list_model_files(checkpoint)}
-    share_as_asked(sources.values())
+    apply_umask(sources.values())
     checksums = {name: (entries.get(name) or hash_file(path))["xxh3_128"] for name, path in sources.items()}
     before = owned["files"]
     both = {name: [*before.get(name, []), checksum] for name, checksum in checksums.items()}

@@ -12,7 +12,7 @@ from neoflix.checkpoints.manifest import read_manifest
 from neoflix.checkpoints.names import RESULTS_FILE, UNIVERSAL
 from neoflix.checkpoints.ownership import read_list, temporary
 from neoflix.checkpoints.run_folder import claim
-from neoflix.checkpoints.store import check_space, commit, delete, export_best, prune, recover_interrupted
+from neoflix.checkpoints.storage import check_space, commit, delete, export_best, prune, recover_interrupted
 from neoflix.export import export_gpt2, export_merged
 
 OTHER = "EleutherAI/gpt-neo-125m"  # a base model that is no folder
@@ -157,7 +157,7 @@ def test_an_interrupted_deletion_leaves_nothing_under_the_name(folder, monkeypat
     def die(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neoflix.checkpoints.store.shutil.rmtree", die)
+    monkeypatch.setattr("neoflix.checkpoints.storage.shutil.rmtree", die)
     with pytest.raises(KeyboardInterrupt):
         delete(save_checkpoint(folder / "checkpoint-1", 1))
     monkeypatch.undo()
