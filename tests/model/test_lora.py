@@ -169,7 +169,7 @@ def test_two_processes_go_on_with_what_one_began(run, train_words, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("checkpoint-6", "all_results.json"))
     output = launch(2, "train.py", *train_words, "--output_dir", copy, *words)
-    assert "checkpoint-3 was saved by 1 process(es): converting it" in output
+    assert "checkpoint-3 was saved by 1 process(es); converting" in output
     assert losses(copy) == pytest.approx(losses(whole), abs=1e-6)
     ours, theirs = (load_file(folder / ADAPTERS_FILE) for folder in (copy, whole))
     for name in theirs:
