@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from neoflix.checkpoints.names import LIVE_SAMPLES_FILE, STARTS_FILE
+from neoflix.data.rows import FileError
 from neoflix.data.tables import parse_json_lines
 from neoflix.runtime.files import read_json, write_json, write_text
 from neoflix.runtime.redaction import redact_command
@@ -50,7 +51,8 @@ def read_live_samples(output_dir: str | Path) -> list[dict]:
     """The rows of a run's file of samples, up to a line that a killed process left unfinished."""
     rows = []
     path = Path(output_dir, LIVE_SAMPLES_FILE)
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError), path.open(encoding="utf-8") as lines:
+    damage = (FileNotFoundError, FileError, ValueError, KeyError, TypeError)
+    with suppress(*damage), path.open(encoding="utf-8") as lines:
         for _, row in parse_json_lines(lines):
             numbers = {"step": int(row["step"]), "epoch": float(row["epoch"])}
             rows.append(numbers | {name: str(row[name]) for name in ("prompt", "text")})

@@ -45,7 +45,7 @@ WORKS = {
         dataloader_multiprocessing_context dataloader_pin_memory activation_checkpointing_kwargs
         gradient_checkpointing_kwargs prediction_loss_only do_train debug load_best_model_at_end
         average_tokens_across_devices logging_nan_inf_filter tf32""",
-    "tests/arguments/test_argument_words.py": "torch_compile_mode torch_compile_backend optim_args optim_target_modules",
+    "arguments/test_argument_words.py": "torch_compile_mode torch_compile_backend optim_args optim_target_modules",
     "NEEDS: only with trackio": "project trackio_space_id trackio_bucket_id trackio_static_space_id",
     "tests/runs/test_recovery.py": "restore_callback_states_from_checkpoint",
     "tests/runtime/test_redaction.py: a secret, for whoever asks the hub": "hub_token",

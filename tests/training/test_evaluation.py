@@ -50,9 +50,8 @@ def measure(run_dir, capsys):
     """measure("folder", *more words) -> the line of JSON that --eval_only prints; its whole output is `said`."""
 
     def measure(model: Path | str, *words: str) -> dict:
-        train.main(
-            ["--eval_only", "--model_name_or_path", str(model), "--cache_dir", str(run_dir.parent / "cache"), *words]
-        )
+        cache = ["--cache_dir", str(run_dir.parent / "cache")]
+        train.main(["--eval_only", "--model_name_or_path", str(model), *cache, "--disable_tqdm", "false", *words])
         measure.said = capsys.readouterr().out
         return json.loads(next(line for line in measure.said.splitlines() if line.startswith("{")))
 
