@@ -69,7 +69,7 @@ def test_stopped_anywhere_is_never_stopped(run, tmp_path, stop_after, deepspeed,
         assert list_checkpoints(tmp_path / "stopped")[-1].name == f"checkpoint-{step}"
         assert not (tmp_path / "stopped" / "STOP").exists()
         report = (tmp_path / "stopped" / "report.html").read_text()
-        assert f"step {step} of 21" in report
+        assert f"not finished: step {step} of 21" in report
     stopped = run("stopped", *words)
     assert losses(stopped, "eval_loss") == losses(whole, "eval_loss")
     assert_same_run(stopped, whole)

@@ -265,7 +265,7 @@ BAD_RUNS = {
     "an empty file": ({"d.csv": ""}, ["--dataset", "d.csv"], "is empty"),
     "a header only": ({"d.csv": CSV}, ["--dataset", "d.csv"], "no rows"),
     "a wrong column": ({}, ["--text_column", "synopsis"], "it has title, description"),
-    "no texts": ({"d.csv": CSV + "a,\nb, \n"}, ["--dataset", "d.csv"], "title, description"),
+    "no texts": ({"d.csv": CSV + "a,\nb, \n"}, ["--dataset", "d.csv"], "none of them holds texts"),
     "not UTF-8": ({"d.csv": (CSV + "a,caf\u00e9\n").encode("latin-1")}, ["--dataset", "d.csv"], "save it as UTF-8"),
     "ragged rows": ({"d.csv": CSV + "a,b,c\n"}, ["--dataset", "d.csv"], "line 2 has 3 fields, the header has 2"),
     "an open quote": (
