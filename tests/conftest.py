@@ -1,6 +1,7 @@
 """What the tests stand on: a small GPT-Neo of true architecture in a folder, a catalogue, and ways to run."""
 
 import argparse
+import atexit
 import csv
 import functools
 import gc
@@ -9,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; no test waits for a network
+if "PYTEST_XDIST_WORKER" not in os.environ:  # an empty cache, shared by xdist's workers: the user's may be stale
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="neoflix-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import cpuinfo
 import pytest
@@ -132,6 +137,14 @@ def starts_what_its_mark_says(request, monkeypatch):
     monkeypatch.setattr(subprocess.Popen, "__init__", check_and_start)
     train = "neoflix.training.trainer.TokenTrainer.train"
     monkeypatch.setattr(train, lambda *_, **__: pytest.fail(f"trains: {advice}"))
+
+
+@pytest.fixture(autouse=True)
+def zero_3_ends_with_its_test():
+    """transformers splits each model that it builds while the arguments of a ZeRO-3 run are alive, garbage or not."""
+    yield
+    if module := sys.modules.get("transformers.integrations.deepspeed"):
+        module.unset_hf_deepspeed_config()
 
 
 @pytest.fixture(autouse=True)

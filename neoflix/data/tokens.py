@@ -21,7 +21,7 @@ from neoflix.runtime.errors import UserError
 # `prompt_length`: tokens at the beginning that are not targets. `num_chars`: characters of the targets.
 TOKENS = Features({"input_ids": List(Value("int32")), "prompt_length": Value("int32"), "num_chars": Value("int32")})
 
-FILE_VERSION = 2  # of the columns above; files of version 1 are named `{name}.arrow` and have other columns
+FILE_VERSION = 3  # of the columns above and of the counts beside them
 
 FEWEST_TOKENS = 8  # of a completion that must fit behind its prompt
 
