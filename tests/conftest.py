@@ -29,7 +29,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2TokenizerFast, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2TokenizerFast,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+)
 
 from neoflix.arguments.deepspeed_file import read_ds_config
 from neoflix.arguments.parse import read_all_flags
@@ -380,6 +388,35 @@ def tiny_config(**overrides) -> GPTNeoConfig:
         "initializer_range": 0.2,
     }
     return GPTNeoConfig(**(values | overrides))
+
+
+LLAMA = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=160,
+    max_position_embeddings=128,
+    tie_word_embeddings=True,
+)
+OTHERS = {
+    "llama": LLAMA,
+    "llama-untied": LlamaConfig(**(LLAMA.to_dict() | {"tie_word_embeddings": False})),
+    "gpt2": GPT2Config(vocab_size=512, n_embd=64, n_layer=3, n_head=4, n_positions=128),
+    "gpt-neox": GPTNeoXConfig(
+        vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256
+    ),
+}
+
+
+@pytest.fixture(params=OTHERS)
+def other_architecture(request, tmp_path):
+    """(a small model of another architecture, its shape by config.json)"""
+    config = OTHERS[request.param]
+    config.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32), read_shape(str(tmp_path))
 
 
 @pytest.fixture

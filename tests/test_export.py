@@ -260,7 +260,7 @@ REFUSALS = {
     "no folder": (["none", "out"], "RUN none: no such folder"),
     "no model": (["unfinished", "out"], "RUN unfinished: holds no model and no complete checkpoint"),
     "another model": (["gpt2", "out"], "RUN gpt2: its model is a gpt2"),
-    "no tokenizer": (["bare", "out"], "holds a model but no tokenizer"),
+    "no tokenizer": (["bare", "out"], "bare: has no tokenizer"),
     "a folder with something": (["run", "full"], "OUT full: exists already and is not empty"),
     "a file": (["run", "file"], "OUT file: is a file"),
     "no place to write": (["run", "/proc/out"], "OUT /proc/out: cannot be written"),

@@ -10,43 +10,42 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from neoflix.runtime.errors import UserError
 
-SHORTEST_GROUP = 16  # texts up to this length share a group: below it padding costs less than another kernel
+SHORTEST_GROUP = 16  # texts up to this length share a group: padding them costs less than another kernel
 
 
 class TextLayout(torch.Tensor):
-    """Long [1, 1, N, L]: the place in its row of each token of each text; beyond its end a text repeats its last.
+    """Long [1, 1, N, L]: the position in the packed row of each text's tokens, padded with the text's last position.
 
-    A model takes it as its `attention_mask`. Its type, which `.to()`, pinned memory and worker processes keep, tells it
-    from every mask. It has four dimensions because transformers hands such a mask on as it is: to find the texts by
-    itself it would have the host wait for the device, in every forward pass.
+    It is passed as a model's `attention_mask`. Its type tells it from a mask; `.to()`, pinned memory and worker
+    processes keep the type. It has four dimensions because transformers passes such a mask on unchanged. Otherwise
+    transformers would look for the texts itself, which makes the host wait for the device in every forward pass.
     """
 
 
 def lay_out_texts(lengths: list[int]) -> TextLayout:
-    """The layout of texts of these lengths in the row that holds them end to end."""
+    """The layout of texts of these lengths, packed into one row."""
     lengths_N1 = torch.tensor(lengths).unsqueeze(1)
     starts_N1 = lengths_N1.cumsum(0) - lengths_N1
     return (starts_N1 + torch.arange(max(lengths)).minimum(lengths_N1 - 1))[None, None].as_subclass(TextLayout)
 
 
 def group_by_length(layout_NL: torch.Tensor) -> list[torch.Tensor]:
-    """Takes a layout apart, a piece [N, L] for each power-of-two length class, so that little of it is padding."""
+    """Splits a layout by length into pieces [N, L], one for each power of two, so that little of it is padding."""
     lengths_N = layout_NL[:, -1] - layout_NL[:, 0] + 1
     class_N = lengths_N.clamp(min=SHORTEST_GROUP).sub(1).log2().floor()
     groups = [class_N == length_class for length_class in class_N.unique()]
     return [layout_NL[group, : int(lengths_N[group].max())] for group in groups]
 
 
-IGNORE_INDEX = -100  # label of a token that no loss counts, by torch's and Hugging Face's convention
+IGNORE_INDEX = -100  # the label of tokens without a loss, in torch and Hugging Face
 
 
 class EpochOrder(Sampler[int]):
-    """Texts in an order that depends on the seed and the epoch alone: a resumed run, or another number of processes,
-    has the same one.
+    """An order of texts that depends only on the seed and the epoch, not on resuming or the number of processes.
 
     Args:
         lengths_N: tokens of each text.
-        texts_per_step: of all processes; with `by_length`, these are about equally long.
+        texts_per_step: texts per step of all processes; with `by_length`, these have similar lengths.
         by_length: group texts by length (`--train_sampling_strategy group_by_length`).
     """
 
@@ -69,21 +68,21 @@ class EpochOrder(Sampler[int]):
 
 
 class TokenBatches(Sampler[list[int]]):
-    """Batches of about equal numbers of tokens, none above a budget; of these, one process's.
+    """One process's batches, of about equal numbers of tokens and none above a budget.
 
-    Texts go, longest first, each to the batch that is emptiest so far (Graham's longest-processing-time rule, 1969:
-    at most a third above the best there is, and next to it where texts are many): no process waits for another.
-    Which of the texts of one length comes where, and the batches' order, is drawn anew each epoch; the batches'
-    sizes and their number, a multiple of what a step takes, are the same in every epoch.
+    Texts are assigned longest first, each to the batch with the fewest tokens so far (Graham's longest-processing-time
+    rule, 1969: the fullest batch is at most a third above the optimum, and close to it with many texts). So no process
+    waits long for another. Each epoch shuffles texts of equal length and the order of batches. The sizes of batches and
+    their number, a multiple of `batches_per_step`, are the same in every epoch.
 
     Args:
-        lengths_N: tokens of each text; as many texts as a step takes batches, or a multiple (`fill_up`).
-        budget: most tokens a batch may have.
-        batches_per_step: processes times accumulated batches.
-        rank, world_size: this process takes every `world_size`-th batch, from the `rank`-th on.
+        lengths_N: tokens of each text; the number of texts is a multiple of `batches_per_step` (`fill_up`).
+        budget: the most tokens in a batch.
+        batches_per_step: number of processes times accumulated batches.
+        rank, world_size: this process gets every `world_size`-th batch, starting with number `rank`.
 
     Raises:
-        UserError: where a single text is longer than the budget.
+        UserError: if one text is longer than the budget.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class TokenBatches(Sampler[list[int]]):
 
     @staticmethod
     def _deal(descending: list[int], num_batches: int) -> tuple[list[list[int]], int]:
-        """(which texts, counted from the longest, each batch gets; tokens of the fullest)"""
+        """(texts of each batch, numbered from the longest; tokens of the fullest batch)"""
         batches = [[] for _ in range(num_batches)]
         emptiest_first = [(0, batch) for batch in range(num_batches)]
         for rank, length in enumerate(descending):
@@ -130,40 +129,40 @@ class TokenBatches(Sampler[list[int]]):
 
 
 class PackedCollator:
-    """Lays texts end to end in one row: nothing is padding, and attention keeps the texts apart.
+    """Packs texts into one row without padding. Attention keeps the texts apart.
 
-    Labels are the tokens themselves (the model shifts them), but for those that are given, a prompt's and the first of
-    each text: no text is asked to foresee the next one. `use_cache` is off because training has no use for one.
+    Labels are the tokens themselves, since the model shifts them. The tokens of a prompt, and the first token of each
+    text, have no label: no text predicts the next one. `use_cache` is off because training needs no cache.
     """
 
     def __call__(self, examples: list[dict]) -> dict:
-        """-> input_ids, position_ids, labels: long [1, T]; attention_mask: the texts' layout; use_cache: False."""
+        """-> input_ids, position_ids, labels: long [1, T]; attention_mask: the `TextLayout`; use_cache: False."""
         lengths = [len(example["input_ids"]) for example in examples]
         input_ids = torch.tensor([i for example in examples for i in example["input_ids"]]).unsqueeze(0)
         position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
         prompt_length = [example["prompt_length"] for example in examples]
-        num_given_1T = torch.tensor(prompt_length).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+        prompt_length_1T = torch.tensor(prompt_length).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
         return {
             "input_ids": input_ids,
             "position_ids": position_ids,
             "attention_mask": lay_out_texts(lengths),
-            "labels": input_ids.masked_fill(position_ids < num_given_1T, IGNORE_INDEX),
+            "labels": input_ids.masked_fill(position_ids < prompt_length_1T, IGNORE_INDEX),
             "use_cache": False,
         }
 
 
 class PaddedCollator:
-    """Pads texts to the longest, on the right: for models whose attention does not keep texts apart."""
+    """Pads texts on the right to the longest one, for models whose attention does not keep packed texts apart."""
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
     def __call__(self, examples: list[dict]) -> dict:
-        """-> input_ids, attention_mask, labels: long [B, T]; padding is never a label, nor what is given."""
+        """-> input_ids, attention_mask, labels: long [B, T]; padding and prompts have no label."""
         rows = [torch.tensor(example["input_ids"]) for example in examples]
         input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
         is_real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        num_given_B1 = torch.tensor([[example["prompt_length"]] for example in examples])
-        is_given = torch.arange(input_ids.shape[1]) < num_given_B1
-        labels = input_ids.masked_fill((is_real == 0) | is_given, IGNORE_INDEX)
+        prompt_length_B1 = torch.tensor([[example["prompt_length"]] for example in examples])
+        is_prompt = torch.arange(input_ids.shape[1]) < prompt_length_B1
+        labels = input_ids.masked_fill((is_real == 0) | is_prompt, IGNORE_INDEX)
         return {"input_ids": input_ids, "attention_mask": is_real, "labels": labels}

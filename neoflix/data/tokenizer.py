@@ -1,4 +1,4 @@
-"""Tokenizers and their special tokens. A leaf: imports nothing of ours."""
+"""Tokenizers and their special tokens."""
 
 import hashlib
 import tempfile
@@ -14,19 +14,22 @@ BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 
 
 def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
-    """Loads a model's tokenizer and gives it a beginning, an end and a padding token that differ.
+    """Loads a model's tokenizer, with different tokens for beginning, end and padding.
 
-    GPT-Neo's own has one token, `<|endoftext|>`, for all three: it stays the end; `<|startoftext|>` and
-    `<|pad|>` are added. UserError where the folder or hub name holds no tokenizer.
+    GPT-Neo's tokenizer uses `<|endoftext|>` for all three. It stays the end token; `<|startoftext|>` and `<|pad|>` are
+    added.
+
+    Raises:
+        UserError: if the folder or hub name has no tokenizer, or a slow one.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"--model_name_or_path {model_name_or_path}: no tokenizer found there; a folder needs tokenizer.json "
+            f"--model_name_or_path {model_name_or_path}: no tokenizer found; a folder needs tokenizer.json "
             "(or vocab.json and merges.txt), a hub name needs a network connection or an earlier download"
         ) from error
-    if not tokenizer.is_fast:  # training needs each token's place in the text, which only those of `tokenizers` tell
+    if not tokenizer.is_fast:  # training needs the offset of each token in the text
         raise UserError(
             f"--model_name_or_path {model_name_or_path}: its tokenizer, {type(tokenizer).__name__}, has no fast form "
             "(tokenizer.json); use a model that has one"
@@ -38,22 +41,25 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def read_tokenizer(folder: str | Path, named: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a model, as it is.
+    """A model's tokenizer, unchanged.
 
-    UserError, which begins with how the user `named` it, where none does: of no files at all transformers makes an
-    empty one.
+    Args:
+        named: how the user named the folder, which the error begins with.
+
+    Raises:
+        UserError: if there is none. (transformers makes an empty tokenizer if it finds no files.)
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{named}: holds a model but no tokenizer") from error
+        raise UserError(f"{named}: has no tokenizer") from error
     if len(tokenizer) < 2:
-        raise UserError(f"{named}: holds a model but no tokenizer")
+        raise UserError(f"{named}: has no tokenizer")
     return tokenizer
 
 
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds what is missing of bos, eos and pad, in place; what a tokenizer already tells apart stays."""
+    """Adds the bos, eos and pad tokens that a tokenizer lacks or uses for another purpose too, in place."""
     missing = {}
     if tokenizer.eos_token is None:
         missing["eos_token"] = EOS
@@ -67,16 +73,16 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def find_added_ids(tokenizer: PreTrainedTokenizerBase, base: str) -> set[int]:
-    """Ids of the tokens that a tokenizer has and that of its base model, a hub name or folder, does not."""
+    """Ids of the tokens that the tokenizer of `base`, a hub name or folder, lacks."""
     known = read_tokenizer(base, base).get_vocab()
     return {number for token, number in tokenizer.get_vocab().items() if token not in known}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerBase:
-    """Trains a byte-level BPE on `texts`; the same texts give the same tokenizer.
+    """Trains a byte-level BPE on `texts`. The same texts give the same tokenizer.
 
-    It is kept in `cache_dir` under a hash of the texts, so that every process of a run reads one and the
-    same file: the main process must come first.
+    It is kept in `cache_dir` under a hash of the texts, where all processes of a run read it. The main process must be
+    the first to call this.
     """
     digest = hashlib.sha256("\0".join([str(vocab_size), *texts]).encode()).hexdigest()[:16]
     folder = cache_dir / f"tokenizer-{digest}"

@@ -1,17 +1,17 @@
 """GPT-Neo's attention on torch's fast kernels.
 
-The same function as transformers' eager attention (no 1/sqrt(d) scaling; every other layer sees only the
-last `window_size` tokens), without its [B, H, T, T] fp32 matrix and without its position-squared `bias`
-buffer (4 MB a layer at 2,048 positions).
+It computes the same as transformers' eager attention (no 1/sqrt(d) scaling; every second layer sees only the last
+`window_size` tokens), without the [B, H, T, T] fp32 matrix and without the positions-squared `bias` buffer (4 MB per
+layer at 2,048 positions).
 
-A row that holds several texts end to end is attended to text by text: exact, and linear in the number of texts
-where a block-diagonal mask would be quadratic. On CUDA that is one kernel, torch's variable-length flash attention;
-elsewhere the texts are taken apart by length and each group goes through `scaled_dot_product_attention`.
+In a packed row, each text attends only to itself. The cost is linear in the number of texts; with a block-diagonal mask
+it would be quadratic. On CUDA this is one kernel, torch's variable-length flash attention. Elsewhere texts are grouped
+by length, and each group goes through `scaled_dot_product_attention`.
 
-Every mask that transformers takes works: of two dimensions, or of four as bool, float or integer, with any cache.
+All masks of transformers work: two-dimensional, or four-dimensional as bool, float or integer, with any cache.
 
-Shapes: B rows, T tokens a row, Q queries, K keys, H heads, D dimensions a head, N texts, L tokens of the
-longest text (in a group).
+Shapes: B rows, T tokens per row, Q queries, K keys, H heads, D dimensions per head, N texts, L tokens of the longest
+text (in a group).
 """
 
 import torch
@@ -24,14 +24,14 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASS
 
 from neoflix.data.packing import TextLayout, group_by_length
 
-ATTENTION_NAME = "neoflix"  # not "sdpa": transformers refuses that word for GPT-Neo
+ATTENTION_NAME = "neoflix"  # not "sdpa", which transformers refuses for GPT-Neo
 
 
 class GPTNeoFastAttention(nn.Module):
-    """Takes the place of transformers' `GPTNeoSelfAttention`: same weights, same call, same result.
+    """Replaces transformers' `GPTNeoSelfAttention`, with the same weights, arguments and result.
 
-    `attention_mask` may also be the layout of the texts in one packed row (`lay_out_texts`). Attention weights are not
-    offered: the kernels do not keep them.
+    `attention_mask` may also be the layout of the texts in a packed row (`lay_out_texts`). Attention weights are not
+    returned, since the kernels do not keep them.
     """
 
     def __init__(self, config, attention_type: str, layer_id: int | None = None):
@@ -60,7 +60,7 @@ class GPTNeoFastAttention(nn.Module):
             output = self._attend_by_text(query[0], key[0], value[0], attention_mask)
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            if attention_mask is not None:  # before the update, which moves a static cache's offset
+            if attention_mask is not None:  # before the update, which changes the offset of a static cache
                 places = _find_start(layer_past, self.layer_id) + torch.arange(
                     query.shape[2], device=query.device
                 ).unsqueeze(1)
@@ -71,22 +71,22 @@ class GPTNeoFastAttention(nn.Module):
         return self.resid_dropout(self.out_proj(output.reshape(hidden_states.shape))), None
 
     def _complete(self, mask, place_Q1, dtype):
-        """A mask as `scaled_dot_product_attention` takes it, without keys after each query or outside its window.
+        """The mask for `scaled_dot_product_attention`: causal, and limited to the layer's window.
 
         Args:
             mask: broadcast to [B, H, Q, K]. Bool: True attends. Float: added to the scores. Integer: 1 attends, 0 does
-                not; without any positive number it is added to the scores.
-            place_Q1: each query's place among the keys; with our own cache [B, 1, 1, 1].
+                not; an integer mask without positive values is added to the scores.
+            place_Q1: each query's position among the keys; [B, 1, 1, 1] with our own cache.
         """
         num_queries, num_keys = place_Q1.shape[-2], mask.shape[-1]
-        lowest = torch.finfo(dtype).min  # not -inf: a row without any visible key would be NaN
+        lowest = torch.finfo(dtype).min  # not -inf, with which a row without visible keys is NaN
         if mask.dtype != torch.bool:
             if not mask.is_floating_point():
                 shown = torch.where(mask > 0, 0.0, lowest)
                 mask = torch.where((mask > 0).any(), shown, mask.to(shown.dtype))
             mask = mask.to(dtype).clamp(min=lowest)
         is_windowed = self.window is not None and num_keys > self.window
-        if num_queries == 1 and not is_windowed:  # one new token, which sees all of the cache
+        if num_queries == 1 and not is_windowed:  # one new token attends to the whole cache
             return mask
         keys_K = torch.arange(num_keys, device=mask.device)
         is_near = keys_K <= place_Q1
@@ -94,7 +94,7 @@ class GPTNeoFastAttention(nn.Module):
             is_near &= keys_K > place_Q1 - self.window
         return mask & is_near if mask.dtype == torch.bool else mask.masked_fill(~is_near, -torch.inf)
 
-    @torch.compiler.disable  # its shapes change with every batch
+    @torch.compiler.disable  # the shapes change with every batch
     def _attend_by_text(self, query_THD, key_THD, value_THD, layout_11NL):
         layout_NL = layout_11NL.as_subclass(torch.Tensor)[0, 0]
         dropout = self.attention_dropout if self.training else 0.0
@@ -114,10 +114,10 @@ class GPTNeoFastAttention(nn.Module):
 
     def _attend(self, query_BHQD, key_BHKD, value_BHKD, mask):
         num_queries = query_BHQD.shape[2]
-        if mask is None and num_queries == 1:  # one new token that sees all of the cache
+        if mask is None and num_queries == 1:  # one new token attends to the whole cache
             if self.window is not None:
                 key_BHKD, value_BHKD = key_BHKD[:, :, -self.window :], value_BHKD[:, :, -self.window :]
-        elif mask is None:  # nothing cached yet: a static cache has empty places beyond the queries
+        elif mask is None:  # a prefill: a static cache has empty positions after the queries
             key_BHKD, value_BHKD = key_BHKD[:, :, :num_queries], value_BHKD[:, :, :num_queries]
             if self.window is not None and num_queries > self.window:
                 mask = _band(num_queries, self.window, query_BHQD.device)
@@ -133,7 +133,7 @@ class GPTNeoFastAttention(nn.Module):
 
 
 def _find_start(cache, layer: int | None):
-    """The first query's place among the keys: an integer or a tensor; with a `SlotCache` one for each row."""
+    """The first query's position among the keys: an integer or a tensor; one per row with a `SlotCache`."""
     if cache is None:
         return 0
     places_B = getattr(cache, "places_B", None)
@@ -141,21 +141,21 @@ def _find_start(cache, layer: int | None):
 
 
 def takes_varlen(query: torch.Tensor) -> bool:
-    """Flash attention: half precision, on NVIDIA's Ampere and later."""
+    """Whether flash attention runs: in half precision, on NVIDIA's Ampere or later."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _band(length: int, window: int, device) -> torch.Tensor:
-    """bool [length, length]: each token sees itself and the window - 1 tokens before it."""
+    """bool [length, length]: each token attends to itself and the window - 1 tokens before it."""
     full = torch.ones(length, length, dtype=torch.bool, device=device)
     return full.tril().triu(1 - window)
 
 
 def register_attention() -> None:
-    """Makes `attn_implementation="neoflix"` known to transformers; may be called again."""
+    """Registers `attn_implementation="neoflix"` with transformers. Repeated calls have no effect."""
     GPT_NEO_ATTENTION_CLASSES[ATTENTION_NAME] = GPTNeoFastAttention
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
-    # Only so that the name passes transformers' check: GPT-Neo builds its layers from the table above.
+    # Only for transformers' check of the name. GPT-Neo takes its layers from the table above.
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, scaled_dot_product_attention)

@@ -2,7 +2,7 @@
 
 The two are the same network except for this:
 
-- GPT-Neo does not divide attention scores by sqrt(head width), as GPT-2 does. The queries are multiplied by it here.
+- GPT-2 divides attention scores by sqrt(head width), GPT-Neo does not. The query weights are multiplied by it here.
 - GPT-2 has biases for queries, keys and values. They become zeros.
 - In every second layer, GPT-Neo attends only to the last 256 tokens (its window), and GPT-2 to all. Up to 256 tokens
   there is no difference, so the GPT-2 has 256 positions.
@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPTNeoConfig
 
 
 def context_limit(config: GPTNeoConfig) -> int:
-    """Most tokens, prompt and text together, for which GPT-2's attention equals this GPT-Neo's."""
+    """The most tokens, prompt included, for which GPT-2's attention equals this GPT-Neo's."""
     if "local" in config.attention_layers:
         return min(config.window_size, config.max_position_embeddings)
     return config.max_position_embeddings
@@ -34,7 +34,7 @@ def gpt2_config(config: GPTNeoConfig, vocab_size: int, dtype: torch.dtype) -> GP
     return GPT2Config(
         vocab_size=vocab_size,
         n_positions=limit,
-        n_ctx=limit,  # llama.cpp's converter asks for it by this name
+        n_ctx=limit,  # the name that llama.cpp's converter reads
         n_embd=config.hidden_size,
         n_layer=config.num_layers,
         n_head=config.num_heads,

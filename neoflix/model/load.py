@@ -1,4 +1,4 @@
-"""Load or build the model, with room for its special tokens and with our attention."""
+"""Loads or builds the model, with embeddings for its special tokens and our attention."""
 
 import os
 from pathlib import Path
@@ -14,10 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import (
-    GENERATION_CONFIG_NAME,
-    logging,
-)
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from neoflix.data.template import Example, Template, attach_template
 from neoflix.data.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
@@ -25,14 +22,12 @@ from neoflix.model.attention import ATTENTION_NAME, register_attention
 from neoflix.model.folder import holds_adapters
 from neoflix.model.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.model.loss import causal_lm_loss
-from neoflix.model.source import _in_one_sentence, check_architecture, check_reachable, find_pickle
-from neoflix.model.vocabulary import _padded, resize_embeddings, set_token_ids
+from neoflix.model.source import check_architecture, check_reachable, explain_loading_errors, find_pickle
+from neoflix.model.vocabulary import pad_vocab_size, resize_embeddings, set_token_ids
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import has_gpu
 
 DEMO = "demo"  # --model_name_or_path demo: a small GPT-Neo from scratch
-
-
 DEMO_VOCAB_SIZE = 4096
 
 
@@ -64,9 +59,9 @@ def build_model(config: GPTNeoConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _connect_for_sharding() -> None:
-    """Connects the processes where ZeRO-3 shards each weight as it is made."""
+    """Connects the processes under ZeRO-3, which shards each weight when it is created."""
     if is_deepspeed_zero3_enabled():
-        import deepspeed  # seconds to import, and sampling never comes here
+        import deepspeed  # takes seconds; sampling never needs it
 
         deepspeed.init_distributed()
 
@@ -74,15 +69,15 @@ def _connect_for_sharding() -> None:
 def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pickle: bool = False) -> PreTrainedModel:
     """Loads a causal language model from a folder or the hub; GPT-Neo comes with our attention and loss.
 
-    Weights come from safetensors, and no code of the model's own is run (docs/loading.md). Of a folder with LoRA
-    adapters: their base model, with room for the folder's tokens and the adapters merged into it.
+    Weights are read from safetensors, and a model's own code never runs (docs/loading.md). For a folder with LoRA
+    adapters, this loads the base model, resizes its embeddings to the folder's tokenizer and merges the adapters.
 
     Args:
-        dtype: of the weights in memory; "auto": as they were saved.
-        allow_pickle: where there is no safetensors file, take weights from pytorch_model.bin. torch then reads it
-            with `weights_only=True`.
+        dtype: of the weights in memory; "auto" keeps the saved one.
+        allow_pickle: read pytorch_model.bin, with `weights_only=True`, if there is no safetensors file.
 
-    UserError, in one sentence, where there is no such model, or no weights, or only pickled ones.
+    Raises:
+        UserError: if the model or its weights are not found, or the weights are only in a pickle.
     """
     if holds_adapters(model_name_or_path):
         return _load_adapted(Path(model_name_or_path), dtype, allow_pickle)
@@ -91,18 +86,18 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
     logging.disable_progress_bar()  # of every process; a download has its own
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a bot of the hub's converts, and we load that
     _connect_for_sharding()
-    with _in_one_sentence(model_name_or_path):
+    with explain_loading_errors(model_name_or_path):
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     check_architecture(config, f"--model_name_or_path {model_name_or_path}")
-    with _in_one_sentence(model_name_or_path):
+    with explain_loading_errors(model_name_or_path):
         pickled = find_pickle(model_name_or_path, config)
     if pickled and not allow_pickle:
         raise UserError(
-            f"--model_name_or_path {model_name_or_path}: its weights are in {pickled}, a pickle, which can run code as "
-            "it is read; take a model with safetensors or, if you trust who made this one, say --allow_pickle true"
+            f"--model_name_or_path {model_name_or_path}: its weights are in {pickled}, a pickle, which can run code "
+            "when it is read; use a model with safetensors or, if you trust its authors, set --allow_pickle true"
         )
     options = {"attn_implementation": ATTENTION_NAME} if config.model_type == "gpt_neo" else {}
-    with _in_one_sentence(model_name_or_path):
+    with explain_loading_errors(model_name_or_path):
         model, loading = AutoModelForCausalLM.from_pretrained(
             model_name_or_path,
             dtype=dtype,
@@ -113,8 +108,8 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
         )
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(
-            f"--model_name_or_path {model_name_or_path}: its weights lack {len(missing)} that config.json asks for, "
-            f"{missing[0]} among them; weights and config.json are not of one model"
+            f"--model_name_or_path {model_name_or_path}: {len(missing)} weights of config.json are missing, such as "
+            f"{missing[0]}; the weights and config.json must belong to the same model"
         )
     if config.model_type == "gpt_neo":
         model.loss_function = causal_lm_loss
@@ -122,18 +117,18 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
 
 
 def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) -> PreTrainedModel:
-    """A base model as its adapters saw it, rounded as it was then, with the adapters merged into it in `dtype`."""
-    if is_deepspeed_zero3_enabled():  # a share of each weight is here: nothing to merge adapters into
+    """The base model in the dtype in which the adapters were trained, then in `dtype` with the adapters merged."""
+    if is_deepspeed_zero3_enabled():  # this process holds only a shard of each weight
         raise UserError(
-            f"--model_name_or_path {folder}: holds LoRA adapters, which ZeRO-3 cannot merge; write the whole model "
-            f"first (python -m neoflix.export --to merged {folder} OUT), or take a --deepspeed file of another stage"
+            f"--model_name_or_path {folder}: holds LoRA adapters, which ZeRO-3 cannot merge; merge them first "
+            f"(python -m neoflix.export --to merged {folder} OUT), or use a --deepspeed file of another stage"
         )
     base, trained_dtype, fills_spare_rows = read_adapters(folder)
     tokenizer = read_tokenizer(folder, f"--model_name_or_path {folder}")
     try:
         model = load_pretrained(base, trained_dtype, allow_pickle)
     except ValueError as error:
-        raise UserError(f"{folder} holds LoRA adapters, and the model they belong to did not load: {error}") from error
+        raise UserError(f"{folder}: holds LoRA adapters, and their base model cannot be loaded: {error}") from error
     resize_embeddings(model, tokenizer, base, fills_spare_rows)
     set_token_ids(model, tokenizer, {})
     if (folder / GENERATION_CONFIG_NAME).is_file():
@@ -142,9 +137,10 @@ def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) ->
 
 
 def load_for_reading(model_name_or_path: str, device: str | None = None, allow_pickle: bool = False) -> PreTrainedModel:
-    """Loads a model that is not to be trained: on CUDA in bf16 (fp16 before Ampere), else on the CPU in fp32.
+    """Loads a model for inference: on CUDA in bf16 (fp16 before Ampere), otherwise on the CPU in fp32.
 
-    UserError as `load_pretrained`, and where the GPU has no room for the weights.
+    Raises:
+        UserError: as `load_pretrained`, and if the weights do not fit on the GPU.
     """
     device = device or ("cuda" if has_gpu() else "cpu")
     dtype = torch.float32
@@ -156,8 +152,8 @@ def load_for_reading(model_name_or_path: str, device: str | None = None, allow_p
     except torch.OutOfMemoryError as error:
         need, free = model.get_memory_footprint() / 2**30, torch.cuda.mem_get_info()[0] / 2**30
         raise UserError(
-            f"{model_name_or_path}: its weights take {need:.1f} GiB, and {free:.1f} of the GPU are free; end what else "
-            "runs there, or set CUDA_VISIBLE_DEVICES= to sample on the CPU"
+            f"{model_name_or_path}: its weights need {need:.1f} GiB, and the GPU has {free:.1f} GiB free; end other "
+            "programs on it, or set CUDA_VISIBLE_DEVICES= to sample on the CPU"
         ) from error
 
 
@@ -169,18 +165,19 @@ def load_model(
     allow_pickle: bool = False,
     lora: dict | None = None,
 ) -> PreTrainedModel:
-    """The model to train: loaded or built, fitted to the tokenizer, with generation settings to be saved.
+    """Loads or builds the model to train, with embeddings for the tokenizer and the generation settings to save.
 
     Args:
-        dtype: of the weights in memory. DeepSpeed keeps its own fp32 copy for the optimizer.
+        dtype: of the weights in memory. DeepSpeed keeps an fp32 copy for the optimizer.
         sampling: temperature, top_k, top_p, repetition_penalty, max_new_tokens.
         allow_pickle: see `load_pretrained`.
-        lora: rank and alpha of adapters to be trained in the model's stead, which it is then wrapped in.
+        lora: rank and alpha of LoRA adapters, to train these instead of the model's weights.
 
-    UserError as `load_pretrained`.
+    Raises:
+        UserError: as `load_pretrained`.
     """
     if model_name_or_path == DEMO:
-        model = build_demo_model(_padded(len(tokenizer)))
+        model = build_demo_model(pad_vocab_size(len(tokenizer)))
     else:
         model = load_pretrained(model_name_or_path, dtype, allow_pickle)
         resize_embeddings(model, tokenizer, model_name_or_path)
@@ -191,8 +188,10 @@ def load_model(
 def find_tokenizer(
     model_name_or_path: str, examples: list[Example], cache_dir: Path, template: Template | None = None
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which carries the template, if there is one. The demo's is trained on these texts and kept
-    in `cache_dir`."""
+    """The model's tokenizer, with the template attached if there is one.
+
+    The demo's tokenizer is trained on these texts and kept in `cache_dir`.
+    """
     if model_name_or_path == DEMO:
         tokenizer = train_tokenizer([example.whole for example in examples], DEMO_VOCAB_SIZE, cache_dir)
     else:

@@ -1,9 +1,8 @@
 """LoRA: fine-tuning by small adapters beside frozen weights (Hu et al., "LoRA", 2021), through `peft`.
 
-Beside each linear layer but the head lie two narrow ones whose product is added to its output; they alone have
-gradients and an optimizer. What is saved is adapters: a few megabytes, and the name of the base model. Nothing of the
-embeddings is trained, and the rows that a tokenizer's new tokens have there follow from base model and tokenizer
-(`model.resize_embeddings`): they are made anew where adapters are loaded.
+Each linear layer but the head gets two narrow layers, whose product is added to its output. Only these have gradients
+and optimizer states. A checkpoint is the adapters, a few megabytes, and the name of the base model. The embeddings are
+not trained. The rows of new tokens are computed again when adapters are loaded (`resize_embeddings`).
 """
 
 import json
@@ -20,24 +19,24 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from neoflix.model.folder import ADAPTERS_CONFIG_FILE, ADAPTERS_FILE
 from neoflix.runtime.errors import UserError
 
-SPARE_ROWS = "spare_rows"  # in an adapter file's metadata; absent in files from before they were filled
+SPARE_ROWS = "spare_rows"  # in an adapter file's metadata; absent in files from before spare rows were filled
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: float, base: str):
-    """A `peft.PeftModel` around `model`: every weight of it frozen, an adapter beside every linear layer but the head.
+    """Wraps `model` in a `peft.PeftModel`: its weights are frozen, each linear layer but the head gets an adapter.
 
-    Their product begins as zero, so that the model is what it was. They have the dtype of the weights: in half
-    precision DeepSpeed keeps an fp32 copy of them, as of any weight that learns.
+    The adapters start with a product of zero, so the model's output is unchanged. They have the dtype of the weights;
+    DeepSpeed keeps an fp32 copy of them in half precision, as of all trainable weights.
 
     Args:
         rank: width of an adapter.
         alpha: an adapter's product is multiplied by alpha / rank.
-        base: hub name or folder that `model` came from, which is saved with the adapters.
+        base: hub name or folder of `model`, which is saved with the adapters.
     """
     from peft import LoraConfig
 
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules="all-linear")
-    torch.manual_seed(torch.initial_seed())  # the seed's adapters, whatever was drawn while the model was loaded
+    torch.manual_seed(torch.initial_seed())  # the adapters depend on the seed, not on how the model was loaded
     adapted = _wrap(model, config)
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return adapted
@@ -46,18 +45,18 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, base: str):
 def _wrap(model: PreTrainedModel, config):
     from peft import get_peft_model
 
-    with warnings.catch_warnings():  # peft 0.21.2 asks transformers 5.23 by a name that version 6 will drop
+    with warnings.catch_warnings():  # peft 0.21.2 uses a name that transformers 6 will drop
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def has_adapters(model) -> bool:
-    """Whether a model's adapters learn, and it does not."""
+    """Whether a model is wrapped in adapters."""
     return hasattr(model, "peft_config")
 
 
 def collect_adapters(model) -> dict[str, torch.Tensor]:
-    """The adapters' weights by the names that `peft` saves them under; at ZeRO stage 3 gathered. Collective."""
+    """The adapters' weights by their names in `peft`'s files, gathered under ZeRO-3. Collective: all ranks call it."""
     from peft import get_peft_model_state_dict
 
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -75,15 +74,19 @@ def _gathered(weights: list[torch.Tensor]):
 
 
 def save_adapters(model, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Writes adapters as `peft` does, without asking the hub about the base. One process."""
+    """Writes adapters as `peft` does, but without a request to the hub about the base. Only one process calls it."""
     save_file(weights, folder / ADAPTERS_FILE, metadata={"format": "pt", SPARE_ROWS: "filled"})
     model.peft_config["default"].save_pretrained(str(folder))
     model.generation_config.save_pretrained(folder)
 
 
 def read_adapters(folder: str | Path) -> tuple[str, torch.dtype, bool]:
-    """(hub name or folder of the base model, dtype in which the adapters were trained, whether new tokens in the base's
-    spare rows were filled then). UserError for adapters of another kind than LoRA's, or broken ones."""
+    """(hub name or folder of the base model, dtype of the adapters, whether new tokens in the base's spare rows were
+    filled when they were trained).
+
+    Raises:
+        UserError: if the adapters are corrupt, or not LoRA adapters.
+    """
     try:
         config = json.loads(Path(folder, ADAPTERS_CONFIG_FILE).read_text(encoding="utf-8"))
         with safe_open(Path(folder, ADAPTERS_FILE), "pt") as file:
@@ -93,28 +96,33 @@ def read_adapters(folder: str | Path) -> tuple[str, torch.dtype, bool]:
         raise UserError(f"{folder}: its adapters cannot be read ({error})") from error
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     if kind != "LORA" or config.get("megatron_config") or not base:
-        raise UserError(f"{folder}: holds adapters of peft that are not LoRA's of a named model ({kind}, {base})")
+        raise UserError(f"{folder}: its adapters must be LoRA with a named base model, and are {kind} with base {base}")
     return base, dtype, fills_spare_rows
 
 
 def check_spare_rows(model, checkpoint: Path) -> None:
-    """UserError where a checkpoint's adapters were trained on other rows of new tokens than the model has."""
+    """Checks that a checkpoint's adapters were trained with the rows that new tokens have in this model.
+
+    Raises:
+        UserError: if they were trained before spare rows were filled.
+    """
     if has_adapters(model) and getattr(model, "filled_spare_rows", False) and not read_adapters(checkpoint)[2]:
         raise UserError(
-            f"{checkpoint}: its adapters were trained while the base model's spare rows stayed untrained, where new "
-            "tokens now start from known rows; train in another --output_dir (sampling and exports still work)"
+            f"{checkpoint}: its adapters were trained by an older version, which did not initialize new tokens in the "
+            "base model's spare rows; train in another --output_dir (sampling and exports still work)"
         )
 
 
 def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """The model with a folder's adapters added to its own weights, in place: as quick, and as plain, as before.
+    """Adds a folder's adapters to the model's own weights, in place, and returns the model without adapters.
 
-    UserError where the adapters do not fit the model.
+    Raises:
+        UserError: if the adapters do not fit the model.
     """
     from peft import LoraConfig, set_peft_model_state_dict
 
     config = LoraConfig.from_pretrained(str(folder))
-    config.base_model_name_or_path = None  # peft would warn of a base that is itself a run's folder
+    config.base_model_name_or_path = None  # peft warns about a base that is itself a run's folder
     adapted = _wrap(model, config)
     try:
         outcome = set_peft_model_state_dict(adapted, load_file(Path(folder, ADAPTERS_FILE)))

@@ -1,7 +1,7 @@
-"""A model's shape by its config.json, before any weight is read: what memory and arithmetic depend on.
+"""A model's shape, from its config.json alone: what its memory and FLOPs depend on.
 
-GPT-Neo's is worked out by hand, without torch, whose import takes longer than `--plan` may. Any other architecture is
-built from its config as fake tensors (shapes without values) and run once, which needs torch.
+GPT-Neo's shape is computed without torch, whose import takes longer than `--plan` may. A model of another architecture
+is built from its config with fake tensors (shapes without values) and run once, which needs torch.
 """
 
 import json
@@ -12,33 +12,31 @@ from neoflix.model.folder import ADAPTERS_CONFIG_FILE
 
 DEMO_SHAPE = {"num_layers": 4, "hidden_size": 256, "vocab_size": 4096, "max_position_embeddings": 512}
 
-
-# config.json of the three GPT-Neos, so that their plan needs no network (Hugging Face hub, EleutherAI).
+# From the config.json of each GPT-Neo on the hub, so that its plan needs no network.
 HUB_SHAPES = {
     f"EleutherAI/gpt-neo-{size}": {"num_layers": num_layers, "hidden_size": width}
     for size, num_layers, width in (("125M", 12, 768), ("1.3B", 24, 2048), ("2.7B", 32, 2560))
 }
 
-
-COUNTED_TEXTS, COUNTED_TOKENS = 2, 64  # of the batch with which activations are counted
+COUNTED_TEXTS, COUNTED_TOKENS = 2, 64  # the batch for which activations are counted
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape, by its config.json."""
+    """A model's shape. Widths are in numbers of features."""
 
     num_layers: int
     width: int
     inner: int  # width of the MLP
-    vocab_size: int  # rows of the embedding, rounded up as `model.py` does
+    vocab_size: int  # rows of the embedding, rounded up as in vocabulary.py
     num_parameters: int
     window: int
     is_gpt_neo: bool = True  # our attention and our loss
-    adapted: int = 0  # widths of what goes into and comes out of each linear layer but the head, summed
-    num_linear: int = 0  # such layers
+    adapted: int = 0  # sum of in_features + out_features over all linear layers but the head
+    num_linear: int = 0  # linear layers without the head
     is_tied: bool = True  # the output layer's weight is the embedding's
-    # Bytes a token that the forward pass keeps for the backward pass, logits left out, by bytes a weight (2, 4); (0, 0)
-    # where they were not counted.
+    # Bytes per token that autograd saves for the backward pass without the logits, with weights of 2 and of 4 bytes;
+    # (0, 0) if not counted.
     kept_bytes: tuple[float, float] = (0, 0)
 
     @property
@@ -47,24 +45,23 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Of one layer, biases and norms left out: attention and MLP."""
+        """Parameters of one layer's attention and MLP, without biases and norms."""
         if self.is_gpt_neo:
             return 4 * self.width**2 + 2 * self.width * self.inner
         rest = self.num_parameters - self.embedding * (1 if self.is_tied else 2)
         return rest // self.num_layers
 
     def products(self, mean_length: float) -> tuple[int, int, int, float]:
-        """What `flops_per_token` counts by. An embedding that is not the output layer's is looked up, not multiplied
-        with."""
+        """The arguments of `flops_per_token`. An untied embedding is a lookup and needs no FLOPs."""
         num_weights = self.num_parameters - (0 if self.is_tied else self.embedding)
         return num_weights, self.num_layers, self.width, mean_length
 
 
 def read_shape(model_name_or_path: str) -> Shape | None:
-    """The shape by a folder's config.json, by the hub's cache, or as this file knows it; None where none is found."""
+    """The shape from a folder's config.json, from the table above or from the hub's cache; None if none has it."""
     if model_name_or_path == "demo":
         return gpt_neo_shape(DEMO_SHAPE)
-    if (adapters := Path(model_name_or_path, ADAPTERS_CONFIG_FILE)).is_file():  # its base, once they are merged
+    if (adapters := Path(model_name_or_path, ADAPTERS_CONFIG_FILE)).is_file():  # the shape of their base
         return read_shape(json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
     path = Path(model_name_or_path, "config.json")
     if not path.is_file():
@@ -90,8 +87,12 @@ def _find_in_hub(name: str) -> Path | None:
 
 
 def gpt_neo_shape(config: dict) -> Shape:
-    """Parameters: V w + positions w, for each layer 4 w^2 + w (attention: three projections without bias, one with),
-    2 w inner + inner + w (MLP) and 4 w (two norms), and 2 w for the last norm; the head is tied to the embedding."""
+    """The shape of a GPT-Neo. With width w and vocabulary V its parameters are:
+
+    - embeddings: V w + positions w; the head is tied to them
+    - each layer: 4 w^2 + w (attention; one projection of four has a bias), 2 w inner + inner + w (MLP), 4 w (two norms)
+    - the last norm: 2 w
+    """
     width, num_layers = config["hidden_size"], config["num_layers"]
     inner = config.get("intermediate_size") or 4 * width
     vocab = -(-config.get("vocab_size", 50257) // 64) * 64
@@ -105,7 +106,7 @@ def gpt_neo_shape(config: dict) -> Shape:
 
 
 def _other_shape(folder: Path) -> Shape | None:
-    """Of any other causal language model: built without memory for its weights, and counted."""
+    """The shape of another causal language model, built with fake tensors."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -137,8 +138,10 @@ def _other_shape(folder: Path) -> Shape | None:
 
 
 def _count_kept_bytes(model, num_tokens: int) -> float:
-    """Bytes a token that autograd keeps of a forward pass of a model of fake tensors: each storage once, weights left
-    out. 0 for a model that cannot be run so."""
+    """Bytes per token that autograd saves in a forward pass of a model of fake tensors, without the weights.
+
+    0 for a model that does not run on fake tensors.
+    """
     import torch
 
     weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
@@ -147,7 +150,7 @@ def _count_kept_bytes(model, num_tokens: int) -> float:
     def remember(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held: no other tensor gets its place
+            kept[storage._cdata] = storage  # a reference, so that its address is not used again
         return tensor
 
     size = (COUNTED_TEXTS, num_tokens)
@@ -155,6 +158,6 @@ def _count_kept_bytes(model, num_tokens: int) -> float:
         with next(model.parameters()).fake_mode, torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
             ones = torch.ones(size, dtype=torch.long)
             model.train()(input_ids=ones, attention_mask=ones, use_cache=False)
-    except Exception:  # anything that an architecture does which needs values; the plan has a formula instead
+    except Exception:  # an architecture may need values; the plan then uses a formula
         return 0
     return sum(storage.nbytes() for storage in kept.values()) / (COUNTED_TEXTS * num_tokens)

@@ -1,4 +1,4 @@
-"""Where a model comes from: whether the hub can be reached, and what its files may hold."""
+"""Where a model comes from: checks of the hub, of its architecture and of its files."""
 
 import json
 from collections.abc import Iterator
@@ -12,10 +12,7 @@ import transformers
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    PreTrainedConfig,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -31,8 +28,14 @@ HUB_TIMEOUT = 10  # seconds
 
 
 def check_reachable(model_name_or_path: str) -> None:
-    """UserError, within seconds, for a model that is not here while the hub cannot be reached (the hub's own library
-    tries for most of a minute before it says so). Whether the hub has such a model is not asked."""
+    """Checks that the hub can be reached, if the model is neither a folder nor in the hub's cache.
+
+    This takes at most 10 seconds, where huggingface_hub retries for most of a minute. It does not check that the hub
+    has the model.
+
+    Raises:
+        UserError: if the hub cannot be reached.
+    """
     name = model_name_or_path
     if is_offline_mode() or Path(name).exists() or name.count("/") > 1:
         return
@@ -41,30 +44,37 @@ def check_reachable(model_name_or_path: str) -> None:
     try:
         urlopen(Request(ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
     except HTTPError:
-        return  # it answers
+        return  # it answered
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"--model_name_or_path {name}: no such folder here, and {ENDPOINT} cannot be reached ({reason}); connect "
-            "to a network, or name a folder that holds the model"
+            f"--model_name_or_path {name}: not a folder, and {ENDPOINT} cannot be reached ({reason}); connect "
+            "to a network, or use a folder with the model"
         ) from error
 
 
 def check_architecture(config: PreTrainedConfig, named: str) -> None:
-    """UserError for a model that does not continue text, or not only; it begins with how the user `named` the model."""
+    """Checks that a model is a causal language model of text alone.
+
+    Args:
+        named: how the user named the model, which the error begins with.
+
+    Raises:
+        UserError: if it is not.
+    """
     kind, cure = f"{named}: a {config.model_type} model", "use a causal language model (docs/loading.md has a list)"
     if config.is_encoder_decoder:
         raise UserError(f"{kind} has an encoder and a decoder; {cure}")
     if config.get_text_config() is not config or hasattr(config, "vision_config"):
-        raise UserError(f"{kind} reads images or sound as well as text; {cure}")
+        raise UserError(f"{kind} also reads images or sound; {cure}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{kind} has no head for causal language modeling in transformers; {cure}")
 
 
 def find_pickle(model_name_or_path: str, config: PreTrainedConfig) -> str | None:
-    """The pickled file that transformers would read weights from; None where it finds safetensors, or nothing.
+    """The pickled file that transformers would read weights from; None if it finds safetensors, or nothing.
 
-    `use_safetensors=True` alone would not do: config.json may name a file, and so may an index of safetensors.
+    `use_safetensors=True` is not enough: config.json or a safetensors index may name a pickled file.
     """
     named = getattr(config, "transformers_weights", None)
     known = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)  # in transformers' order
@@ -77,21 +87,24 @@ def find_pickle(model_name_or_path: str, config: PreTrainedConfig) -> str | None
 
 
 @contextmanager
-def _in_one_sentence(model_name_or_path: str) -> Iterator[None]:
-    """Turns what transformers raises where there is no model into a UserError that says what is missing."""
+def explain_loading_errors(model_name_or_path: str) -> Iterator[None]:
+    """Turns an error of transformers while it loads a model into a UserError with the cause."""
     try:
         yield
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
-        folder = Path(model_name_or_path)
-        if isinstance(error, UnpicklingError):
-            cure = "its pickled weights hold more than tensors, or are broken; they are not read"
-        elif "trust_remote_code" in str(error):
-            cure = "it comes with code of its own, which is not run; take a model that transformers knows"
-        elif "does not recognize this architecture" in str(error):
-            cure = f"transformers {transformers.__version__} does not know its architecture; use a model that it knows"
-        elif folder.is_dir():
-            found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-            cure = f"a model's folder needs config.json and weights (model.safetensors); this one has {found}"
-        else:
-            cure = "no such folder here, and the hub could not be reached or has no such model"
-        raise UserError(f"--model_name_or_path {model_name_or_path}: {cure}") from error
+        cause = _find_cause(model_name_or_path, error)
+        raise UserError(f"--model_name_or_path {model_name_or_path}: {cause}") from error
+
+
+def _find_cause(model_name_or_path: str, error: Exception) -> str:
+    folder = Path(model_name_or_path)
+    if isinstance(error, UnpicklingError):
+        return "its pickled weights contain more than tensors, or are corrupt, and are not read"
+    if "trust_remote_code" in str(error):
+        return "it needs its own code, which is not run; use a model that transformers supports"
+    if "does not recognize this architecture" in str(error):
+        return f"transformers {transformers.__version__} does not support its architecture; use another model"
+    if folder.is_dir():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "no files"
+        return f"a model's folder needs config.json and weights (model.safetensors), and this one has {found}"
+    return "not a folder, and the hub has no such model or cannot be reached"

@@ -1,46 +1,40 @@
-"""A model's vocabulary: rows for new tokens, token ids, the window."""
+"""A model's vocabulary: embeddings of new tokens, token ids, the window."""
 
 from contextlib import nullcontext
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from neoflix.data.tokenizer import find_added_ids
 from neoflix.model.attention import ATTENTION_NAME
 
-# What configs call the longest text; those that map n_positions to max_position_embeddings have it under that name too.
+# Names of the longest text in configs. Configs with n_positions have max_position_embeddings as well.
 WINDOW_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
+VOCAB_MULTIPLE = 64  # tensor cores are fastest with multiples of it
 
 
-VOCAB_MULTIPLE = 64  # matrix sizes that tensor cores take without a remainder
-
-
-def _padded(vocab_size: int) -> int:
+def pad_vocab_size(vocab_size: int) -> int:
+    """The next multiple of 64."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def resize_embeddings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, fills_spare_rows: bool = True
 ) -> None:
-    """Grows the vocabulary to the tokenizer's, rounded up to a multiple of 64, and fills the rows of new tokens.
+    """Grows the embeddings to the tokenizer's size, rounded up to a multiple of 64, and initializes new tokens.
 
-    Many models have spare rows, which their own tokenizer does not use and nothing has trained: new tokens may lie
-    there. A new beginning token starts as a copy of the end token: GPT-Neo was trained on documents set apart by
-    `<|endoftext|>`, so it already knows what comes after one. Every other new row starts as the mean row: a
-    logit in the middle of all others, never a likely word. (An untouched random row would do neither, and in
-    fp16 could overflow.)
+    Many models have spare rows, which their tokenizer does not use and which were never trained. New tokens may get
+    these rows. A new beginning token starts as a copy of the end token: GPT-Neo was trained on documents separated by
+    `<|endoftext|>`, so it knows what follows one. Every other new row starts as the mean of the model's rows, so that
+    its token is never likely. (Random rows could be likely, and could overflow fp16.)
 
     Args:
-        base: hub name or folder that the model came from, whose tokenizer says which tokens are new.
-        fills_spare_rows: False leaves the model's own rows, and the head's bias, as they were.
+        base: hub name or folder of the model. Tokens that its tokenizer lacks are new.
+        fills_spare_rows: False keeps the model's own rows and the head's bias unchanged.
     """
     old_size = model.get_input_embeddings().num_embeddings
-    new_size = _padded(max(len(tokenizer), old_size))
+    new_size = pad_vocab_size(max(len(tokenizer), old_size))
     if new_size != old_size:
         model.resize_token_embeddings(new_size, mean_resizing=False)
     new = set(range(old_size, new_size))
@@ -54,7 +48,7 @@ def resize_embeddings(
         return
     for weight in {id(weight): weight for weight in weights}.values():
         with _gathered(weight), torch.no_grad():
-            if weight.numel() == 0:  # ZeRO-3: only the modifying rank holds the rows
+            if weight.numel() == 0:  # ZeRO-3: only rank 0 holds the rows
                 continue
             weight[sorted(new)] = weight[:old_size].float().mean(0).to(weight.dtype)
             if tokenizer.bos_token_id in new:
@@ -62,19 +56,19 @@ def resize_embeddings(
 
 
 def _gathered(weight: torch.Tensor):
-    """A context in which ZeRO-3's rank 0 holds all of a weight, and may change it."""
+    """A context in which rank 0 holds the whole weight under ZeRO-3, and may change it."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
-    import deepspeed  # seconds to import, and sampling never comes here
+    import deepspeed  # takes seconds; sampling never needs it
 
     return deepspeed.zero.GatheredParameters(weight, modifier_rank=0)
 
 
 def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: dict) -> None:
-    """Writes token ids and sampling settings into config and generation config, where `generate` reads them.
+    """Writes token ids and sampling settings into the model's config and generation config.
 
-    Rows without a token, and tokens that no text holds, are suppressed: whoever loads the saved model, with
-    this project or without it, never samples them.
+    Rows without a token, and the beginning and padding tokens, are suppressed: `generate` never samples them, in this
+    project or any other.
     """
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -88,14 +82,14 @@ def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sa
 
 
 def get_window(model: PreTrainedModel) -> int:
-    """Most tokens a text can have: 2,048 for GPT-Neo, and where a model names no limit.
+    """The most tokens a text can have: 2,048 for GPT-Neo, and for a model without a limit.
 
-    A sliding window is not a limit: it is what one layer sees at once, and part of the model.
+    A sliding window of attention is not a limit.
     """
     config = model.config.get_text_config()
     return next((limit for name in WINDOW_NAMES if (limit := getattr(config, name, None) or 0) > 0), 2048)
 
 
 def keeps_texts_apart(model: PreTrainedModel) -> bool:
-    """True where texts may be laid end to end in one row: for GPT-Neo, whose attention is ours."""
+    """Whether texts can be packed into one row. Only our attention, which is GPT-Neo's, keeps them apart."""
     return model.config._attn_implementation == ATTENTION_NAME

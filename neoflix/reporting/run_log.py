@@ -10,12 +10,11 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from neoflix.checkpoints.names import LIVE_SAMPLES_FILE, STARTS_FILE
 from neoflix.data.rows import FileError
 from neoflix.data.tables import parse_json_lines
 from neoflix.runtime.files import read_json, write_json, write_text
+from neoflix.runtime.gpus import read_gpus
 from neoflix.runtime.redaction import redact_command
 
 
@@ -40,11 +39,9 @@ def describe_hardware() -> str:
     memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
     names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     host = f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}, {memory}"
-    if not torch.cuda.is_available():
+    if not (gpus := read_gpus()):
         return host
-    properties = torch.cuda.get_device_properties(0)
-    device = f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return f"{device}; {host}"
+    return f"{len(gpus)} x {gpus[0].name}, {gpus[0].memory / 2**30:.0f} GiB; {host}"
 
 
 def read_live_samples(output_dir: str | Path) -> list[dict]:

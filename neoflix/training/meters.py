@@ -87,7 +87,7 @@ class Meters:
 
     def _peak_bytes(self) -> tuple[int, int]:
         """(of the fullest device, 0 without a GPU; of the host, all processes together)"""
-        device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        device_bytes = torch.cuda.max_memory_allocated()
         mine = torch.tensor([[device_bytes, peak_host_bytes()]], device=self._accelerator.device)
         peaks = self._accelerator.gather(mine)
         return peaks[:, 0].max().item(), peaks[:, 1].sum().item()
@@ -116,7 +116,5 @@ def explaining_full_memory(plan: Plan | None) -> Iterator[None]:
 
 
 def _allocated_bytes() -> tuple[int, int, int]:
-    """Peaks: (that torch handed out on this device, that it reserved there, that this process held of the host)"""
-    if not torch.cuda.is_available():
-        return 0, 0, peak_host_bytes()
+    """Peaks: (allocated by torch on this device, reserved there, held by this process in host memory)"""
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), peak_host_bytes()

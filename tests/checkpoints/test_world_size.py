@@ -79,7 +79,7 @@ def checkpoint(run):
 
 
 @pytest.mark.parametrize("small_disk", ["2m"], indirect=True)
-def test_the_space_of_a_conversion_is_reckoned_first(checkpoint, small_disk):
+def test_a_conversion_checks_the_free_space_first(checkpoint, small_disk):
     with pytest.raises(ValueError, match="the conversion takes"):
         convert(checkpoint, small_disk / f"checkpoint-2{UNIVERSAL}")
     assert not list(small_disk.glob(f"*{UNIVERSAL}"))

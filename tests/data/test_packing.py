@@ -77,10 +77,10 @@ def test_the_end_is_a_target_and_padding_is_not(tokens, tokenizer):
     packed, padded = PackedCollator()(examples), PaddedCollator(tokenizer.pad_token_id)(examples)
     num_labels = sum(len(example["input_ids"]) - 1 for example in examples)
     for batch in (packed, padded):
-        learnt = batch["labels"][:, 1:]
-        assert (learnt == tokenizer.eos_token_id).sum() == len(examples)
-        assert (learnt != IGNORE_INDEX).sum() == num_labels
-        assert not torch.isin(learnt, torch.tensor([tokenizer.pad_token_id, tokenizer.bos_token_id])).any()
+        labels = batch["labels"][:, 1:]
+        assert (labels == tokenizer.eos_token_id).sum() == len(examples)
+        assert (labels != IGNORE_INDEX).sum() == num_labels
+        assert not torch.isin(labels, torch.tensor([tokenizer.pad_token_id, tokenizer.bos_token_id])).any()
     assert packed["input_ids"].shape == (1, num_labels + len(examples))
     assert (padded["input_ids"][padded["attention_mask"] == 0] == tokenizer.pad_token_id).all()
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import generate
 import train
 from neoflix.data.tokenizer import load_tokenizer
+from neoflix.model import source
 from neoflix.model.load import find_tokenizer, load_pretrained
 from neoflix.model.source import check_reachable
 from neoflix.runtime.processes import exit_code_of
@@ -46,7 +47,7 @@ def pickled_dir(model_dir, tmp_path) -> Path:
 
 
 def assert_refused(folder: Path | str, file: str) -> None:
-    with pytest.raises(ValueError, match=f"{file}, a pickle, .* code .* --allow_pickle true") as error:
+    with pytest.raises(ValueError, match=f"{file}.*pickle.*--allow_pickle true") as error:
         load_pretrained(str(folder), torch.float32)
     assert "\n" not in str(error.value)
 
@@ -75,7 +76,7 @@ def test_safetensors_win_where_both_are_there(model_dir, tmp_path):
 def test_even_allowed_ones_hold_tensors_only(pickled_dir, tmp_path):
     bomb = PickleBomb(tmp_path / "exploded")
     bomb.save(pickled_dir / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="more than tensors"):
+    with pytest.raises(ValueError, match="pickled weights"):
         load_pretrained(str(pickled_dir), torch.float32, allow_pickle=True)
     assert not bomb.target.exists()
     with suppress(RuntimeError):
@@ -137,7 +138,7 @@ def test_code_of_a_models_own_is_not_run(model_dir, tmp_path, part, monkeypatch)
     if part == "model":
         config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="code of its own, which is not run"):
+        with pytest.raises(ValueError, match="own code"):
             load_pretrained(str(folder), torch.float32)
     else:
         config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -171,6 +172,6 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(model_dir, monkeypatch):
         thread.start()
         check_reachable("somebody/something")
         thread.join()
-    with pytest.raises(ValueError, match=r"somebody/something: no such folder here, and http.* cannot be reached \("):
+    with pytest.raises(ValueError, match=f"somebody/something.*{source.ENDPOINT}"):
         find_tokenizer("somebody/something", [], Path())
     check_reachable(str(model_dir))

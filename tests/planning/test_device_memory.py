@@ -7,11 +7,14 @@ import torch
 from conftest import GIB, NETFLIX, card, forecast_of, shape_of, tiny_config
 
 from neoflix.arguments.deepspeed_file import read_ds_config
+from neoflix.arguments.reader import read_train_flags
 from neoflix.data.packing import PackedCollator
 from neoflix.model.load import build_model
 from neoflix.model.lora import add_adapters
 from neoflix.planning.device_memory import activation_bytes
 from neoflix.planning.forecast import Plan, forecast
+from neoflix.planning.lengths import Texts
+from neoflix.planning.settings import Settings, read_settings
 from neoflix.runtime.hardware import Machine
 
 
@@ -53,6 +56,37 @@ def test_activations_are_those_that_autograd_keeps(num_layers, width, recomputes
         expected -= activation_bytes(replace(shape, num_layers=0), replace(settings, recomputes=True), sum(lengths))
         expected += sum(lengths) * 4 * 2 * width
     assert counted == pytest.approx(expected, rel=0.04)
+
+
+def settings_of(shape, mean: float, recomputes: bool = False) -> Settings:
+    texts = Texts(100, 10, mean, 5.0, 64, "given")
+    words = ["--plan", "--activation_checkpointing", str(recomputes).lower()]
+    return read_settings(read_train_flags(words), shape, texts, Machine(2**40, None, 2), {})
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_activations_of_other_architectures(other_architecture, recomputes):
+    """By autograd's hooks on the real model; the plan's come from fake tensors."""
+    model, shape = other_architecture
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def remember(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    if recomputes:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    ids = torch.ones(4, 32, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        model.train()(input_ids=ids, attention_mask=ids, use_cache=False)
+    counted = sum(storage.nbytes() for storage in kept.values())
+    settings = settings_of(shape, 32.0, recomputes)
+    expected = activation_bytes(shape, settings, ids.numel())
+    if recomputes:  # the layer that is computed again is there only while it is
+        expected -= ids.numel() * shape.kept_bytes[1] / shape.num_layers
+    assert counted == pytest.approx(expected, rel=0.25)
 
 
 def states(forecast: Plan) -> float:

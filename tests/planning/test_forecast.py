@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GIB, PYTHON, ROOT, card, forecast_of, run_program, shape_of, tiny_config
+from conftest import GIB, LLAMA, PYTHON, ROOT, card, forecast_of, run_program, shape_of, tiny_config
 
+from neoflix.arguments.reader import read_train_flags
 from neoflix.model.load import build_model
-from neoflix.model.shape import Shape
+from neoflix.model.shape import Shape, gpt_neo_shape, read_shape
 from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import Texts
-from neoflix.planning.settings import Settings
+from neoflix.planning.settings import Settings, read_settings
+from neoflix.planning.table import plan_table
 from neoflix.runtime.hardware import Machine
 
 
@@ -81,3 +83,24 @@ def test_forecast_of_a_run_that_runs_here(deepspeed, train_words, tmp_path):
 
     (forecast, measured), (small_forecast, small_measured) = run(folder), run(Path(train_words[1]))
     assert forecast - small_forecast == pytest.approx(measured - small_measured, rel=0.25)
+
+
+def test_plan_of_a_padded_model_counts_padding(tmp_path):
+    LLAMA.save_pretrained(tmp_path)
+    shape, texts = read_shape(str(tmp_path)), Texts(7008, 779, 32.0, 5.0, 51, "given")
+    machine = Machine(2**40, None, 2)
+
+    def plan(*words: str, of=shape) -> Plan:
+        settings = read_settings(read_train_flags(["--plan", *words]), of, texts, machine, {})
+        return forecast(of, texts, settings, machine)
+
+    by_budget = plan("--tokens_per_device_batch", "640")
+    assert by_budget.settings.batch_tokens == 20 * 51
+    assert by_budget.settings.train_tokens < by_budget.settings.num_steps * 641, "real tokens, as a run reports them"
+    assert "1,020 tokens, padding included" in plan_table(by_budget)
+    for words in (("--tokens_per_device_batch", "640"), ("--per_device_train_batch_size", "16")):
+        padded, packed = plan(*words), plan(*words, of=gpt_neo_shape({"num_layers": 3, "hidden_size": 64}))
+        assert 1.2 < padded.settings.padding < 1.5
+        assert packed.settings.padding == 1
+        per_token = padded.flops / padded.settings.train_tokens / padded.settings.padding
+        assert per_token == pytest.approx(6 * shape.num_parameters + 6 * 3 * 64 * texts.mean)

@@ -7,9 +7,10 @@ import pytest
 from conftest import plan_flags, shape_of
 
 from neoflix.arguments.reader import read_train_flags
+from neoflix.data.packing import PaddedCollator, TokenBatches
 from neoflix.data.sources import find_dataset
 from neoflix.model.shape import read_shape
-from neoflix.planning.lengths import CHARS_PER_TOKEN, count_texts, estimate_texts, remember_counts
+from neoflix.planning.lengths import CHARS_PER_TOKEN, Texts, count_texts, estimate_texts, remember_counts
 
 
 def test_counts_are_estimated_then_remembered(train_words, catalogue, tmp_path):
@@ -95,3 +96,42 @@ def test_estimate_reads_folders_and_templates(tmp_path, titles):
     assert found.num_train + found.num_validation == 100
     prompted = estimate_texts(tmp_path, plan_flags("--template", "{name} is a long word: {text}"), 2048)
     assert prompted.mean > found.mean + 3
+
+
+@pytest.fixture(scope="module")
+def lengths_N():  # noqa: N802
+    return np.random.default_rng(0).normal(32, 5, 7000).clip(8, 64).round().astype(np.int64)
+
+
+def measure(batches, lengths_N) -> tuple[int, float]:
+    """(most tokens that one of the batches computes, tokens computed for each real one), by the collator."""
+    sizes = []
+    for batch in batches:
+        rows = [{"input_ids": [1] * lengths_N[i], "prompt_length": 1} for i in batch]
+        sizes.append(PaddedCollator(0)(rows)["input_ids"].numel())
+    return max(sizes), sum(sizes) / lengths_N.sum()
+
+
+def texts_of(lengths_N) -> Texts:
+    return Texts(len(lengths_N), 0, lengths_N.mean(), lengths_N.std(), int(lengths_N.max()), "given")
+
+
+@pytest.mark.parametrize("num_texts", [1, 4, 16, 64])
+def test_padding_of_a_count_of_texts(num_texts, lengths_N):
+    shuffled = np.random.default_rng(1).permutation(len(lengths_N))
+    batches = [shuffled[start : start + num_texts] for start in range(0, len(shuffled), num_texts)]
+    most, padding = measure(batches, lengths_N)
+    texts = texts_of(lengths_N)
+    assert texts.of_batch(num_texts, packed=False) == most
+    assert texts.padding(num_texts, None, packed=False) == pytest.approx(padding, rel=0.03)
+    assert texts.padding(num_texts, None, packed=True) == 1
+
+
+@pytest.mark.parametrize("budget", [256, 640, 2048])
+def test_padding_of_a_budget_of_tokens(budget, lengths_N):
+    """The budget holds real tokens; padded to the longest text of each batch they are more."""
+    most, padding = measure(TokenBatches(lengths_N, budget, 1, 0, 1, 0), lengths_N)
+    texts = texts_of(lengths_N)
+    assert texts.of_budget(budget, packed=False) == pytest.approx(most, rel=0.1)
+    assert texts.of_budget(budget, packed=True) == budget
+    assert texts.padding(None, budget, packed=False) == pytest.approx(padding, rel=0.1)

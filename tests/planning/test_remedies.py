@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from conftest import GIB, NETFLIX, card, forecast_of, plan_flags, shape_of
+from conftest import GIB, LLAMA, NETFLIX, card, forecast_of, plan_flags, shape_of
 
 import train
 from neoflix.arguments.deepspeed_file import read_ds_config
+from neoflix.arguments.reader import read_train_flags
 from neoflix.data.packing import PackedCollator
 from neoflix.model.shape import read_shape
 from neoflix.planning.forecast import forecast
+from neoflix.planning.lengths import Texts
 from neoflix.planning.remedies import explain, explain_failure, smallest_changes
 from neoflix.planning.settings import read_settings
+from neoflix.runtime.hardware import Machine
 
 
 @pytest.mark.parametrize(
@@ -65,3 +68,16 @@ def test_changes_are_single_and_the_smallest_come_first():
 def test_a_machine_on_which_nothing_fits():
     assert not smallest_changes(forecast_of("125M", card(0.5, 1)))
     assert "smaller model" in explain(forecast_of("125M", card(0.5, 1)))
+
+
+def test_changes_of_a_padded_run_keep_its_budget(tmp_path):
+    LLAMA.save_pretrained(tmp_path)
+    shape, texts = read_shape(str(tmp_path)), Texts(7008, 779, 32.0, 5.0, 51, "given")
+    args = read_train_flags(["--plan", "--tokens_per_device_batch", "6400"])
+    roomy = Machine(2**40, None, 2)
+    whole = forecast(shape, texts, read_settings(args, shape, texts, roomy, {}), roomy)
+    tight = Machine(int(whole.host_bytes * 0.9), None, 2)
+    words, changed = smallest_changes(forecast(shape, texts, read_settings(args, shape, texts, tight, {}), tight))[0]
+    assert words == "--tokens_per_device_batch 3200 --gradient_accumulation_steps 2"
+    again = read_settings(read_train_flags(["--plan", *words.split()]), shape, texts, tight, {})
+    assert again.batch_tokens == changed.settings.batch_tokens

@@ -6,7 +6,7 @@ from conftest import make_record
 from neoflix.reporting.verdict import judge_run, list_remarks
 
 VERDICTS = {
-    "learnt": (make_record([6, 5], [8, 6, 5.995]), "yes", []),
+    "improves": (make_record([6, 5], [8, 6, 5.995]), "yes", []),
     "still learning": (make_record([6, 5], [8, 6, 5]), "yes", ["--num_train_epochs"]),
     "overfits": (make_record([6, 5, 4, 3], [8, 5, 4, 4.5, 5]), "yes", ["overfits after step 20"]),
     "rises with the training loss": (make_record([6, 5, 7, 8], [8, 5, 4, 4.5, 5]), "yes", []),

@@ -278,13 +278,13 @@ def test_the_longest_text_is_not_the_sliding_window(name, limit, trained):
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("t5", "a t5 model has an encoder and a decoder"),
-        ("bart", "a bart model has an encoder and a decoder"),
-        ("vit", "a vit model has no head for causal language modeling"),
-        ("gemma3", "a gemma3 model reads images or sound as well as text"),
-        ("llava", "a llava model reads images or sound as well as text"),
-        ("whisper", "a whisper model has an encoder and a decoder"),
-        ("distilbert", "a distilbert model has no head for causal language modeling"),
+        ("t5", "a t5 model .*encoder"),
+        ("bart", "a bart model .*encoder"),
+        ("vit", "a vit model .*head"),
+        ("gemma3", "a gemma3 model .*images"),
+        ("llava", "a llava model .*images"),
+        ("whisper", "a whisper model .*encoder"),
+        ("distilbert", "a distilbert model .*head"),
     ],
 )
 def test_models_that_do_not_continue_text_are_refused(model_type, message, tmp_path):
@@ -295,13 +295,13 @@ def test_models_that_do_not_continue_text_are_refused(model_type, message, tmp_p
 
 def test_an_architecture_that_transformers_does_not_know(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt-17"}))
-    with pytest.raises(UserError, match=r"transformers 5\.\S+ does not know its architecture"):
+    with pytest.raises(UserError, match=r"transformers 5\.\S+ .*architecture"):
         load_pretrained(str(tmp_path), torch.float32)
 
 
 def test_a_tokenizer_without_a_fast_form_is_refused(model_dir, tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"{tmp_path}: its tokenizer, ByT5Tokenizer, has no fast form"):
+    with pytest.raises(UserError, match=f"{tmp_path}: its tokenizer, ByT5Tokenizer"):
         load_tokenizer(str(tmp_path))
 
 

@@ -24,7 +24,7 @@ from neoflix.runtime.processes import exit_code_of
 
 @pytest.fixture(scope="module")
 def run_dir(model_dir, titles, tmp_path_factory):
-    """A finished run with two checkpoints, the better one at the top, and the catalogue it learnt from."""
+    """A finished run with two checkpoints, the better one at the top, and the catalogue it was trained on."""
     home = tmp_path_factory.mktemp("home")
     with (home / "catalogue.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([["synopsis"], *([text] for text in titles[:60])])
