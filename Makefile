@@ -1,7 +1,7 @@
 .PHONY: setup test check soak lint bench
 
-# A worker takes 1 GB, and up to 2 GB more for what it launches.
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+# Two for each of two cores, because many tests wait. A worker takes 1 GB, and up to 2 GB more for what it starts.
+WORKERS ?= 4
 PYTEST = .venv/bin/python -m pytest
 PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
 
@@ -9,7 +9,7 @@ setup:            ## .venv with everything that running and testing need
 	./launch.sh --setup-only
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 
-test: setup lint  ## every test but the slow ones, on up to 4 cores; on a machine with a GPU the gpu-marked ones too
+test: setup lint  ## every test but the slow ones, on several cores; on a machine with a GPU the gpu-marked ones too
 	$(PYTEST) $(PARALLEL) -m "not slow"
 
 check: setup lint ## within a minute: the tests that start no process and train no model

@@ -5,7 +5,6 @@ import atexit
 import csv
 import functools
 import gc
-import inspect
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # an empty cache, shared by xdist's
 import cpuinfo
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -37,6 +37,7 @@ from transformers import (
     GPTNeoForCausalLM,
     GPTNeoXConfig,
     LlamaConfig,
+    PreTrainedTokenizerBase,
 )
 
 from neoflix.arguments.deepspeed_file import read_ds_config
@@ -51,6 +52,7 @@ from neoflix.checkpoints.ownership import read_list
 from neoflix.checkpoints.run_folder import claim
 from neoflix.data.template import Example
 from neoflix.data.tokenizer import load_tokenizer
+from neoflix.data.tokens import tokenize_split, tokenize_texts
 from neoflix.model.load import load_model
 from neoflix.model.shape import Shape, read_shape
 from neoflix.planning.forecast import Plan, forecast
@@ -63,6 +65,7 @@ from neoflix.runtime.hardware import Machine
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 DEEPSPEED = str(Path(PYTHON).with_name("deepspeed"))
+LINEAR = torch.nn.functional.linear
 ON_CPU = ["--deepspeed", "ds_configs/cpu.json"]
 
 # DeepSpeed asks for each optimizer, and each time a process looks for the answer for a second.
@@ -73,39 +76,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
-# What a test or a fixture of its names where it starts a process, or trains (which takes seconds).
-STARTERS = {"subprocess", "run_program", "launch", "start_ranks", "runpy", "train", "Life", "Cluster"}
+# Fixtures that start a process, or train.
+STARTERS = {"run", "finished_run", "small_disk", "demo_args"}
 # DeepSpeed asks these programs about the machine, once.
 ASKED = {"c++", "g++", "gcc", "ninja", "numactl", "file", "uname"}
 
 
-def starts_process(function, seen: set) -> bool:
-    """Whether a function, or one of its file's that it calls, names one of STARTERS."""
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    code = [function.__code__]
-    while code:
-        names = set(code[-1].co_names)
-        code += [each for each in code.pop().co_consts if inspect.iscode(each)]
-        if names & STARTERS & function.__globals__.keys():
-            return True
-        for name in names - seen:
-            called = function.__globals__.get(name)
-            seen.add(name)
-            if inspect.isfunction(called) and called.__module__ == function.__module__ and starts_process(called, seen):
-                return True
-    return False
-
-
 def pytest_itemcollected(item):
-    """Marks what starts a process. Tests of a file share its fixtures and so a worker, but for those of whole runs;
-    those that use a GPU share one as well."""
-    definitions = item._fixtureinfo.name2fixturedefs
-    fixtures = [definitions[name][-1].func for name in definitions if name != starts_what_its_mark_says.__name__]
-    if "runs" in item.path.parts or any(starts_process(each, set()) for each in [item.function, *fixtures]):
+    """Marks tests that start a process by a shared fixture. Tests that share a fixture of their file, or a GPU, share a
+    worker; tests of whole runs do not."""
+    is_run = "runs" in item.path.parts
+    if is_run or STARTERS & set(item.fixturenames):
         item.add_marker(pytest.mark.process)
+    definitions = [each[-1] for each in item._fixtureinfo.name2fixturedefs.values()]
     if item.get_closest_marker("gpu"):
         item.add_marker(pytest.mark.xdist_group("gpu"))
-    elif "runs" not in item.path.parts and not item.get_closest_marker("xdist_group"):
+    elif any(each.scope == "module" for each in definitions) and not (is_run or item.get_closest_marker("xdist_group")):
         item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
@@ -135,22 +121,22 @@ def starts_what_its_mark_says(request, monkeypatch):
     if "not process" not in request.config.option.markexpr:
         return
     start = subprocess.Popen.__init__
-    advice = "name what starts it in conftest.STARTERS, or mark the test `process`"
 
     def check_and_start(self, args, *more, **options):
         program = Path(args[0] if isinstance(args, list | tuple) else args).name
-        assert program in ASKED, f"starts {program}: {advice}"
+        assert program in ASKED, f"starts {program}: mark the test `process`"
         start(self, args, *more, **options)
 
     monkeypatch.setattr(subprocess.Popen, "__init__", check_and_start)
-    train = "neoflix.training.trainer.TokenTrainer.train"
-    monkeypatch.setattr(train, lambda *_, **__: pytest.fail(f"trains: {advice}"))
+    for name in ("neoflix.training.trainer.TokenTrainer.train", "forked.start"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("trains: mark the test `process`"))
 
 
 @pytest.fixture(autouse=True)
 def zero_3_ends_with_its_test():
-    """transformers splits each model that it builds while the arguments of a ZeRO-3 run are alive, garbage or not."""
+    """Undoes what a ZeRO-3 run leaves behind: transformers shards each new model, and DeepSpeed replaces `linear`."""
     yield
+    torch.nn.functional.linear = LINEAR
     if module := sys.modules.get("transformers.integrations.deepspeed"):
         module.unset_hf_deepspeed_config()
 
@@ -294,7 +280,6 @@ def recorded_run(model_dir, titles, tmp_path_factory) -> Path:
     from neoflix.checkpoints.runs import describe_run, save_results, save_run
     from neoflix.data.sources import read_dataset
     from neoflix.data.split import split_texts
-    from neoflix.data.tokens import tokenize_split
 
     folder = tmp_path_factory.mktemp("recorded")
     table = folder / "titles.jsonl"
@@ -367,6 +352,17 @@ def random_texts(num: int, num_words: int, seed: int) -> list[list[str]]:
 def as_examples(texts: list[str]) -> list[Example]:
     """Texts without prompts, as they are read from a file."""
     return [Example("", text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(model_dir))
+
+
+@pytest.fixture
+def tokens(titles, tokenizer, tmp_path) -> Dataset:
+    """The tokens of 40 texts."""
+    return tokenize_texts(as_examples(titles[:40]), tokenizer, 256, tmp_path).dataset
 
 
 def tiny_config(**overrides) -> GPTNeoConfig:
@@ -619,7 +615,6 @@ def describe(train_words, tmp_path):
     from neoflix.checkpoints.runs import describe_run
     from neoflix.data.sources import read_dataset
     from neoflix.data.split import split_texts
-    from neoflix.data.tokens import tokenize_split
     from neoflix.model.load import find_tokenizer, load_model
 
     prepare_environment()

@@ -57,6 +57,7 @@ def test_judging_finds_what_was_planted(tmp_path, monkeypatch):
     assert line["cpu_seconds"] == pytest.approx(line["cpu_seconds_index"] + line["cpu_seconds_judge"])
 
 
+@pytest.mark.process
 def test_cost_of_a_manifest(tmp_path):
     run_program(
         PYTHON, "benchmarks/checkpoint.py", "--gib", "0.01", "--turns", "1", "--output", tmp_path / "line.jsonl"
@@ -66,6 +67,7 @@ def test_cost_of_a_manifest(tmp_path):
     assert min(line["seconds_without"], line["seconds_with"], line["ratio"]) >= 0
 
 
+@pytest.mark.process
 def test_article_and_ours_side_by_side(tmp_path):
     words = ["--architecture", "demo", "--turns", "1", "--steps", "1", "--texts_per_step", "4"]
     run_program(PYTHON, "benchmarks/train.py", *words, "--output", str(tmp_path / "train.jsonl"))

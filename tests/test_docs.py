@@ -105,6 +105,7 @@ def desk(tmp_path_factory, model_dir):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.process
 def test_commands_on_a_page_work(page, desk, monkeypatch):
     monkeypatch.chdir(desk)
     for line in commands(page):

@@ -237,6 +237,7 @@ def test_an_interrupted_export_leaves_nothing(make_run, monkeypatch):
     assert sorted(run.iterdir()) == before
 
 
+@pytest.mark.process
 def test_a_killed_export_is_no_model(make_run):
     run = make_run()
     code = "import time; from neoflix import export; export.GPT2Config.save_pretrained = lambda *_: time.sleep(300); "
@@ -294,6 +295,7 @@ def test_what_it_cannot_do_is_one_sentence_and_exit_code_2(refused, case, capfd)
     assert sorted(refused.rglob("*")) == before
 
 
+@pytest.mark.process
 def test_the_program(run_dir, tmp_path):
     words = ("-m", "neoflix.export", "--to", "gpt2", run_dir)
     (tmp_path / "out").mkdir()  # empty: no harm

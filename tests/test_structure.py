@@ -135,6 +135,7 @@ def loads(module: str, *unwanted: str) -> bool:
     return bool(subprocess.run([PYTHON, "-c", code], cwd=ROOT, timeout=120).returncode)
 
 
+@pytest.mark.process
 def test_sampling_never_imports_deepspeed(model_dir):
     """It takes seconds, and a machine that only samples needs no compiler."""
     code = "import generate, sys; generate.main(sys.argv[1:]); sys.exit('deepspeed' in sys.modules)"
@@ -143,5 +144,6 @@ def test_sampling_never_imports_deepspeed(model_dir):
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
+@pytest.mark.process
 def test_the_plan_never_imports_torch(module):
     assert not loads(module, "torch", "transformers", "pandas")

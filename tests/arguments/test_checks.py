@@ -53,6 +53,7 @@ def test_checkpoints_that_are_not_there(word, tmp_path):
     assert find_checkpoint(str(tmp_path), None) is None
 
 
+@pytest.mark.process
 def test_a_refused_flag_ends_the_program_with_code_2(tmp_path):
     output = launch(0, "train.py", "--output_dir", "/proc/run", expect=2)
     assert "error: --output_dir /proc/run" in output

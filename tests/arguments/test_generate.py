@@ -35,6 +35,7 @@ def test_generate_finds_the_run_of_a_recipe():
     assert parse_generate_args(["--output_dir", "elsewhere"]).model_dir == "elsewhere"
 
 
+@pytest.mark.process
 def test_help_comes_without_torch():
     output = run_program(PYTHON, "-X", "importtime", "generate.py", "--help")
     assert "| torch\n" not in output
@@ -43,6 +44,7 @@ def test_help_comes_without_torch():
     assert output.index("--num_samples") < output.index("--batch_size"), "the most used come first"
 
 
+@pytest.mark.process
 def test_wrong_flags_are_refused_without_torch():
     output = run_program(PYTHON, "-X", "importtime", "generate.py", "--top_p", "2", expect=2)
     assert "| torch\n" not in output

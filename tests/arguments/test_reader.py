@@ -91,6 +91,7 @@ def test_texts_that_cannot_be_shared_are_refused(resumed, processes):
         keep_texts_per_step(resumed)
 
 
+@pytest.mark.process
 def test_help_comes_without_torch_and_the_most_used_flags_first():
     output = run_program(PYTHON, "-X", "importtime", "train.py", "--help")
     assert "| torch\n" not in output
@@ -99,6 +100,7 @@ def test_help_comes_without_torch_and_the_most_used_flags_first():
     assert output.index("--dataset") < output.index("--max_steps")
 
 
+@pytest.mark.process
 def test_wrong_flags_are_refused_without_torch():
     """Not by a launcher's process: the others must hear of it."""
     output = run_program(PYTHON, "-X", "importtime", "train.py", "--seed", "many", expect=2)
@@ -106,6 +108,7 @@ def test_wrong_flags_are_refused_without_torch():
     assert "| torch\n" not in output
 
 
+@pytest.mark.process
 def test_the_reader_imports_no_torch():
     code = "import sys, neoflix.arguments.reader, neoflix.arguments.generate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([PYTHON, "-c", code], cwd=ROOT, timeout=60).returncode == 0

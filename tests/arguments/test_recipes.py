@@ -122,6 +122,7 @@ def test_generate_py_reads_the_folder_as_typed(tmp_path):
     assert parse_generate_args(["--config", str(tmp_path / "recipe.yaml")]).model_dir == "2024_01"
 
 
+@pytest.mark.process
 def test_a_program_says_where(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(DEMO + "seed: 1\nseed: 2\n")

@@ -83,6 +83,7 @@ def test_refused_flags_are_named(demo_flags, name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.process
 def test_a_refused_flag_ends_the_program_with_code_2(train_words):
     output = launch(0, "train.py", *train_words, "--push_to_hub", "true", expect=2)
     assert "error: --push_to_hub true" in output

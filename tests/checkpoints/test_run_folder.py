@@ -32,6 +32,7 @@ def test_a_lost_lock_is_noticed_before_anything_is_saved(tmp_path, monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.process
 def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(train_words, tmp_path):
     run = tmp_path / "run"
     with open_run_folder(str(run)):

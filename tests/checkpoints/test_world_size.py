@@ -54,6 +54,7 @@ def train_on(train_words, tmp_path, capfd):
         pytest.param(NO_ZERO, (1, 2, 1), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.process
 def test_another_number_of_processes_changes_nothing(train_on, tmp_path, deepspeed, path):
     words = [*WORDS, "--deepspeed", deepspeed, "--per_device_train_batch_size", str(8 // path[0])]
     whole, _ = train_on(path[0], "whole", *words)
@@ -86,6 +87,7 @@ def test_a_conversion_checks_the_free_space_first(checkpoint, small_disk):
     assert find_corruption(checkpoint, checksums=True) is None
 
 
+@pytest.mark.process
 def test_what_deepspeed_would_not_load_is_refused(checkpoint):
     nvme = {"stage": 2, "offload_optimizer": {"device": "nvme"}}
     check_loadable(checkpoint, {"stage": 1}, 4)

@@ -1,22 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import as_examples
 
 from neoflix.data.packing import IGNORE_INDEX, PackedCollator, PaddedCollator, TokenBatches
-from neoflix.data.tokenizer import load_tokenizer
-from neoflix.data.tokens import fill_up, tokenize_texts
+from neoflix.data.tokens import fill_up
 from neoflix.model.load import load_model
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_dir):
-    return load_tokenizer(str(model_dir))
-
-
-@pytest.fixture
-def tokens(titles, tokenizer, tmp_path):
-    return tokenize_texts(as_examples(titles[:40]), tokenizer, 256, tmp_path).dataset
 
 
 def batches_of(lengths, budget, batches_per_step=1, world_size=1, epoch=0, seed=1):

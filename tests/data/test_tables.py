@@ -165,6 +165,7 @@ def test_the_text_files_of_a_folder(tmp_path):
         read_texts(folder)
 
 
+@pytest.mark.process
 def test_reading_needs_no_torch():
     code = "import neoflix.data.sources, sys; sys.exit(bool({'torch', 'pandas', 'datasets'} & sys.modules.keys()))"
     subprocess.run([PYTHON, "-c", code], cwd=ROOT, check=True, timeout=120)

@@ -26,16 +26,6 @@ TEMPLATE = Template("{type} | {listed_in} | {title}: {description}")
 ROW = {"type": "Movie", "listed_in": "Crime | Drama", "title": "Alien: Again", "description": "It is: back | again."}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(model_dir):
-    return load_tokenizer(str(model_dir))
-
-
-@pytest.fixture
-def tokens(titles, tokenizer, tmp_path):
-    return tokenize_texts(as_examples(titles[:40]), tokenizer, 256, tmp_path).dataset
-
-
 def test_texts_come_back_between_their_control_tokens(tokens, titles, tokenizer):
     for ids, num_chars, text in zip(tokens["input_ids"], tokens["num_chars"], titles, strict=False):
         assert ids[0] == tokenizer.bos_token_id

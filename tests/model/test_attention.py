@@ -249,6 +249,7 @@ def test_decoding_with_a_static_cache_is_one_graph(pair):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.process
 def test_a_layout_keeps_its_type():
     layout = PackedCollator()([{"input_ids": [1, 2, 3], "prompt_length": 1}])["attention_mask"]
     assert type(layout) is TextLayout

@@ -8,15 +8,9 @@ from transformers import (
 )
 
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
-from neoflix.data.tokenizer import load_tokenizer
 from neoflix.model.attention import ATTENTION_NAME
 from neoflix.model.load import build_demo_model, load_model, load_pretrained
 from neoflix.model.vocabulary import get_window, keeps_texts_apart
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_dir):
-    return load_tokenizer(str(model_dir))
 
 
 @pytest.fixture

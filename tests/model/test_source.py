@@ -105,6 +105,7 @@ def test_pickles_by_another_name_are_refused(pickled_dir, by):
     assert_refused(pickled_dir, "adapter_model.bin")
 
 
+@pytest.mark.process
 def test_a_repository_of_the_hub_with_pickles_alone_is_refused(pickled_dir, tmp_path):
     """As it lies in the cache after an earlier download."""
     commit = "0" * 40
@@ -119,6 +120,7 @@ def test_a_repository_of_the_hub_with_pickles_alone_is_refused(pickled_dir, tmp_
     run_program(PYTHON, "-c", code.format(", True"), env=env)
 
 
+@pytest.mark.process
 def test_both_programs_refuse_and_allow(pickled_dir, train_words, tmp_path, capsys):
     words = {
         generate.main: ["--model_dir", str(pickled_dir), "--num_samples", "1", "--max_new_tokens", "2"],

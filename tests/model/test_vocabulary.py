@@ -22,11 +22,6 @@ from neoflix.model.vocabulary import pad_vocab_size
 from neoflix.runtime.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def tokenizer(model_dir):
-    return load_tokenizer(str(model_dir))
-
-
 @pytest.fixture
 def model(model_dir, tokenizer):
     return load_model(str(model_dir), tokenizer, torch.float32, SAMPLING_DEFAULTS)

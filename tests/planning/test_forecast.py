@@ -64,6 +64,7 @@ def test_memory_that_gpu_and_host_share_is_counted_once():
 
 
 @pytest.mark.parametrize("deepspeed", ["ds_configs/cpu.json", "ds_config.json"])
+@pytest.mark.process
 def test_forecast_of_a_run_that_runs_here(deepspeed, train_words, tmp_path):
     """18 million parameters, most of them the embedding, beside next to none. The difference is the model's own: what
     Python and torch take by themselves is another 100 MiB from machine to machine. Seen: within 12%."""

@@ -48,6 +48,7 @@ def test_sizes():
     assert parse_bytes("512 MiB", "x") == GIB / 2
 
 
+@pytest.mark.process
 def test_plan_answers_without_torch(tmp_path):
     tiny_config(
         vocab_size=50257, hidden_size=2560, num_layers=32, num_heads=20, attention_types=[[["global", "local"], 16]]
@@ -62,6 +63,7 @@ def test_plan_answers_without_torch(tmp_path):
     assert "error: " in run_program(*program, "--plan_device_memory", "12GiB", expect=2)
 
 
+@pytest.mark.process
 def test_both_ways_to_a_plan_give_the_same(train_words, capsys):
     """Hugging Face's other flags take torch, and change nothing."""
     words = [*train_words[:-2], "--plan", "--plan_device_memory", "24GiB", "--plan_host_memory", "64GiB"]
@@ -70,6 +72,7 @@ def test_both_ways_to_a_plan_give_the_same(train_words, capsys):
     assert quick.strip() in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_plan_false_trains(train_words, tmp_path):
     words = [*train_words, "--plan", "false", "--max_steps", "1", "--deepspeed", "ds_configs/cpu.json"]
     launch(0, "train.py", *words)

@@ -41,6 +41,7 @@ def test_every_change_it_names_makes_the_run_fit(size, gib, host, processes, mon
         assert again.device_bytes == pytest.approx(changed.device_bytes, rel=0.01)
 
 
+@pytest.mark.process
 def test_out_of_memory_shows_the_plan(train_words, tmp_path, monkeypatch):
     """The allocator's own error, for more than any machine has."""
     monkeypatch.setattr(PackedCollator, "__call__", lambda *_: torch.empty(2**56))

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 from conftest import GIB
 
 import train
 from neoflix.planning.host_memory import CPU_PROCESS
 
 
+@pytest.mark.process
 def test_run_compares_its_plan_with_what_it_took(train_words, tmp_path, capsys):
     """`auto` in a real run, its plan, and the measured peak beside it."""
     run = tmp_path / "run"

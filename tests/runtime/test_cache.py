@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import PYTHON, ROOT, as_examples
 
-from neoflix.data.tokenizer import load_tokenizer, train_tokenizer
+from neoflix.data.tokenizer import train_tokenizer
 from neoflix.data.tokens import tokenize_texts
 from neoflix.runtime.cache import HOST, default_cache_dir, in_cache, new_path, remove_orphans
 from neoflix.runtime.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_dir):
-    return load_tokenizer(str(model_dir))
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
@@ -38,6 +33,7 @@ def test_a_path_appears_whole_or_not_at_all(tmp_path, is_folder):
     assert (path / "file" if is_folder else path).read_text() == "whole"
 
 
+@pytest.mark.process
 def test_only_what_nobody_writes_is_removed(tmp_path):
     """A killed process leaves its file; one that runs keeps it, however old it is; another machine's waits a day."""
     hexes = "0123456789abcdef" * 2

@@ -26,6 +26,7 @@ def test_any_process_can_print_to_the_log_of_the_run(monkeypatch, tmp_path):
     assert (tmp_path / "log").read_bytes() == b"failed \\ud83d\n"
 
 
+@pytest.mark.process
 def test_other_processes_log_to_their_own_files(tmp_path):
     """In a program of its own: its output goes to the file from then on, but for what it shouts."""
     code = f"from neoflix.runtime.console import *; {log_to_own_file.__name__}(); print('mine'); shout('for all')"

@@ -30,6 +30,7 @@ def test_programs_of_this_python_come_first(monkeypatch):
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 1000])
+@pytest.mark.process
 def test_processes_share_the_cores(num_processes):
     """By the variable too, where there are several: accelerate goes by it, over torch's head."""
     code = (
@@ -42,6 +43,7 @@ def test_processes_share_the_cores(num_processes):
     assert outcome(code, LOCAL_SIZE=str(num_processes), OMP_NUM_THREADS="1") == 1, "what the user says holds"
 
 
+@pytest.mark.process
 def test_freed_memory_is_kept_for_the_next_step():
     """The kernel fills each page with zeros at its first touch: in every step, or only in the first ones. (Tensors of
     up to 32 MB glibc keeps by itself; these logits have 40. A late step may still need one piece more: the calmest

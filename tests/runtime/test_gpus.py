@@ -50,6 +50,7 @@ def nvml(tmp_path_factory):
     return run
 
 
+@pytest.mark.process
 def test_nvml_describes_each_gpu(nvml):
     first, second = json.loads(nvml([RTX_3090, V100]))
     assert (first["name"], first["memory"], first["free"]) == ("NVIDIA GeForce RTX 3090", 24 * GIB, 24176 * 2**20)
@@ -76,6 +77,7 @@ def test_nvml_describes_each_gpu(nvml):
         ("GPU-zz", []),
     ],
 )
+@pytest.mark.process
 def test_visible_devices_are_those_that_cuda_shows(visible, free_mib, nvml):
     gpus = json.loads(nvml([RTX_3090, SECOND_3090], CUDA_VISIBLE_DEVICES=visible))
     assert [gpu["free"] for gpu in gpus] == [mib * 2**20 for mib in free_mib]
@@ -100,12 +102,14 @@ def test_visible_devices_as_torch_reads_them(visible, monkeypatch):
         ([RTX_3090, V100], {"CUDA_VISIBLE_DEVICES": "0"}),  # CUDA's first is the faster one
     ],
 )
+@pytest.mark.process
 def test_what_only_torch_can_tell(gpus, environment, nvml):
     assert json.loads(nvml(gpus, **environment)) is None
     asked = "import sys; from neoflix.runtime.gpus import read_gpus; print(read_gpus(), 'torch' in sys.modules)"
     assert nvml(gpus, asked, **environment).split() == ["[]", "True"]
 
 
+@pytest.mark.process
 def test_mixed_cards_by_bus_or_by_name(nvml):
     by_bus = {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     for environment in (by_bus, {"CUDA_VISIBLE_DEVICES": "GPU-bb"}):
@@ -113,6 +117,7 @@ def test_mixed_cards_by_bus_or_by_name(nvml):
         assert gpu["name"] == "Tesla V100-SXM2-16GB"
 
 
+@pytest.mark.process
 def test_without_a_driver_there_is_no_gpu(nvml):
     """No library (as here), or one without its driver."""
     code = "import os; os.environ.pop('FAKE_GPUS'); " + SHOW.replace("\nimport json, sys", "import json, sys")
@@ -120,6 +125,7 @@ def test_without_a_driver_there_is_no_gpu(nvml):
     assert json.loads(nvml([], LD_LIBRARY_PATH="")) == []
 
 
+@pytest.mark.process
 def test_a_machine_has_its_smallest_gpu(nvml, tmp_path):
     code = (
         "import json; from neoflix.runtime.hardware import read_machine; "
@@ -134,6 +140,7 @@ def test_a_machine_has_its_smallest_gpu(nvml, tmp_path):
     assert linked["is_linked"]
 
 
+@pytest.mark.process
 def test_plan_sees_gpus_without_torch_or_nvidia_smi(nvml):
     code = (
         "import sys; from neoflix.planning.plan_run import plan_run\n"
@@ -147,6 +154,7 @@ def test_plan_sees_gpus_without_torch_or_nvidia_smi(nvml):
 
 
 @pytest.mark.parametrize("driver", ["570.10.01", "580.95.05"])
+@pytest.mark.process
 def test_a_gpu_that_torch_cannot_use_is_refused(driver, nvml):
     """Here it is because torch was built without CUDA."""
     code = "from neoflix.arguments.parse import read_all_flags as read; read(['--dataset', 'sample', '--eval_only'])"

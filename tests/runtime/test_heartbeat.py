@@ -5,9 +5,13 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 
+import pytest
 from conftest import PYTHON, ROOT, environment_without_launcher, free_port
 
 from neoflix.runtime.heartbeat import describe_process, is_gone, kill_hung, read_pulse
+
+pytestmark = pytest.mark.process
+
 
 HELPED = """
 import subprocess, sys

@@ -82,6 +82,7 @@ def test_it_is_gone_when_the_context_ends(path):
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.process
 def test_a_second_process_is_told_host_and_process(path, hold):
     holder = hold()
     with pytest.raises(ValueError, match=rf"^busy: process {holder.pid} on .+, since 20") as error:
@@ -92,6 +93,7 @@ def test_a_second_process_is_told_host_and_process(path, hold):
 
 
 @pytest.mark.parametrize("reaped", [True, False])
+@pytest.mark.process
 def test_after_a_kill_it_is_free_at_once(path, hold, reaped):
     """Without an end of its own; a launcher may not have reaped it yet."""
     holder = hold()
@@ -160,6 +162,7 @@ def test_the_owner_gives_signs_of_life(path, impatient):
         assert time.time() - path.stat().st_mtime < 30
 
 
+@pytest.mark.process
 def test_a_container_of_the_same_machine_is_seen_by_its_flock(path, hold):
     holder = hold()
     facts = json.loads(path.read_text()) | {"processes": 1}
@@ -172,6 +175,7 @@ def test_a_container_of_the_same_machine_is_seen_by_its_flock(path, hold):
         pass
 
 
+@pytest.mark.process
 def test_of_many_that_start_at_once_one_gets_a_stale_lock(path, tmp_path):
     write_as(path, began=1)
     code = HOLDER.replace('print("held", flush=True)', 'open(f"{sys.argv[1]}.{time.time()}.won", "w")')

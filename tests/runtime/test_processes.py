@@ -5,6 +5,8 @@ import subprocess
 import pytest
 from conftest import PYTHON, ROOT, environment_without_launcher
 
+pytestmark = pytest.mark.process
+
 
 def test_all_goes_well(run_two):
     codes, said = run_two("""

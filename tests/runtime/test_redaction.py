@@ -72,6 +72,7 @@ def test_what_is_no_secret_stays():
     assert redact({"a": [1, None, True], "api_key": None}) == {"a": [1, None, True], "api_key": None}
 
 
+@pytest.mark.process
 def test_no_secret_is_written_anywhere(train_words, tmp_path):
     """Said in the command, then in a recipe; searched for in every file, pickles and TensorBoard's among them."""
     recipe = tmp_path / "recipe.yaml"

@@ -2,9 +2,11 @@ import os
 import socket
 import subprocess
 
+import pytest
 from conftest import PYTHON, ROOT
 
 
+@pytest.mark.process
 def test_the_port_is_taken():
     with socket.socket() as other:
         other.bind(("", 0))

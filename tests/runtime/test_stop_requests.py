@@ -39,6 +39,7 @@ def launcher():
             each.kill()
 
 
+@pytest.mark.process
 def test_a_held_launcher_stays_held_until_its_process_ends(launcher):
     """SLURM's order is SIGTERM, SIGCONT, at times SIGTERM again; its clock would run, and kill a save after 30 s."""
     (rank,) = launcher.children()

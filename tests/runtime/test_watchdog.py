@@ -10,11 +10,13 @@ from neoflix.runtime.errors import UserError
 from neoflix.runtime.watchdog import get_watchdog, start_watchdog
 
 
+@pytest.mark.process
 def test_a_rank_may_take_longer_to_end(run_two):
     assert run_two("connect_processes()\ntime.sleep(4 * RANK)") == ([0, 0], ["", ""])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.process
 def test_a_process_killed_before_anything_is_connected_ends_all(start_two, tmp_path, rank):
     programs = start_two("time.sleep(600)")
     wait_until_started(tmp_path)
@@ -36,6 +38,7 @@ def wait_until_started(tmp_path) -> None:
 IMPATIENT = "watchdog.PATIENCE = 4\n"
 
 
+@pytest.mark.process
 def test_a_process_that_computes_and_gives_no_sign_of_life_lives(run_two):
     codes, said = run_two(
         IMPATIENT
@@ -50,6 +53,7 @@ gather(None)
     assert (codes, said) == ([0, 0], ["", ""])
 
 
+@pytest.mark.process
 def test_a_process_that_hangs_is_found_and_ended(start_two, tmp_path):
     programs = start_two(IMPATIENT + "connect_processes()\ngather(None) if RANK == 0 else time.sleep(600)")
     wait_until_started(tmp_path)
@@ -60,6 +64,7 @@ def test_a_process_that_hangs_is_found_and_ended(start_two, tmp_path):
     assert re.search(r"error: rank 1 .* 4 s; .*: starting", (tmp_path / "log-0").read_text())
 
 
+@pytest.mark.process
 def test_a_deadlock_that_holds_pythons_lock_is_found(run_two):
     code = "import ctypes; time.sleep(3); ctypes.PyDLL(None).sleep(600)"  # PyDLL keeps the lock
     codes, said = run_two(IMPATIENT + f"connect_processes()\nif RANK == 1: {code}\ngather(None)")

@@ -315,6 +315,7 @@ def test_docs_list_what_is_tested():
 # ---- whole runs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_both_programs_with_an_architecture_that_has_alibi(model_dir, train_words, tmp_path, capsys):
     source = save_untrained("Falcon, ALiBi", model_dir, tmp_path / "model")
     words = ["--model_name_or_path", str(source), "--max_steps", "2", "--num_progress_samples", "1"]

@@ -1,9 +1,11 @@
 """All processes must run the same code on the same data."""
 
+import pytest
 from conftest import ROOT
 from forked import launch
 
 
+@pytest.mark.process
 def test_processes_with_other_texts_are_refused(train_words, tmp_path, catalogue):
     """Each process reads the file that lies at a path of its own, as on nodes without a common disk."""
     other = tmp_path / "other.csv"

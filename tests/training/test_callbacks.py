@@ -14,12 +14,14 @@ def test_figures_behind_the_bar():
     assert Progress._figures(on_gpu) == expected
 
 
+@pytest.mark.process
 def test_loss_that_is_no_number_ends_the_run(train_words):
     words = ["--learning_rate", "1e30", "--max_steps", "20", "--eval_strategy", "no", "--save_strategy", "no"]
     with pytest.raises(ValueError, match=r"the loss is (nan|inf).*--learning_rate than 1e\+30"):
         train.main([*train_words, *words, "--max_grad_norm", "0"])
 
 
+@pytest.mark.process
 def test_steps_that_are_skipped_one_after_the_other_end_the_run(train_words, monkeypatch):
     """DeepSpeed skips a step whose gradients are infinite, and says nothing."""
     load_model = train.load_model

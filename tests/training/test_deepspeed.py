@@ -18,6 +18,7 @@ print("loaded")
 
 
 @pytest.mark.parametrize("is_held", [False, True])
+@pytest.mark.process
 def test_a_build_that_was_killed_keeps_nobody_waiting(tmp_path, is_held):
     """torch's lock is passed over where nobody holds it, and only there."""
     run_program(PYTHON, "-c", LOAD)  # built, for certain

@@ -42,6 +42,7 @@ def read_strictly(path: Path):
 
 
 @pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.process
 def test_a_diverged_model_is_never_promoted(train_words, tmp_path, capfd, name):
     words = [*train_words, *EXPLODES, *SPARSE[name]]
     assert exit_code_of(lambda: train.main(words)) == 1

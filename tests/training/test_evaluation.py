@@ -21,6 +21,8 @@ from neoflix.data.tokenizer import load_tokenizer
 from neoflix.model.load import load_model
 from neoflix.runtime.processes import exit_code_of
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def run_dir(model_dir, titles, tmp_path_factory):

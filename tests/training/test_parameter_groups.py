@@ -111,6 +111,7 @@ def without_optimizer(tmp_path) -> str:
     return str(path)
 
 
+@pytest.mark.process
 def test_every_file_decays_what_trainer_decays(run_with, run_plain_trainer, tmp_path):
     plain = run_plain_trainer()
     names = ["cpu", "multi_gpu", "multi_gpu_zero1", "no_offload", "zero3_offload"]
@@ -119,6 +120,7 @@ def test_every_file_decays_what_trainer_decays(run_with, run_plain_trainer, tmp_
         assert_equal(run_with(file), plain)
 
 
+@pytest.mark.process
 def test_lora_decays_what_trainer_decays(run_with, run_plain_trainer):
     folder = run_with("ds_config.json", "--lora", "true", "--lora_rank", "4")
     expected_losses, expected_weights = run_plain_trainer({"rank": 4, "alpha": 8.0})
@@ -143,6 +145,7 @@ def test_groups_hold_each_trainable_parameter_once(model_dir):
     assert len(group_parameters(model, [name for name, _ in model.named_parameters()], 0.1)) == 1
 
 
+@pytest.mark.process
 def test_checkpoint_with_one_group_is_refused_in_one_sentence(run_with):
     folder = run_with("ds_configs/cpu.json", "--max_steps", "2", "--save_steps", "2")
     checkpoint = list_checkpoints(folder)[-1]

@@ -128,6 +128,7 @@ def stages(tmp_path_factory, model_dir):
 
 
 @pytest.mark.parametrize("name", ["zero-0", "zero-1", "zero-2", "zero-3"])
+@pytest.mark.process
 def test_every_stage_saves_whole_weights(stages, name):
     for folder in (stages / name, stages / name / "checkpoint-2"):
         _, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -136,6 +137,7 @@ def test_every_stage_saves_whole_weights(stages, name):
     assert_same_weights(stages / name, stages / "zero-0", atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.process
 def test_zero_3_saves_the_model_in_memory_where_there_is_no_checkpoint(stages):
     assert not list_checkpoints(stages / "unsaved")
     assert_same_weights(stages / "unsaved", stages / "zero-3")
@@ -143,6 +145,7 @@ def test_zero_3_saves_the_model_in_memory_where_there_is_no_checkpoint(stages):
     assert not list((stages / "unsaved").glob("*.part"))
 
 
+@pytest.mark.process
 def test_a_checkpoint_of_an_earlier_version_without_weights_is_not_the_best(stages, tmp_path, capsys):
     run = shutil.copytree(stages / "zero-3", tmp_path / "run")
     checkpoint = run / "checkpoint-2"
