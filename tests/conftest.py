@@ -77,7 +77,7 @@ torch.set_num_threads(1)
 
 
 # Fixtures that start a process, or train.
-STARTERS = {"run", "finished_run", "small_disk", "demo_args"}
+STARTERS = {"run", "finished_run", "small_disk", "demo_args", "trained"}
 # DeepSpeed asks these programs about the machine, once.
 ASKED = {"c++", "g++", "gcc", "ninja", "numactl", "file", "uname"}
 

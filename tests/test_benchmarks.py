@@ -23,6 +23,7 @@ def test_everything_for_a_gpu_runs_dry():
         assert heading in output
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("script", "words", "found"),
     [

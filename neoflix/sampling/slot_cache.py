@@ -76,6 +76,8 @@ def find_windows(model: PreTrainedModel) -> dict[str, int | None]:
     kinds, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     if others := set(kinds) - ATTENDS:
         raise ValueError(f"{model.config.model_type} has layers of {', '.join(sorted(others))}")
+    if isinstance(options, dict):  # transformers 5.17: the same options for all layers
+        options = [{} if kind == "full_attention" else options for kind in kinds]
     return {kind: option.get("sliding_window") for kind, option in zip(kinds, options, strict=True)}
 
 

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from forked import launch
-from conftest import DEEPSPEED, ROOT, free_port, losses, run_program
+from conftest import ROOT, losses
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from forked import launch
 
 import train
 from neoflix.arguments.deepspeed_file import read_ds_config

@@ -8,8 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
+from conftest import PYTHON, ROOT, losses, results, run_program
 from forked import launch
-from conftest import DEEPSPEED, PYTHON, ROOT, free_port, losses, results, run_program
 from soak import Life, compare, fingerprint
 from soak import train_words as train_words_of
 

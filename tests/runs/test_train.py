@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from forked import launch
 from conftest import PYTHON, ROOT, assert_same_weights, history, losses, results, run_program, weights
-from safetensors.torch import load_file
+from forked import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import train
