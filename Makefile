@@ -1,6 +1,6 @@
 .PHONY: setup test check soak lint bench
 
-# Two for each of two cores, because many tests wait. A worker takes 1 GB, and up to 2 GB more for what it starts.
+# Four on two cores, because many tests wait. A worker takes 1 GB, and up to 2 GB more for what it starts.
 WORKERS ?= 4
 PYTEST = .venv/bin/python -m pytest
 PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
@@ -12,6 +12,7 @@ setup:            ## .venv with everything that running and testing need
 test: setup lint  ## every test but the slow ones, on several cores; on a machine with a GPU the gpu-marked ones too
 	$(PYTEST) $(PARALLEL) -m "not slow"
 
+check: WORKERS = 2
 check: setup lint ## within a minute: the tests that start no process and train no model
 	$(PYTEST) $(PARALLEL) -m "not slow and not process"
 

@@ -399,7 +399,7 @@ LLAMA = LlamaConfig(
 OTHERS = {
     "llama": LLAMA,
     "llama-untied": LlamaConfig(**(LLAMA.to_dict() | {"tie_word_embeddings": False})),
-    "gpt2": GPT2Config(vocab_size=512, n_embd=64, n_layer=3, n_head=4, n_positions=128),
+    "gpt2": GPT2Config(vocab_size=512, n_embd=64, n_layer=3, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0),
     "gpt-neox": GPTNeoXConfig(
         vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256
     ),

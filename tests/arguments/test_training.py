@@ -10,6 +10,8 @@ from neoflix.arguments.training import TrainArguments
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.errors import UserError
 
+pytestmark = pytest.mark.process  # DeepSpeed builds its operators
+
 
 @pytest.fixture
 def parse(tmp_path):
