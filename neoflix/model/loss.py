@@ -42,7 +42,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         scale_N1 = (grad_output * (targets_N != IGNORE_INDEX)).unsqueeze(1)
         log_sum_exp_N1, targets_N1 = log_sum_exp_N.unsqueeze(1), targets_N.clamp(min=0).unsqueeze(1)
         for rows in _chunks(logits_NV):
-            gradient = logits_NV[rows].float().sub_(log_sum_exp_N1[rows]).exp_()  # an fp32 tensor is changed in place
+            gradient = logits_NV[rows].float().sub_(log_sum_exp_N1[rows]).exp_()  # fp32 logits are changed in place
             gradient.scatter_add_(1, targets_N1[rows], gradient.new_full((len(gradient), 1), -1.0))
             logits_NV[rows] = gradient.mul_(scale_N1[rows])
         return logits_NV, None
