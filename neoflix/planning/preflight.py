@@ -43,6 +43,8 @@ def check_machine(machine: Machine, ds_config: dict, pinned_bytes: int, bf16: bo
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part, {}).get("device") == "nvme":
             check_nvme(zero[part].get("nvme_path"), part)
+            if machine.has_gpu:
+                check_nvme_toolkit(part, toolkit_cuda())
 
 
 def check_compiler(config: dict) -> None:
@@ -128,4 +130,17 @@ def check_nvme(path: str | None, part: str) -> None:
         raise UserError(
             f"{part} to NVMe: DeepSpeed needs libaio, which is not installed: install it (Debian, Ubuntu: apt "
             "install libaio-dev; Fedora: dnf install libaio-devel)"
+        )
+
+
+def check_nvme_toolkit(part: str, toolkit: tuple) -> None:
+    """Raises UserError if there is no CUDA toolkit, with whose headers DeepSpeed compiles its NVMe operator.
+
+    Args:
+        toolkit: its CUDA version; () if there is none.
+    """
+    if not toolkit:
+        raise UserError(
+            f"{part} to NVMe: DeepSpeed compiles its NVMe operator with the CUDA toolkit and found none: install it "
+            "(CUDA_HOME names its folder), or offload to host memory (ds_configs/zero3_offload.json)"
         )
