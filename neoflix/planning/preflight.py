@@ -40,11 +40,13 @@ def check_machine(machine: Machine, ds_config: dict, pinned_bytes: int, bf16: bo
     check_locked_memory(machine, pinned_bytes)
     if num_processes > 1:
         check_shared_memory(machine, num_processes)
-    for part in ("offload_optimizer", "offload_param"):
-        if zero.get(part, {}).get("device") == "nvme":
-            check_nvme(zero[part].get("nvme_path"), part)
-            if machine.has_gpu:
-                check_nvme_toolkit(part, toolkit_cuda())
+    for part in parts_on_nvme(zero):
+        check_nvme(zero[part].get("nvme_path"), part)
+
+
+def parts_on_nvme(zero: dict) -> list[str]:
+    """What a DeepSpeed file's `zero_optimization` offloads to NVMe."""
+    return [part for part in ("offload_optimizer", "offload_param") if zero.get(part, {}).get("device") == "nvme"]
 
 
 def check_compiler(config: dict) -> None:
@@ -66,7 +68,7 @@ def check_compiler(config: dict) -> None:
 
 
 def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple, toolkit: tuple) -> None:
-    """Raises UserError if torch or bf16 cannot use the GPU, or if the optimizer cannot be compiled.
+    """Raises UserError if torch or bf16 cannot use the GPU, or if DeepSpeed cannot compile what the file needs.
 
     Args:
         built, toolkit: CUDA version of torch and of the toolkit, (major, minor); () if there is none.
@@ -77,8 +79,15 @@ def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple
             f"--bf16 true: {machine.device_name} (compute capability {dotted(machine.capability)}) has no "
             "bf16, which needs 8.0 (Ampere); leave --bf16 out to use fp16"
         )
+    zero = ds_config.get("zero_optimization", {})
+    for part in parts_on_nvme(zero):
+        if not toolkit:
+            raise UserError(
+                f"{part} to NVMe: DeepSpeed compiles its NVMe operator with the CUDA toolkit and found none: install "
+                "it (CUDA_HOME names its folder), or offload to host memory (ds_configs/zero3_offload.json)"
+            )
     optimizer = ds_config.get("optimizer", {})
-    is_offloaded = "offload_optimizer" in ds_config.get("zero_optimization", {})
+    is_offloaded = "offload_optimizer" in zero
     compiles = optimizer.get("type", "").lower() in ("adam", "adamw") and not is_offloaded
     if compiles and not optimizer.get("params", {}).get("torch_adam"):
         if not toolkit:
@@ -130,17 +139,4 @@ def check_nvme(path: str | None, part: str) -> None:
         raise UserError(
             f"{part} to NVMe: DeepSpeed needs libaio, which is not installed: install it (Debian, Ubuntu: apt "
             "install libaio-dev; Fedora: dnf install libaio-devel)"
-        )
-
-
-def check_nvme_toolkit(part: str, toolkit: tuple) -> None:
-    """Raises UserError if there is no CUDA toolkit, with whose headers DeepSpeed compiles its NVMe operator.
-
-    Args:
-        toolkit: its CUDA version; () if there is none.
-    """
-    if not toolkit:
-        raise UserError(
-            f"{part} to NVMe: DeepSpeed compiles its NVMe operator with the CUDA toolkit and found none: install it "
-            "(CUDA_HOME names its folder), or offload to host memory (ds_configs/zero3_offload.json)"
         )

@@ -7,15 +7,9 @@ import pytest
 from conftest import GIB, card
 
 from neoflix.arguments.deepspeed_file import read_ds_config
-from neoflix.planning.preflight import (
-    check_compiler,
-    check_gpu,
-    check_locked_memory,
-    check_nvme,
-    check_nvme_toolkit,
-    check_shared_memory,
-)
+from neoflix.planning.preflight import check_compiler, check_gpu, check_locked_memory, check_nvme, check_shared_memory
 
+ON_NVME = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}
 PLAIN_ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
 
 
@@ -29,7 +23,7 @@ PLAIN_ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
         (lambda: check_gpu(card(24, driver=(580, 65)), PLAIN_ADAM, None, (13, 0), (12, 4)), "with CUDA 12.4"),
         (lambda: check_shared_memory(replace(card(24), shared_memory=64 * 2**20), 8), "--shm-size"),
         (lambda: check_nvme("/no/such/folder", "offload_optimizer"), "/no/such/folder"),
-        (lambda: check_nvme_toolkit("offload_param", ()), "offload_param to NVMe.*CUDA_HOME"),
+        (lambda: check_gpu(card(24, driver=(580, 65)), ON_NVME, None, (13, 0), ()), "offload_param to NVMe.*CUDA_HOME"),
     ],
 )
 def test_what_would_fail_later_is_refused(check, message):
@@ -41,7 +35,7 @@ def test_what_will_do_is_let_through(tmp_path, monkeypatch):
     check_gpu(card(24, driver=(580, 65)), PLAIN_ADAM, True, (13, 0), (13, 1))
     check_gpu(card(24, driver=()), PLAIN_ADAM, True, (13, 0), (13, 1))  # torch used the GPU, and NVML isn't there
     check_gpu(card(24, driver=(535, 54)), read_ds_config("ds_configs/no_offload.json"), None, (12, 8), ())
-    check_nvme_toolkit("offload_param", (13, 0))
+    check_gpu(card(24, driver=(580, 65)), ON_NVME, None, (13, 0), (13, 0))
     check_shared_memory(replace(card(24), shared_memory=64 * 2**20), 1)
     pinned = replace(card(24), locked_memory=8 * 2**20)
     check_locked_memory(pinned, GIB)
