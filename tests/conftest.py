@@ -129,7 +129,7 @@ def starts_what_its_mark_says(request, monkeypatch):
 
     monkeypatch.setattr(subprocess.Popen, "__init__", check_and_start)
     for name in ("neoflix.training.trainer.TokenTrainer.train", "forked.start"):
-        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("trains: mark the test `process`"))
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("trains or starts a program: mark the test `process`"))
 
 
 @pytest.fixture(autouse=True)
@@ -357,6 +357,12 @@ def as_examples(texts: list[str]) -> list[Example]:
 @pytest.fixture(scope="module")
 def tokenizer(model_dir) -> PreTrainedTokenizerBase:
     return load_tokenizer(str(model_dir))
+
+
+@pytest.fixture
+def model(model_dir, tokenizer) -> GPTNeoForCausalLM:
+    """A GPT-Neo as it is loaded for training."""
+    return load_model(str(model_dir), tokenizer, torch.float32, SAMPLING_DEFAULTS)
 
 
 @pytest.fixture

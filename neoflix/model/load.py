@@ -22,8 +22,9 @@ from neoflix.model.attention import ATTENTION_NAME, register_attention
 from neoflix.model.folder import holds_adapters
 from neoflix.model.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.model.loss import causal_lm_loss
+from neoflix.model.shape import pad_vocab_size
 from neoflix.model.source import check_architecture, check_reachable, explain_loading_errors, find_pickle
-from neoflix.model.vocabulary import pad_vocab_size, resize_embeddings, set_token_ids
+from neoflix.model.vocabulary import resize_embeddings, set_token_ids
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import has_gpu
 

@@ -18,7 +18,13 @@ HUB_SHAPES = {
     for size, num_layers, width in (("125M", 12, 768), ("1.3B", 24, 2048), ("2.7B", 32, 2560))
 }
 
+VOCAB_MULTIPLE = 64  # tensor cores are fastest with multiples of it
 COUNTED_TEXTS, COUNTED_TOKENS = 2, 64  # the batch for which activations are counted
+
+
+def pad_vocab_size(vocab_size: int) -> int:
+    """The next multiple of 64."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Shape:
     num_layers: int
     width: int
     inner: int  # width of the MLP
-    vocab_size: int  # rows of the embedding, rounded up as in vocabulary.py
+    vocab_size: int  # rows of the embedding, padded
     num_parameters: int
     window: int
     is_gpt_neo: bool = True  # our attention and our loss
@@ -95,7 +101,7 @@ def gpt_neo_shape(config: dict) -> Shape:
     """
     width, num_layers = config["hidden_size"], config["num_layers"]
     inner = config.get("intermediate_size") or 4 * width
-    vocab = -(-config.get("vocab_size", 50257) // 64) * 64
+    vocab = pad_vocab_size(config.get("vocab_size", 50257))
     positions = config.get("max_position_embeddings", 2048)
     layer = 4 * width**2 + width + 2 * width * inner + inner + width + 4 * width
     return Shape(
@@ -123,7 +129,7 @@ def _other_shape(folder: Path) -> Shape | None:
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     window = getattr(config, "max_position_embeddings", None) or 2048
-    vocab = -(-config.vocab_size // 64) * 64
+    vocab = pad_vocab_size(config.vocab_size)
     linear = [layer.weight.shape for layer in model.modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
     adapted = [shape for shape in linear if shape[0] != config.vocab_size]
     head = model.get_output_embeddings()

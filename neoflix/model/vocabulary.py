@@ -8,15 +8,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from neoflix.data.tokenizer import find_added_ids
 from neoflix.model.attention import ATTENTION_NAME
+from neoflix.model.shape import pad_vocab_size
 
 # Names of the longest text in configs. Configs with n_positions have max_position_embeddings as well.
 WINDOW_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
-VOCAB_MULTIPLE = 64  # tensor cores are fastest with multiples of it
-
-
-def pad_vocab_size(vocab_size: int) -> int:
-    """The next multiple of 64."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def resize_embeddings(

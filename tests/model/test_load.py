@@ -1,21 +1,12 @@
 import pytest
 import torch
 from conftest import tiny_config
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.model.attention import ATTENTION_NAME
 from neoflix.model.load import build_demo_model, load_model, load_pretrained
 from neoflix.model.vocabulary import get_window, keeps_texts_apart
-
-
-@pytest.fixture
-def model(model_dir, tokenizer):
-    return load_model(str(model_dir), tokenizer, torch.float32, SAMPLING_DEFAULTS)
 
 
 def test_saved_model_is_plain_hugging_face(model, tmp_path):

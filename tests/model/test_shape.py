@@ -7,7 +7,7 @@ import torch
 from conftest import shape_of, tiny_config
 
 from neoflix.model.load import build_model
-from neoflix.model.shape import HUB_SHAPES, gpt_neo_shape, read_shape
+from neoflix.model.shape import HUB_SHAPES, gpt_neo_shape, pad_vocab_size, read_shape
 
 
 def test_gpt_neo_is_counted_by_hand(tmp_path):
@@ -42,3 +42,7 @@ def test_parameters_are_counted_right(tmp_path):
     assert shape_of("2.7B").num_parameters == pytest.approx(2.65e9, rel=0.01)
     assert shape_of("1.3B").num_parameters == pytest.approx(1.32e9, rel=0.01)
     assert shape_of("125M").num_parameters == pytest.approx(0.125e9, rel=0.01)
+
+
+def test_sizes_are_padded_to_a_multiple_of_64():
+    assert [pad_vocab_size(size) for size in (1, 64, 65, 50257, 50304)] == [64, 64, 128, 50304, 50304]

@@ -18,13 +18,7 @@ from neoflix.data.tokenizer import load_tokenizer, read_tokenizer
 from neoflix.model.folder import ADAPTERS_FILE
 from neoflix.model.load import load_model, load_pretrained
 from neoflix.model.lora import check_spare_rows, collect_adapters, save_adapters
-from neoflix.model.vocabulary import pad_vocab_size
 from neoflix.runtime.errors import UserError
-
-
-@pytest.fixture
-def model(model_dir, tokenizer):
-    return load_model(str(model_dir), tokenizer, torch.float32, SAMPLING_DEFAULTS)
 
 
 def test_vocabulary_is_padded_and_old_rows_are_untouched(model, model_dir):
@@ -122,7 +116,3 @@ def test_ids_and_sampling_settings_are_set(model, tokenizer):
         assert config.pad_token_id == tokenizer.pad_token_id == 501
     assert model.generation_config.temperature == SAMPLING_DEFAULTS["temperature"]
     assert model.generation_config.suppress_tokens == list(range(500, 512))
-
-
-def test_sizes_are_padded_to_a_multiple_of_64():
-    assert [pad_vocab_size(size) for size in (1, 64, 65, 50257, 50304)] == [64, 64, 128, 50304, 50304]
