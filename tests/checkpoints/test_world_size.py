@@ -87,7 +87,6 @@ def test_a_conversion_checks_the_free_space_first(checkpoint, small_disk):
     assert find_corruption(checkpoint, checksums=True) is None
 
 
-@pytest.mark.process
 def test_what_deepspeed_would_not_load_is_refused(checkpoint):
     nvme = {"stage": 2, "offload_optimizer": {"device": "nvme"}}
     check_loadable(checkpoint, {"stage": 1}, 4)

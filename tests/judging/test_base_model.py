@@ -31,7 +31,7 @@ def test_perplexity_is_the_models_own(model_dir, titles):
 
 def test_a_base_that_cannot_be_had_is_said_in_words(recorded_run, tmp_path, capsys):
     for words, reason in (
-        (["--base_model", str(tmp_path / "none")], f"--base_model .*{tmp_path / 'none'}"),
+        (["--base_model", str(tmp_path / "none")], f"--base_model .*{tmp_path / 'none'}: not a folder"),
         (["--base_model", "none"], "--base_model none"),
     ):
         generate.main(generate_words(recorded_run, "--judge", *words))

@@ -51,25 +51,23 @@ def load_base(model_dir, **more):
     return load_model(str(model_dir), load_tokenizer(str(model_dir)), torch.float32, {}, **more)
 
 
-@pytest.mark.process
 def test_adapters_alone_learn(trained, model_dir):
     folder, trainer, _ = trained
     evaluated = losses(folder, "eval_loss")
     assert evaluated[-1] < evaluated[0] - 0.2
     before = load_base(model_dir, lora={"rank": 4, "alpha": 8})
-    trained = set()
+    adapted = set()
     for name, weight in trainer.model.named_parameters():
         if weight.requires_grad:
-            trained.add(name.split(".")[-4])
+            adapted.add(name.split(".")[-4])
         else:
             torch.testing.assert_close(weight, before.get_parameter(name), atol=0, rtol=0)
-    assert trained == {"q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"}
     texts = [{"input_ids": ids, "prompt_length": 1} for ids in ([500, 5, 6], [500, 7])]
     loss = trainer.model(**PackedCollator()(texts)).loss
     assert type(loss.grad_fn.next_functions[0][0]).__name__ == "SummedCrossEntropyBackward"
 
 
-@pytest.mark.process
 def test_a_run_holds_adapters_and_little_else(trained, model_dir):
     folder, _, _ = trained
     names = {path.name for path in folder.iterdir() if path.is_file()}
@@ -87,7 +85,6 @@ def test_a_run_holds_adapters_and_little_else(trained, model_dir):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # peft's own loading asks by its old name
-@pytest.mark.process
 def test_what_is_loaded_is_what_was_trained(trained, model_dir):
     """The new tokens' rows, which nobody saved, to the bit; logits as peft's own loading gives them."""
     folder, trainer, _ = trained
@@ -105,7 +102,6 @@ def test_what_is_loaded_is_what_was_trained(trained, model_dir):
 
 
 @pytest.mark.parametrize("layout", ["gpt2", "merged"])
-@pytest.mark.process
 def test_exports_give_the_same_logits(trained, tmp_path, layout):
     folder, _, _ = trained
     main(["--to", layout, str(folder), str(tmp_path / "out")])
@@ -119,7 +115,6 @@ def test_exports_give_the_same_logits(trained, tmp_path, layout):
     assert not (tmp_path / "out" / ADAPTERS_FILE).exists()
 
 
-@pytest.mark.process
 def test_eval_only_measures_what_the_run_did(trained, monkeypatch):
     folder, _, words = trained
     found = []
@@ -140,7 +135,6 @@ def test_a_run_may_begin_as_another_ones_result(trained, run, model_dir):
         assert (loaded(IDS).logits - load_pretrained(str(folder), torch.float32).eval()(IDS).logits).abs().max() > 0.01
 
 
-@pytest.mark.process
 def test_other_settings_are_another_run(trained):
     *_, words = trained
     start = words.index("--lora")
@@ -210,7 +204,6 @@ def rewrite(folder, **values) -> None:
     (folder / ADAPTERS_CONFIG_FILE).write_text(json.dumps(config | values))
 
 
-@pytest.mark.process
 def test_adapters_that_cannot_be_used_are_one_sentence(adapters, model_dir):
     load = partial(Sampler.load, adapters, device="cpu")
     load()

@@ -174,6 +174,6 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(model_dir, monkeypatch):
         thread.start()
         check_reachable("somebody/something")
         thread.join()
-    with pytest.raises(ValueError, match=f"somebody/something.*{source.ENDPOINT}"):
+    with pytest.raises(ValueError, match=f"somebody/something: .*{source.ENDPOINT} cannot be reached"):
         find_tokenizer("somebody/something", [], Path())
     check_reachable(str(model_dir))

@@ -131,7 +131,7 @@ def test_bad_fields_are_refused(told, words, facts):
 
 def test_a_model_without_a_template_has_no_fields(told, model_dir):
     plain = Sampler(Sampler.load(told, device="cpu").model, load_tokenizer(str(model_dir)))
-    with pytest.raises(UserError, match="--template"):
+    with pytest.raises(UserError, match="trained without --template"):
         plain.sample({"genre": "Sea"})
 
 
