@@ -43,6 +43,8 @@ class TrainArguments(TrainFlags, TrainingArguments):
             self.eval_strategy, self.eval_on_start, self.metric_for_best_model = "no", False, None
         self.load_best_model_at_end = False  # `save_best` does it, and Trainer would load the model once more
         self.greater_is_better = False
+        # A pinned batch is copied to the GPU while it still computes the step before.
+        self.accelerator_config = {"non_blocking": bool(self.dataloader_pin_memory)}
         if self.deepspeed is None:
             super().__post_init__()
             return

@@ -48,65 +48,161 @@ def loss_bytes(shape: Shape, settings: Settings, num_tokens: int) -> int:
 def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]:
     """Bytes of one process on its device: {phase: {part: bytes}}.
 
-    Weights: b P; at stage 3 b P / N and the layers that are gathered (stage3_max_live_parameters, the prefetch bucket,
-    and always the whole embedding). Optimizer: 12 L, from stage 1 on 12 L / N, none if it is offloaded (or the share
-    beyond `ratio`). Gradients: b L; from stage 2 on b L / N; offloaded, only those in transit.
+    Weights: b P; at stage 3 b P / N and what is gathered at the moment. Optimizer: 12 L, from stage 1 on 12 L / N, none
+    if it is offloaded (or the share beyond `ratio`). Gradients: b L; from stage 2 on b L / N; offloaded, only those in
+    transit.
+
+    `make rehearse` compares the phases of a GPU with what is allocated there.
     """
-    L, N, b, stage = settings.num_trainable(shape), settings.num_processes, settings.weight_bytes, settings.stage
-    P = shape.num_parameters + (L if settings.lora_rank else 0)
-    offloaded, on_device = settings.offload("offload_optimizer"), 1 - settings.offloaded_share
-
-    parts = {"weights": b * P}
-    if stage == 3:
-        live = settings.bucket("stage3_max_live_parameters", 10**9) + settings.bucket("stage3_prefetch_bucket_size")
-        gathered = min(P, max(live, shape.embedding + shape.layer_parameters))
-        parts["weights"] = 0 if settings.offload("offload_param") else b * P // N
-        parts["gathered layers"] = b * gathered
-    parts["optimizer"] = int(on_device * settings.optimizer_bytes * L / (N if stage else 1))
-    parts |= {"buffers": _buffers(shape, settings)}
-
-    gradients, copies = _gradients(shape, settings, on_device)
-    activations = activation_bytes(shape, settings, settings.batch_tokens)
-    loss = loss_bytes(shape, settings, settings.batch_tokens)
-    # The embedding is tied to the head: its first gradient comes at the beginning of the backward pass, and waits for
-    # the second one at the end.
-    embedding = {"gradients of the embedding": 0 if settings.lora_rank else (1 + shape.is_tied) * b * shape.embedding}
-    working = {"activations": activations, "loss": loss}
     if settings.is_cpu:
-        parts |= _kept_by_the_cpu(shape, settings)
-        if b == 4:
-            if shape.is_gpt_neo:  # padded batches differ too much in size
-                # Freed memory is kept, in pieces: gradients reuse the memory of activations, if these were larger.
-                grown = gradients + (0 if settings.lora_rank else b * shape.embedding)
-                working["memory used twice"] = -min(grown, max(0, activations + loss - grown))
-            return {"train": parts | {"gradients": gradients + copies} | embedding | working}
-    beginning = parts | {"gradients": gradients if settings.accumulation > 1 else 0} | embedding | working
-    end = parts | {"gradients": gradients} | embedding
-    step = parts | {"gradients": gradients, "gradients' fp32 copies": copies}
-    evaluation = parts | {"loss": loss_bytes(shape, settings, settings.eval_tokens)}
-    phases = {"train": beginning, "backward's end": end, "step": step, "evaluate": evaluation}
-    if stage == 2 and not offloaded and settings.gradient_bytes != b:
-        reduction = _first_reduction(shape, settings, activations)
-        phases["first reduction"] = parts | {"gradients": gradients} | reduction
-    if offloaded and stage in (1, 2):  # DeepSpeed flattens the weights, and clones the process's share
-        phases["start"] = {"weights": b * P, "weights, flattened": b * L // N}
+        return _cpu_memory(shape, settings)
+    b, resident, tokens = settings.weight_bytes, _resident(shape, settings), settings.batch_tokens
+    gradients, copies = _gradients(shape, settings)
+    accumulated = {"gradients": gradients if settings.accumulation > 1 else 0}
+    working = accumulated | {"activations": activation_bytes(shape, settings, tokens)}
+    loss = _loss(shape, settings, tokens)
+    in_backward = resident | ({} if settings.stage == 3 else {"buffers": _buffers(shape, settings)})
+    embedding = 0 if settings.lora_rank else b * shape.embedding
+    # GPT-Neo's logits have become their gradient; it gives way to the head's, which waits for the embedding's own.
+    logits = tokens * shape.vocab_size * b if shape.is_gpt_neo else loss["loss"]
+    arriving = {
+        "gradient of the head": max(logits, embedding),
+        "gradients of a layer": _layer_gradients(shape, settings),
+    }
+    phases = {
+        "start": _start(shape, settings),
+        "forward": resident | working | loss,
+        "backward": in_backward | working | arriving,
+        "backward's end": in_backward
+        | {"gradients": gradients, "gradients of the embedding": (1 + shape.is_tied) * embedding},
+        "step": resident | {"gradients": gradients, "gradients' fp32 copies": copies},
+        "evaluate": resident | _loss(shape, settings, settings.eval_tokens),
+        "sample": resident,
+        "save": resident,
+    }
+    if settings.stage in (1, 2) and not settings.offload("offload_optimizer"):
+        phases["first reduction"] = in_backward | _first_reduction(shape, settings, working["activations"], embedding)
+    if settings.stage == 3:
+        gathered = _gathered(shape, settings)
+        phases = {phase: parts | {"gathered weights": gathered.get(phase, 0)} for phase, parts in phases.items()}
     return phases
 
 
-def _first_reduction(shape: Shape, settings: Settings, activations: int) -> dict[str, int]:
-    """Further parts when ZeRO-2 reduces its first bucket of gradients, and accumulates them in another dtype.
-
-    It allocates its whole share of the gradients then, and flattens the bucket. Activations of the layers that filled
-    the bucket are freed. Of the embedding's two gradients the head's is there.
-    """
+def _layer_gradients(shape: Shape, settings: Settings) -> int:
+    """Bytes of the gradients that a layer's backward pass has just computed. At stage 3 with offload a bucket of them
+    is there in fp32 as well, on its way to the host."""
     b, trainable = settings.weight_bytes, settings.num_trainable(shape)
+    layers = trainable - (0 if settings.lora_rank else shape.embedding)
+    is_cast = settings.stage == 3 and settings.offload("offload_optimizer")
+    cast = 4 * min(settings.bucket("reduce_bucket_size"), trainable) if is_cast else 0
+    return b * layers // max(shape.num_layers, 1) + cast
+
+
+def _gathered(shape: Shape, settings: Settings) -> dict[str, int]:
+    """Bytes of the weights that stage 3 has gathered, by phase (stage3.py, partitioned_param_coordinator.py).
+
+    Loading and saving hold the whole embedding and its copy. Training keeps weights that are used again within
+    `stage3_max_reuse_distance`, and the backward pass fetches some ahead. Otherwise weights stay until
+    `stage3_max_live_parameters` are there.
+    """
+    b, P, embedding = settings.weight_bytes, shape.num_parameters, shape.embedding
+    kept = embedding + settings.bucket("stage3_max_reuse_distance", 10**9)
+    live = max(settings.bucket("stage3_max_live_parameters", 10**9), embedding + shape.layer_parameters)
+    elements = {
+        "start": 2 * embedding,
+        "forward": min(P, kept),
+        "backward": min(P, kept + settings.bucket("stage3_prefetch_bucket_size", 5 * 10**7)),
+        "evaluate": min(P, live),
+        "sample": min(P, live + embedding),
+        "save": 2 * embedding,
+    }
+    return {phase: b * count for phase, count in elements.items()}
+
+
+def _loss(shape: Shape, settings: Settings, num_tokens: int) -> dict[str, int]:
+    return {"loss": loss_bytes(shape, settings, num_tokens)}
+
+
+def _resident(shape: Shape, settings: Settings) -> dict[str, int]:
+    """What stays on the device from one step to the next: weights, optimizer, and at stage 3 the reduce bucket."""
+    parts = _states(shape, settings)
+    if settings.stage == 3:
+        return parts | {"buffers": _buffers(shape, settings)}
+    return parts | ({"gradient in transit": transit} if (transit := _transit(shape, settings)) else {})
+
+
+def _states(shape: Shape, settings: Settings) -> dict[str, int]:
+    L, N, b, stage = settings.num_trainable(shape), settings.num_processes, settings.weight_bytes, settings.stage
+    weights = b * (shape.num_parameters + (L if settings.lora_rank else 0))
+    if stage == 3:
+        weights = 0 if settings.offload("offload_param") else weights // N
+    share = settings.optimizer_bytes * L / (N if stage else 1)
+    return {"weights": weights, "optimizer": int((1 - settings.offloaded_share) * share)}
+
+
+def _start(shape: Shape, settings: Settings) -> dict[str, int]:
+    """What DeepSpeed allocates when it makes its optimizer (stage_1_and_2.py).
+
+    With offload it flattens the weights and clones this process's share; otherwise it casts the share to fp32, and
+    allocates gradients of it for a moment. The moments come at the first step.
+    """
+    L, N, b = settings.num_trainable(shape), settings.num_processes, settings.weight_bytes
+    if settings.stage == 3:
+        return _resident(shape, settings) | {"optimizer": 0}
+    weights = {"weights": _states(shape, settings)["weights"]}
+    if settings.stage == 0:
+        return weights
+    if settings.offload("offload_optimizer"):
+        return weights | {"weights, flattened": b * L // N}
+    return weights | {"optimizer's fp32 weights": 4 * L // N, "its gradients": 4 * L // N}
+
+
+def _cpu_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]:
+    """The phases of a CPU, where freed memory is kept: all that a step allocates counts, whenever it does."""
+    b, P = settings.weight_bytes, shape.num_parameters + (settings.num_trainable(shape) if settings.lora_rank else 0)
+    parts = _states(shape, settings)
+    if settings.stage == 3:
+        live = settings.bucket("stage3_max_live_parameters", 10**9) + settings.bucket("stage3_prefetch_bucket_size")
+        parts["gathered weights"] = b * min(P, max(live, shape.embedding + shape.layer_parameters))
+    parts |= {"buffers": _buffers(shape, settings) + _transit(shape, settings)} | _kept_by_the_cpu(shape, settings)
+    gradients, copies = _gradients(shape, settings)
+    activations = activation_bytes(shape, settings, settings.batch_tokens)
+    loss = _loss(shape, settings, settings.batch_tokens)
+    # The embedding is tied to the head: its first gradient comes at the beginning of the backward pass, and waits for
+    # the second one at the end.
+    embedding = {"gradients of the embedding": 0 if settings.lora_rank else (1 + shape.is_tied) * b * shape.embedding}
+    working = {"activations": activations} | loss
+    if b == 4:
+        if shape.is_gpt_neo:  # padded batches differ too much in size
+            # Freed memory is kept, in pieces: gradients reuse the memory of activations, if these were larger.
+            grown = gradients + (0 if settings.lora_rank else b * shape.embedding)
+            working["memory used twice"] = -min(grown, max(0, activations + loss["loss"] - grown))
+        return {"train": parts | {"gradients": gradients + copies} | embedding | working}
+    beginning = parts | {"gradients": gradients if settings.accumulation > 1 else 0} | embedding | working
+    return {
+        "train": beginning,
+        "backward's end": parts | {"gradients": gradients} | embedding,
+        "step": parts | {"gradients": gradients, "gradients' fp32 copies": copies},
+        "evaluate": parts | _loss(shape, settings, settings.eval_tokens),
+    }
+
+
+def _first_reduction(shape: Shape, settings: Settings, activations: int, embedding: int) -> dict[str, int]:
+    """What the first reduction of gradients allocates beside the buffers, at stages 1 and 2 (stage_1_and_2.py).
+
+    It allocates this process's whole share of the gradients, and flattens the bucket. Activations of the layers that
+    filled the bucket are freed. Of the embedding's two gradients the head's is there.
+    """
+    gradients, _ = _gradients(shape, settings)
+    trainable = settings.num_trainable(shape)
     bucket = min(settings.bucket("reduce_bucket_size"), trainable)
     in_layers = trainable - (0 if settings.lora_rank else shape.embedding)
     share = 0 if settings.recomputes else min(1.0, bucket / max(in_layers, 1))
     return {
+        "gradients": gradients,
         "activations": int(activations * (1 - share)),
-        "gradients of the embedding": 0 if settings.lora_rank else b * shape.embedding,
-        "flattened bucket": b * bucket,
+        "gradients of the embedding": embedding,
+        "flattened bucket": settings.gradient_bytes * bucket,
     }
 
 
@@ -128,28 +224,30 @@ def _kept_by_the_cpu(shape: Shape, settings: Settings) -> dict[str, int]:
         kept["exchange"] = settings.weight_bytes * bucket
     if settings.weight_bytes == 2 and settings.stage in (1, 2) and settings.offload("offload_optimizer"):
         kept["gradients' fp32 copies, buckets again"] = (
-            8 * shape.embedding + _buffers(shape, settings) - 2 * shape.embedding
+            6 * shape.embedding + _buffers(shape, settings) + _transit(shape, settings)
         )
     return kept
 
 
 def _buffers(shape: Shape, settings: Settings) -> int:
-    """Reduce buckets, two if communication overlaps (at stage 3 one); with offload a gradient in transit.
-
-    A GPU allocates a whole bucket; a CPU only the part that is written.
-    """
+    """Reduce buckets, two if communication overlaps (at stage 3 one). A GPU allocates a whole bucket; a CPU only the
+    part that is written."""
     if settings.stage == 0:
         return 0
     bucket = settings.bucket("reduce_bucket_size")
     if settings.is_cpu:
         bucket = min(bucket, settings.num_trainable(shape))
     overlaps = settings.zero.get("overlap_comm", settings.stage == 3) and settings.stage < 3
-    in_transit = settings.offload("offload_optimizer") and settings.stage < 3
-    transit = settings.largest_trainable(shape) if in_transit else 0
-    return settings.weight_bytes * (bucket * (2 if overlaps else 1) + transit)
+    return settings.weight_bytes * bucket * (2 if overlaps else 1)
 
 
-def _gradients(shape: Shape, settings: Settings, on_device: float) -> tuple[int, int]:
+def _transit(shape: Shape, settings: Settings) -> int:
+    """With offload at stages 1 and 2: a buffer for a gradient on its way to the host, as large as the largest."""
+    in_transit = settings.offload("offload_optimizer") and settings.stage in (1, 2)
+    return settings.weight_bytes * settings.largest_trainable(shape) if in_transit else 0
+
+
+def _gradients(shape: Shape, settings: Settings) -> tuple[int, int]:
     """(bytes of the gradients during a step, bytes of their copies), on the device.
 
     Stage 0 in half precision casts all of them to fp32 and flattens the copies (fused_optimizer.py). Stages 1 and 2
@@ -157,11 +255,11 @@ def _gradients(shape: Shape, settings: Settings, on_device: float) -> tuple[int,
     parameter with one process). Stage 3 casts one sub-group at a time.
     """
     L, N, b, stage = settings.num_trainable(shape), settings.num_processes, settings.weight_bytes, settings.stage
-    wide = settings.gradient_bytes
+    wide, on_device = settings.gradient_bytes, 1 - settings.offloaded_share
     if stage == 0:
         return b * L, 8 * L if b == 2 else 0
     if stage == 3:
-        sub_group = min(settings.bucket("sub_group_size", 10**9), L // N)
+        sub_group = min(settings.bucket("sub_group_size", 10**9), L // N) if settings.is_cpu or on_device else 0
         resident = 0 if settings.offload("offload_optimizer") == "cpu" and on_device == 0 else wide * L // N
         return int(resident + 4 * on_device * L / N), 4 * sub_group
     if settings.offload("offload_optimizer"):

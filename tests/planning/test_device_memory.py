@@ -91,7 +91,7 @@ def test_activations_of_other_architectures(other_architecture, recomputes):
 
 def states(forecast: Plan) -> float:
     """Weights, optimizer, gradients and buckets on one device, GB."""
-    parts = forecast.device_phases["step"]
+    parts = forecast.device_phases["step"] | {"buffers": forecast.device_phases["backward"]["buffers"]}
     return sum(parts[part] for part in ("weights", "optimizer", "gradients", "gradients' fp32 copies", "buffers")) / 1e9
 
 

@@ -1,0 +1,120 @@
+"""Rehearses the GPU side on a machine without one: `make rehearse`.
+
+    python tests/rehearsal/rehearse.py                      # all cases, about an hour on two cores
+    python tests/rehearsal/rehearse.py --only "125M.*"      # those whose name matches
+
+Each case runs train.py or generate.py with torch's CUDA build on the stand-in (standin.py). A case fails if the command
+fails, if the stand-in refused a call or did not know one, or if a phase took 5% more or less of the device than the
+plan says (and 0.1 GiB). Figures go to benchmarks/results/rehearsal.jsonl, one line for each case.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from cases import Case, all_cases
+from models import build_folder, write_texts
+from standin import build
+from table import compare_phases, print_case
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+WORK = ROOT / "runs" / "rehearsal"
+TOLERANCE, LEAST = 0.05, 2**30 // 10  # between a phase and its plan: a share, or bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=".*", help="a regular expression for names of cases")
+    parser.add_argument("--output", default=str(ROOT / "benchmarks/results/rehearsal.jsonl"), help="'' writes none")
+    args = parser.parse_args()
+    if torch.version.cuda is None:
+        sys.exit(f"skipped: torch {torch.__version__} is not a CUDA build, and this platform's index has no other")
+    cases = [case for case in all_cases() if re.fullmatch(args.only, case.name)]
+    build(WORK / "standin")
+    write_texts(WORK / "texts.csv", 1200, is_uniform=True)
+    lines, failed = [], []
+    for case in cases:
+        figures = rehearse(case)
+        lines.append(figures)
+        print_case(case.name, figures)
+        if figures["faults"]:
+            failed.append(case.name)
+    if args.output:
+        write_lines(Path(args.output), lines)
+    print(
+        f"{len(cases) - len(failed)} of {len(cases)} cases passed"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
+    sys.exit(bool(failed))
+
+
+def rehearse(case: Case) -> dict:
+    """Runs a case; returns its figures, with `faults` in words."""
+    folder = WORK / "cases" / re.sub(r"\W+", "-", case.name)
+    run_folder = WORK / "cases" / re.sub(r"\W+", "-", case.after) / "run" if case.after else folder / "run"
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    folder.mkdir(parents=True)
+    log, output = folder / "standin.log", folder / "figures.json"
+    began = time.perf_counter()
+    with open(folder / "output.txt", "w") as screen:
+        environment = os.environ | case.card.environment(WORK / "standin") | {"STANDIN_LOG": str(log)}
+        words = command(case, output, run_folder)
+        code = subprocess.run(words, cwd=ROOT, env=environment, stdout=screen, stderr=subprocess.STDOUT).returncode
+    figures = json.loads(output.read_text()) if output.is_file() else {"phases": {}}
+    faults = sorted(set(log.read_text().splitlines())) if log.is_file() else []
+    if code:
+        faults.insert(0, f"exit code {code}: {folder / 'output.txt'}")
+    if case.setup and not code:
+        figures["compared"] = compare_phases(figures)
+        faults += [
+            f"{phase}: {measured / 2**30:.2f} GiB, planned {planned / 2**30:.2f}"
+            for phase, (planned, measured) in figures["compared"].items()
+            if abs(planned - measured) > max(LEAST, TOLERANCE * measured)
+        ]
+    return {
+        "case": case.name,
+        "card": case.card.name,
+        "seconds": round(time.perf_counter() - began),
+        "faults": faults,
+    } | figures
+
+
+def command(case: Case, output: Path, run_folder: Path) -> list[str]:
+    """The command line of a case."""
+    probe = [str(HERE / "probe.py"), str(output), case.script]
+    words = [sys.executable, *probe]
+    if case.num_processes > 1:
+        launcher = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--no_local_rank"]
+        words = [*launcher, "--num_accelerators", str(case.num_processes), *probe]
+    if case.script == "generate.py":
+        return [*words, "--model_dir", str(run_folder), *case.flags]
+    is_demo = case.size == "demo"
+    model = "demo" if is_demo else str(build_folder(WORK / "models" / case.size, case.size))
+    if "--eval_only" in case.flags:
+        model = str(run_folder)
+    texts = ("--model_name_or_path", model, "--dataset", "sample" if is_demo else str(WORK / "texts.csv"))
+    return [*words, *case.flags, *texts, "--output_dir", str(run_folder), "--report_to", "none"]
+
+
+def write_lines(file: Path, lines: list[dict]) -> None:
+    """Puts the lines of these cases in the place of their older ones."""
+    old = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    new = {line["case"] for line in lines}
+    facts = {name: version(name) for name in ("torch", "transformers", "deepspeed", "accelerate")}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    lines = [line | {"versions": facts, "date": date} for line in lines]
+    kept = [line for line in old if line["case"] not in new]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*kept, *lines]))
+
+
+if __name__ == "__main__":
+    main()

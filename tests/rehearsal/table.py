@@ -1,0 +1,47 @@
+"""Figures of a rehearsal in words: memory by phase beside the plan's, and counts by step and token."""
+
+GIB = 2**30
+# Phases of the device: which phases of the plan they are the largest of.
+PLANNED = {
+    "start": ("start",),
+    "forward": ("forward",),
+    "backward": ("backward", "first reduction", "backward's end"),
+    "step": ("step",),
+    "evaluate": ("evaluate",),
+    "sample": ("sample",),
+    "save the best": ("save",),
+}
+
+
+def compare_phases(figures: dict) -> dict[str, tuple[int, int]]:
+    """(bytes by the plan, bytes that torch allocated) by phase."""
+    plan = {phase: sum(parts.values()) for phase, parts in figures["plan"]["device"].items()}
+    return {
+        phase: (max(plan[name] for name in names if name in plan), figures["phases"][phase]["allocated"])
+        for phase, names in PLANNED.items()
+        if phase in figures["phases"] and any(name in plan for name in names)
+    }
+
+
+def print_case(name: str, figures: dict) -> None:
+    print(f"\n== {name} ({figures['card']}, {figures['seconds']} s)")
+    for phase, (planned, measured) in figures.get("compared", {}).items():
+        both = f"planned {planned / GIB:7.2f} GiB, allocated {measured / GIB:7.2f}"
+        print(f"   {phase:<14} {both}, {planned / measured - 1:+.1%}")
+    for phase in ("whole step", "decode a token"):
+        if counts := figures["phases"].get(phase):
+            print(f"   {phase}: {describe_counts(counts)}")
+    for fault in figures["faults"][:20]:
+        print(f"   FAULT {fault}")
+    print(end="", flush=True)
+
+
+def describe_counts(counts: dict) -> str:
+    waits = "".join(f"; {count} at {place}" for place, count in counts["waits"].items())
+    ways = [
+        f"{counts[f'bytes_{way}'] / GIB:.2f} GiB {way} in {counts[f'copies_{way}']} copies "
+        f"({counts[f'pageable_{way}']} not pinned)"
+        for way in ("up", "down")
+    ]
+    launches = f"{counts['launches']} launches, {counts['graph_launches']} graphs"
+    return f"{launches}, {', '.join(ways)}, {counts['syncs']} waits{waits}"
