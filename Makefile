@@ -1,4 +1,4 @@
-.PHONY: setup test check soak lint bench
+.PHONY: setup test check soak rehearse lint bench
 
 # Four on two cores, because many tests wait. A worker takes 1 GB, and up to 2 GB more for what it starts.
 WORKERS ?= 4
@@ -18,6 +18,11 @@ check: setup lint ## within a minute: the tests that start no process and train 
 
 soak: setup       ## the tests that take minutes each
 	$(PYTEST) -m slow -o faulthandler_timeout=3600
+
+rehearse:         ## the GPU side without a GPU: torch's CUDA build (3 GB, into .venv-cuda) on a stand-in; about an hour
+	test -x .venv-cuda/bin/python || $${PYTHON:-python3} -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check -r tests/rehearsal/requirements.txt
+	.venv-cuda/bin/python tests/rehearsal/rehearse.py
 
 lint:             ## style and format
 	.venv/bin/ruff check .

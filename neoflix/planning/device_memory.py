@@ -14,7 +14,7 @@ ADAPTERS_ON_CPU = 1.9
 LOSS_CHUNK = {"cuda": 2**26 * 4, "cpu": 2**20 * 4}  # bytes of the fp32 logits that `loss.py` reads at a time
 
 
-def activation_bytes(shape: Shape, settings: Settings, num_tokens: int) -> int:
+def activation_bytes(shape: Shape, settings: Settings, num_tokens: int, is_recomputing: bool = True) -> int:
     """Bytes that the forward pass keeps for the backward pass, without the logits.
 
     Each layer keeps for each token, in tensors of the width: the inputs of both layer norms and their results (4);
@@ -24,6 +24,10 @@ def activation_bytes(shape: Shape, settings: Settings, num_tokens: int) -> int:
     checkpointing keeps one width per layer, and one layer in full while it is recomputed (Chen et al., 2016). The
     embedding and the last norm come on top. With LoRA all of these are kept too, because every adapter keeps the input
     of its layer, and the result of its first matrix. For other models the layers are counted when their shape is read.
+
+    Args:
+        is_recomputing: with activation checkpointing, during the backward pass; at the end of the forward pass no layer
+            is kept in full.
     """
     copies = 1.4 if settings.is_cpu else 0  # the copy, and padding to the longest text of a group
     layer = (8 + copies) * shape.width + 5 * shape.inner
@@ -31,7 +35,9 @@ def activation_bytes(shape: Shape, settings: Settings, num_tokens: int) -> int:
         layer = counted / settings.weight_bytes / shape.num_layers
         layer *= ADAPTERS_ON_CPU if settings.is_cpu and settings.lora_rank else 1
     layer += settings.lora_rank * shape.num_linear / max(shape.num_layers, 1)
-    kept = layer + shape.num_layers * shape.width if settings.recomputes else shape.num_layers * layer
+    kept = shape.num_layers * layer
+    if settings.recomputes:
+        kept = shape.num_layers * shape.width + (layer if is_recomputing else 0)
     return int(num_tokens * settings.weight_bytes * (kept + 2 * shape.width))
 
 
@@ -60,6 +66,7 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
     gradients, copies = _gradients(shape, settings)
     accumulated = {"gradients": gradients if settings.accumulation > 1 else 0}
     working = accumulated | {"activations": activation_bytes(shape, settings, tokens)}
+    kept = accumulated | {"activations": activation_bytes(shape, settings, tokens, is_recomputing=False)}
     loss = _loss(shape, settings, tokens)
     in_backward = resident | ({} if settings.stage == 3 else {"buffers": _buffers(shape, settings)})
     embedding = 0 if settings.lora_rank else b * shape.embedding
@@ -71,7 +78,7 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
     }
     phases = {
         "start": _start(shape, settings),
-        "forward": resident | working | loss,
+        "forward": resident | kept | loss,
         "backward": in_backward | working | arriving,
         "backward's end": in_backward
         | {"gradients": gradients, "gradients of the embedding": (1 + shape.is_tied) * embedding},

@@ -49,7 +49,8 @@ def load_token_batches(dataset, batches: TokenBatches, collate_fn, args) -> Data
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
     # Not accelerator.prepare, which would split between the processes what is this process's share already.
-    return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+    here = {"num_processes": 1, "process_index": 0, "put_on_device": True, "non_blocking": args.dataloader_pin_memory}
+    return prepare_data_loader(loader, args.device, **here)
 
 
 def with_own_generator(loader):

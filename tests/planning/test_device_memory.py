@@ -1,10 +1,13 @@
 """Device memory: the formulas against what autograd keeps, arithmetic, and what was allocated."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GIB, NETFLIX, card, forecast_of, shape_of, tiny_config
+from cases import comparisons
+from conftest import GIB, NETFLIX, ROOT, card, forecast_of, shape_of, tiny_config
+from table import compare_phases
 
 from neoflix.arguments.deepspeed_file import read_ds_config
 from neoflix.arguments.reader import read_train_flags
@@ -110,19 +113,22 @@ def test_states_are_those_of_the_zero_papers(processes):
     assert zero_3.device["optimizer"] == zero_3.device["weights"] == 0
 
 
-# Bytes that torch allocated at the peak, GiB: 64 Netflix descriptions a step on a stand-in for the CUDA runtime, whose
-# allocations are real and whose arithmetic isn't.
-ALLOCATED = [
-    ("1.3B", "ds_configs/no_offload.json", [], 27.36),
-    ("2.7B", "ds_configs/no_offload.json", [], 53.34),
-    ("2.7B", "ds_config.json", ["--activation_checkpointing", "true"], 9.88),
-]
+# What torch allocated on a stand-in for the CUDA runtime, whose allocations are real (`make rehearse`).
+REHEARSED = [json.loads(line) for line in (ROOT / "benchmarks/results/rehearsal.jsonl").read_text().splitlines()]
+COMPARED = [line for line in REHEARSED if "compared" in line]
 
 
-@pytest.mark.parametrize(("size", "deepspeed", "words", "gib"), ALLOCATED)
-def test_device_memory_is_what_a_stand_in_allocated(size, deepspeed, words, gib, processes):
-    planned = forecast_of(size, card(80), *words, deepspeed=deepspeed)
-    assert planned.allocated_bytes / GIB == pytest.approx(gib, rel=0.02)
+@pytest.mark.parametrize("line", COMPARED, ids=[line["case"] for line in COMPARED])
+def test_each_phase_takes_what_the_plan_says(line):
+    phases = compare_phases(line)
+    assert {"start", "forward", "backward", "step", "evaluate", "sample", "save the best"} <= phases.keys()
+    for phase, (planned, measured) in phases.items():
+        assert planned == pytest.approx(measured, rel=0.05, abs=0.1 * GIB), phase
+
+
+def test_every_set_up_and_size_was_rehearsed():
+    assert {line["case"] for line in COMPARED} == {case.name for case in comparisons()}
+    assert not [line["case"] for line in REHEARSED if line["faults"]]
 
 
 def test_a_small_card_is_refused_for_deepspeeds_start(processes):
@@ -135,11 +141,12 @@ def test_a_small_card_is_refused_for_deepspeeds_start(processes):
     assert shared["weights, flattened"] == shared["weights"] // 2
 
 
-def test_fp32_gradients_are_there_at_the_first_reduction(processes):
-    """All of them, while most activations still are; gradients in bf16 come one by one."""
+def test_all_gradients_are_there_at_the_first_reduction(processes):
+    """In fp32 twice as many as in bf16; with an offloaded optimizer they go to the host one by one."""
     wide = forecast_of("2.7B", card(80), deepspeed="ds_configs/no_offload.json")
     assert wide.device == wide.device_phases["first reduction"]
     config = read_ds_config("ds_configs/no_offload.json")
     del config["data_types"]
     narrow = forecast(wide.shape, NETFLIX, replace(wide.settings, ds_config=config), card(80))
-    assert "first reduction" not in narrow.device_phases
+    assert 2 * narrow.device_phases["first reduction"]["gradients"] == wide.device["gradients"]
+    assert "first reduction" not in forecast_of("2.7B", card(80)).device_phases

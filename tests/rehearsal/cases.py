@@ -65,18 +65,19 @@ def comparisons() -> list[Case]:
 def roads() -> list[Case]:
     """A user's commands: whole runs of 125M, and two steps of the larger models."""
     two_steps = ("--max_steps", "2", "--save_strategy", "no")
+    often = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
     small_batches = ("--max_steps", "4", "--per_device_train_batch_size", "16")
     return [
         Case("demo", "demo", ("--config", "recipes/demo.yaml", "--max_steps", "4")),
         Case(
             "125M, checkpoint",
             "125M",
-            ("--config", "recipes/gpt-neo-125m.yaml", "--max_steps", "4", "--save_steps", "2"),
+            ("--config", "recipes/gpt-neo-125m.yaml", "--max_steps", "4", *often),
         ),
         Case(
             "125M, resumed",
             "125M",
-            ("--config", "recipes/gpt-neo-125m.yaml", "--max_steps", "6"),
+            ("--config", "recipes/gpt-neo-125m.yaml", "--max_steps", "6", *often),
             after="125M, checkpoint",
         ),
         Case("125M, evaluation", "125M", ("--eval_only",), after="125M, checkpoint"),
@@ -95,7 +96,7 @@ def roads() -> list[Case]:
         Case(
             "125M, two cards",
             "125M",
-            ("--deepspeed", "auto", *small_batches, "--save_steps", "2"),
+            ("--deepspeed", "auto", *small_batches, *often),
             TWO_A100,
             num_processes=2,
         ),
@@ -106,6 +107,7 @@ def roads() -> list[Case]:
             TWO_A100,
             num_processes=2,
         ),
+        Case("gpu.sh", "125M", card=A100, script="benchmarks/gpu.sh"),
         Case("article", "1.3B", ("--config", "recipes/article.yaml", *two_steps)),
         Case("gpt-neo-1.3b", "1.3B", ("--config", "recipes/gpt-neo-1.3b.yaml", *two_steps)),
         Case("gpt-neo-2.7b", "2.7B", ("--config", "recipes/gpt-neo-2.7b.yaml", *two_steps)),

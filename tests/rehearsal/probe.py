@@ -2,9 +2,7 @@
 
     python tests/rehearsal/probe.py FIGURES.json train.py --config recipes/gpt-neo-125m.yaml ...
 
-For each phase: peaks of torch's allocator in bytes, and the stand-in's counts of its last pass. Kernels compute
-nothing. Where the host asks for numbers, they are read as on a GPU, and zeros are taken in their place; the loss is 2,
-every loss and weight is finite, and no draw needs more candidates.
+For each phase: peaks of torch's allocator in bytes, and the stand-in's counts of its last pass.
 """
 
 import functools
@@ -14,7 +12,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import standin
@@ -22,8 +21,6 @@ import torch
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from neoflix.runtime.errors import DivergedError
 
 STATES = ("_live", "_peak")  # counters that are no counts
 PEAKS = ("allocated", "reserved", "device_peak", "pinned_peak", "host_peak")
@@ -96,35 +93,6 @@ class WholeSteps(TrainerCallback):
         self.before = phases.total.copy(), phases.waits.copy()
 
 
-def take_numbers_for_granted() -> None:
-    """Puts numbers in the place of those that no kernel has computed."""
-    from neoflix.sampling.decoder import Decoder
-    from neoflix.sampling.draw import Draw
-    from neoflix.training import trainer, validation
-
-    item, tolist, read, sums = torch.Tensor.item, torch.Tensor.tolist, Decoder._read, validation._sum_losses
-
-    def zero_item(tensor):
-        number = item(tensor)
-        return type(number)(0) if tensor.is_cuda else number
-
-    def zero_list(tensor):
-        numbers = tolist(tensor)
-        return tolist(torch.zeros(tensor.shape, dtype=tensor.dtype)) if tensor.is_cuda else numbers
-
-    def read_zeros(decoder, texts, sent):
-        return read(decoder, texts, (torch.zeros_like(sent[0]), sent[1]))
-
-    def sums_of_a_loss(*args):
-        sums(*args)
-        return 2.0, 1.0
-
-    torch.Tensor.item, torch.Tensor.tolist, Decoder._read = zero_item, zero_list, read_zeros
-    validation._sum_losses = sums_of_a_loss
-    trainer.check_finite = without_verdict(trainer.check_finite)
-    Draw.settled = lambda draw, *args: draw(*args)[0]
-
-
 def watch_training(phases: Phases, figures: dict) -> None:
     """Makes a run's parts phases, and keeps its plan."""
     import deepspeed
@@ -156,29 +124,9 @@ def watch_training(phases: Phases, figures: dict) -> None:
     phases.wrap(saving, "save_best", "save the best")
 
 
-def without_verdict(check: Callable) -> Callable:
-    """The check with all that it does on the device, but without its verdict."""
-
-    def checked(*args):
-        with suppress(DivergedError):
-            check(*args)
-
-    return checked
-
-
 def describe(plan) -> dict:
-    """The plan's bytes by phase, without what no allocator sees, and the host's."""
-    from neoflix.planning.device_memory import device_memory
-
-    return {
-        "device": device_memory(plan.shape, plan.settings),
-        "host": plan.host_phases,
-        "host_bytes": plan.host_bytes,
-        "pinned_bytes": plan.pinned_bytes,
-        "device_bytes": plan.device_bytes,
-        "trainable": plan.settings.num_trainable(plan.shape),
-        "batch_tokens": plan.settings.batch_tokens,
-    }
+    """What the plan follows from, and the host's bytes by phase."""
+    return {"shape": asdict(plan.shape), "settings": asdict(plan.settings), "host": plan.host_phases}
 
 
 def watch_sampling(phases: Phases) -> None:
@@ -208,7 +156,6 @@ def main() -> None:
 
 def run(script: str, phases: Phases, figures: dict) -> None:
     entry = importlib.import_module(Path(script).stem)
-    take_numbers_for_granted()
     watch_training(phases, figures) if script == "train.py" else watch_sampling(phases)
     entry.main(sys.argv[1:])
 

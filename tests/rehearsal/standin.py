@@ -84,6 +84,7 @@ class Card:
         return {
             "LD_PRELOAD": str(folder / PRELOADED),
             "LD_LIBRARY_PATH": str(folder),
+            "PYTHONPATH": str(HERE / "startup"),
             "STANDIN": str(folder),
             "STANDIN_NAME": self.name,
             "STANDIN_MIB": str(self.torch_mib),

@@ -1,5 +1,14 @@
 """Figures of a rehearsal in words: memory by phase beside the plan's, and counts by step and token."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from neoflix.model.shape import Shape
+from neoflix.planning.device_memory import device_memory
+from neoflix.planning.settings import Settings
+
 GIB = 2**30
 # Phases of the device: which phases of the plan they are the largest of.
 PLANNED = {
@@ -15,7 +24,8 @@ PLANNED = {
 
 def compare_phases(figures: dict) -> dict[str, tuple[int, int]]:
     """(bytes by the plan, bytes that torch allocated) by phase."""
-    plan = {phase: sum(parts.values()) for phase, parts in figures["plan"]["device"].items()}
+    shape, settings = Shape(**figures["plan"]["shape"]), Settings(**figures["plan"]["settings"])
+    plan = {phase: sum(parts.values()) for phase, parts in device_memory(shape, settings).items()}
     return {
         phase: (max(plan[name] for name in names if name in plan), figures["phases"][phase]["allocated"])
         for phase, names in PLANNED.items()
