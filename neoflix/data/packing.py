@@ -1,6 +1,8 @@
 """From tokens to batches: order, packing, padding, labels."""
 
 import heapq
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +22,31 @@ class TextLayout(torch.Tensor):
     processes keep the type. It has four dimensions because transformers passes such a mask on unchanged. Otherwise
     transformers would look for the texts itself, which makes the host wait for the device in every forward pass.
     """
+
+    @cached_property
+    def groups(self) -> list["Group"]:
+        """The texts in groups of similar length, so that little of a group is padding. Computed once for all layers,
+        because it waits for the device."""
+        return [_group(layout_NL) for layout_NL in group_by_length(self.as_subclass(torch.Tensor)[0, 0])]
+
+
+class Group(NamedTuple):
+    """Texts of similar length.
+
+    Attributes:
+        layout: [N, L], as in a `TextLayout`.
+        places: [tokens], each token's position in the packed row.
+        cells: [tokens], each token's position in the flattened [N, L].
+    """
+
+    layout: torch.Tensor
+    places: torch.Tensor
+    cells: torch.Tensor
+
+
+def _group(layout_NL: torch.Tensor) -> Group:
+    is_token_NL = torch.arange(layout_NL.shape[1], device=layout_NL.device) <= layout_NL[:, -1:] - layout_NL[:, :1]
+    return Group(layout_NL, layout_NL[is_token_NL], is_token_NL.flatten().nonzero().squeeze(1))
 
 
 def lay_out_texts(lengths: list[int]) -> TextLayout:

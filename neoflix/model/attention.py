@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES
 
-from neoflix.data.packing import TextLayout, group_by_length
+from neoflix.data.packing import TextLayout
 
 ATTENTION_NAME = "neoflix"  # not "sdpa", which transformers refuses for GPT-Neo
 
@@ -96,9 +96,9 @@ class GPTNeoFastAttention(nn.Module):
 
     @torch.compiler.disable  # the shapes change with every batch
     def _attend_by_text(self, query_THD, key_THD, value_THD, layout_11NL):
-        layout_NL = layout_11NL.as_subclass(torch.Tensor)[0, 0]
         dropout = self.attention_dropout if self.training else 0.0
         if not dropout and takes_varlen(query_THD):
+            layout_NL = layout_11NL.as_subclass(torch.Tensor)[0, 0]
             num_tokens, longest = len(query_THD), layout_NL.shape[1]
             bounds = pad(layout_NL[:, 0], (0, 1), value=num_tokens).int()
             window = (-1 if self.window is None else self.window - 1, 0)
@@ -106,10 +106,9 @@ class GPTNeoFastAttention(nn.Module):
                 query_THD, key_THD, value_THD, bounds, bounds, longest, longest, scale=1.0, window_size=window
             )
         output_THD = torch.empty_like(query_THD)
-        for group_NL in group_by_length(layout_NL):
+        for group_NL, places_M, cells_M in layout_11NL.groups:
             query, key, value = (x[group_NL].transpose(1, 2) for x in (query_THD, key_THD, value_THD))
-            is_real_NL = torch.arange(group_NL.shape[1], device=group_NL.device) <= group_NL[:, -1:] - group_NL[:, :1]
-            output_THD[group_NL[is_real_NL]] = self._attend(query, key, value, None).transpose(1, 2)[is_real_NL]
+            output_THD[places_M] = self._attend(query, key, value, None).transpose(1, 2).flatten(0, 1)[cells_M]
         return output_THD
 
     def _attend(self, query_BHQD, key_BHKD, value_BHKD, mask):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from neoflix.data.packing import IGNORE_INDEX, PackedCollator, PaddedCollator, TokenBatches
+from neoflix.data.packing import IGNORE_INDEX, PackedCollator, PaddedCollator, TokenBatches, lay_out_texts
 from neoflix.data.tokens import fill_up
 from neoflix.model.load import load_model
 
@@ -103,3 +103,13 @@ def test_packed_equals_one_by_one_equals_padded(tokens, tokenizer, model_dir):
         for name, gradient in one_by_one[1].items():
             scale = gradient.abs().max().clamp(min=1.0)
             torch.testing.assert_close(other[1][name] / scale, gradient / scale, atol=1e-5, rtol=1e-4)
+
+
+def test_groups_hold_each_token_once_and_are_found_once():
+    lengths = [3, 40, 17, 20, 1, 33]
+    layout = lay_out_texts(lengths)
+    places = torch.cat([group.places for group in layout.groups])
+    assert sorted(places.tolist()) == list(range(sum(lengths)))
+    for group in layout.groups:
+        assert torch.equal(group.layout.flatten()[group.cells], group.places)
+    assert layout.groups is layout.groups, "each layer would wait for the device again"

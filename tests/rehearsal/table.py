@@ -1,7 +1,13 @@
-"""Figures of a rehearsal in words: memory by phase beside the plan's, and counts by step and token."""
+"""Figures of a rehearsal in words: memory by phase beside the plan's, and counts by step and token.
 
+python tests/rehearsal/table.py    # the tables of docs/memory.md, from benchmarks/results/rehearsal.jsonl
+"""
+
+import json
 import sys
 from pathlib import Path
+
+from cases import SETUPS, SIZES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -9,6 +15,7 @@ from neoflix.model.shape import Shape
 from neoflix.planning.device_memory import device_memory
 from neoflix.planning.settings import Settings
 
+ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 # Phases of the device: which phases of the plan they are the largest of.
 PLANNED = {
@@ -55,3 +62,29 @@ def describe_counts(counts: dict) -> str:
     ]
     launches = f"{counts['launches']} launches, {counts['graph_launches']} graphs"
     return f"{launches}, {', '.join(ways)}, {counts['syncs']} waits{waits}"
+
+
+def main() -> None:
+    """Prints both tables in Markdown."""
+    lines = [json.loads(line) for line in (ROOT / "benchmarks/results/rehearsal.jsonl").read_text().splitlines()]
+    by_case = {line["case"]: line for line in lines}
+    print(f"| planned / allocated, GiB | {' | '.join(SIZES)} | largest difference of a phase |")
+    print("|---" * (len(SIZES) + 2) + "|")
+    for setup in SETUPS:
+        compared = [compare_phases(by_case[f"{size} {setup}"]) for size in SIZES]
+        fullest = [max(phases.values(), key=lambda both: both[1]) for phases in compared]
+        cells = [f"{planned / GIB:.2f} / {measured / GIB:.2f}" for planned, measured in fullest]
+        worst = max((p / m - 1 for phases in compared for p, m in phases.values()), key=abs)
+        print(
+            f"| `{setup.replace(', ', '`, ', 1)}{'' if ', ' in setup else '`'} | {' | '.join(cells)} | {worst:+.1%} |"
+        )
+    print(f"\n| a step of {SIZES[-1]} | kernels | GiB to the card | GiB to the host | waits |")
+    print("|---" * 5 + "|")
+    for setup in SETUPS:
+        counts = by_case[f"{SIZES[-1]} {setup}"]["phases"]["whole step"]
+        cells = f"{counts['launches']:,} | {counts['bytes_up'] / GIB:.2f} | {counts['bytes_down'] / GIB:.2f}"
+        print(f"| `{setup.replace(', ', '`, ', 1)}{'' if ', ' in setup else '`'} | {cells} | {counts['syncs']} |")
+
+
+if __name__ == "__main__":
+    main()
