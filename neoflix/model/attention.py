@@ -140,10 +140,12 @@ def _find_start(cache, layer: int | None):
 
 
 def takes_varlen(query: torch.Tensor) -> bool:
-    """Whether flash attention runs: in half precision, on NVIDIA's Ampere or later."""
+    """Whether flash attention runs: in half precision, on NVIDIA's Ampere or later, with heads of 8, 16, ..., 256
+    dimensions."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    width = query.shape[-1]
+    return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _band(length: int, window: int, device) -> torch.Tensor:

@@ -11,9 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import DynamicCache, GPTNeoForCausalLM, StaticCache
 
 from neoflix.data.packing import PackedCollator, TextLayout, group_by_length, lay_out_texts
-from neoflix.model import attention
 from neoflix.model.attention import ATTENTION_NAME, register_attention
-from neoflix.model.loss import causal_lm_loss
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 
@@ -74,44 +72,6 @@ def test_packed_texts_are_texts_alone(pair, lengths):
     alone = torch.cat([eager(text).logits for text in texts], 1)
     torch.testing.assert_close(packed, alone, **TOLERANCE)
     torch.testing.assert_close(without_layout, alone, **TOLERANCE)
-
-
-def documented_varlen(query, key, value, bounds, bounds_k, longest, longest_k, *, scale, window_size):
-    """What torch's documentation says of `varlen_attn`, text by text; the kernel itself needs a GPU."""
-    assert bounds.dtype == bounds_k.dtype == torch.int32
-    lengths = bounds.diff().tolist()
-    assert longest == longest_k == max(lengths)
-    outputs = []
-    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
-        distance = torch.arange(len(q)).unsqueeze(1) - torch.arange(len(k))
-        left, right = window_size
-        visible = (distance >= -right) & ((left == -1) | (distance <= left))
-        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v))
-    return torch.cat(outputs)
-
-
-@pytest.mark.parametrize("lengths", [[5, 40, 1, 17, 16, 30], [33], [1, 1]])
-def test_what_cuda_is_asked_for_is_the_same(pair, lengths, monkeypatch):
-    _, ours = pair
-    ids = random_ids(1, sum(lengths))
-    position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-    batch = {"position_ids": position_ids, "attention_mask": lay_out_texts(lengths), "use_cache": False}
-    by_groups = ours(ids, **batch).logits
-    monkeypatch.setattr(attention, "takes_varlen", lambda query: True)
-    monkeypatch.setattr(attention, "varlen_attn", documented_varlen)
-    torch.testing.assert_close(ours(ids, **batch).logits, by_groups, **TOLERANCE)
-
-
-def test_the_cuda_path_never_waits_for_the_device(monkeypatch):
-    """On the meta device no value can be read: a wait for one would raise. The real kernel's schema is checked."""
-    monkeypatch.setattr(attention, "takes_varlen", lambda query: True)
-    model = GPTNeoForCausalLM._from_config(tiny_config(), attn_implementation=ATTENTION_NAME).to("meta")
-    model.loss_function = causal_lm_loss
-    batch = PackedCollator()([{"input_ids": list(range(length)), "prompt_length": 1} for length in (5, 40, 1)])
-    batch = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
-    model(**batch, num_items_in_batch=torch.tensor(43, device="meta")).loss.backward()
-    assert all(weight.grad.shape == weight.shape for weight in model.parameters())
 
 
 def test_packed_rows_of_a_batch_stay_apart(pair):
