@@ -19,7 +19,8 @@ CUDA_TYPE, META_TYPE = 1, 14  # in c10/core/DeviceType.h
 
 
 def fill_with_fakes(model: nn.Module, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
-    """Replaces the weights of a model on the meta device by fake ones, within `FakeTensorMode`. Tied ones stay tied."""
+    """Replaces weights (of any dtype) and buffers of a model on the meta device by fake ones, within `FakeTensorMode`.
+    Tied weights stay tied."""
     fakes = {}
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -27,6 +28,8 @@ def fill_with_fakes(model: nn.Module, dtype: torch.dtype, device: str = "cpu") -
                 fake = torch.empty(weight.shape, dtype=dtype, device=device)
                 fakes[weight] = nn.Parameter(fake, requires_grad=weight.requires_grad)
             setattr(module, name, fakes[weight])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
     return model
 
 

@@ -30,11 +30,11 @@ def make_texts(lengths: list[int]) -> list[dict]:
     return [{"input_ids": ids, "prompt_length": 1 + index % 3} for index, ids in enumerate(rows)]
 
 
-def make_pair(lora: bool = False, dtype=torch.float32, **overrides):
+def make_pair(lora: bool = False, **overrides):
     """(eager model, the same model with our attention and loss), in training mode."""
     torch.manual_seed(1)
-    ours = build_model(tiny_config(**overrides), dtype)
-    eager = GPTNeoForCausalLM._from_config(tiny_config(**overrides), attn_implementation="eager", dtype=dtype)
+    ours = build_model(tiny_config(**overrides), torch.float32)
+    eager = GPTNeoForCausalLM._from_config(tiny_config(**overrides), attn_implementation="eager")
     eager.load_state_dict(ours.state_dict())
     if lora:
         eager, ours = (add_adapters(model, 4, 8, "none") for model in (eager, ours))
@@ -116,8 +116,9 @@ def test_values_and_gradients(lengths, recomputes, lora, as_on_cuda):
 def test_half_precision(dtype, as_on_cuda):
     """In the kernel's own dtypes: close to fp32, as close as the CPU's path."""
     texts = make_texts([5, 40, 1, 17])
-    exact, exact_gradients = learn_alone(make_pair(initializer_range=0.05)[0], texts)
-    _, ours = make_pair(dtype=dtype, initializer_range=0.05)
+    eager, ours = make_pair(initializer_range=0.05)
+    exact, exact_gradients = learn_alone(eager, texts)
+    ours = ours.to(dtype)
     on_the_cpu, _ = learn_packed(ours, texts)
     as_on_cuda(HALF)
     on_cuda, gradients = learn_packed(ours, texts)

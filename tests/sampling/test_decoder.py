@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from recorded_graphs import recorded_graphs
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -48,10 +49,14 @@ def ours(model, prompts, num_slots: int, draw=None, seed=1, penalty=1.0, as_on_c
         eos_token_id=EOS,
     )
     decoder = Decoder(model, settings)
-    if as_on_cuda:
-        decoder.lag, decoder.asks = 2, False
-    for _ in decoder.grow(texts):
-        pass
+    if not as_on_cuda:
+        num_steps = sum(1 for _ in decoder.grow(texts))
+    else:
+        decoder.has_graphs, decoder.lag, decoder.asks = True, 2, False
+        with recorded_graphs() as counts:
+            num_steps = sum(1 for _ in decoder.grow(texts))
+        assert counts["replays"] == num_steps
+        assert 0 < counts["captures"] < num_steps / 2 or decoder.draw != settings.draw
     assert all(text.finish_reason == ("length" if len(text.new_ids) == NEW else "eos") for text in texts)
     return [text.new_ids for text in texts]
 
@@ -74,10 +79,11 @@ def test_greedy_is_transformers_greedy(model_dir, prompts, greedy, num_slots, as
     assert ours(load(model_dir), prompts, num_slots, as_on_cuda=as_on_cuda) == greedy
 
 
-def test_penalty_is_transformers_penalty(model_dir, prompts, greedy):
+@pytest.mark.parametrize("as_on_cuda", [False, True])
+def test_penalty_is_transformers_penalty(model_dir, prompts, greedy, as_on_cuda):
     expected = theirs(model_dir, prompts, repetition_penalty=1.4)
     assert expected != greedy
-    assert ours(load(model_dir), prompts, 4, penalty=1.4) == expected
+    assert ours(load(model_dir), prompts, 4, penalty=1.4, as_on_cuda=as_on_cuda) == expected
 
 
 def test_another_architecture(prompts, tmp_path):
