@@ -249,3 +249,14 @@ def test_the_reference_is_the_kernel(dtype, window):
         results.append((output, query.grad, key.grad, value.grad))
     for theirs, mine in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.gpu
+def test_heads_that_the_kernel_refuses_on_a_gpu():
+    _, ours = make_pair(num_heads=8)  # of 4 dimensions
+    texts = make_texts([5, 40, 1, 17])
+    expected, _ = learn_packed(ours, texts)
+    batch = {name: x.cuda() if torch.is_tensor(x) else x for name, x in PackedCollator()(texts).items()}
+    output = ours.to("cuda", torch.bfloat16)(**batch)
+    torch.testing.assert_close(output.logits[0].float().cpu(), expected, atol=0.1, rtol=0.1)
+    output.loss.backward()
