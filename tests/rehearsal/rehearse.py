@@ -42,15 +42,14 @@ def main() -> None:
     cases = [case for case in all_cases() if re.fullmatch(args.only, case.name)]
     build(WORK / "standin")
     write_texts(WORK / "texts.csv", 1200, is_uniform=True)
-    lines, failed = [], []
+    failed = []
     for case in cases:
         figures = rehearse(case)
-        lines.append(figures)
         print_case(case.name, figures)
+        if args.output:
+            write_line(Path(args.output), figures)
         if figures["faults"]:
             failed.append(case.name)
-    if args.output:
-        write_lines(Path(args.output), lines)
     print(
         f"{len(cases) - len(failed)} of {len(cases)} cases passed"
         + (f"; failed: {', '.join(failed)}" if failed else "")
@@ -119,15 +118,13 @@ def command(case: Case, output: Path, run_folder: Path) -> list[str]:
     return [*words, *case.flags, *texts, "--output_dir", str(run_folder), "--report_to", "none"]
 
 
-def write_lines(file: Path, lines: list[dict]) -> None:
-    """Puts the lines of these cases in the place of their older ones."""
-    old = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    new = {line["case"] for line in lines}
-    facts = {name: version(name) for name in ("torch", "transformers", "deepspeed", "accelerate")}
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    lines = [line | {"versions": facts, "date": date} for line in lines]
-    kept = [line for line in old if line["case"] not in new]
-    file.write_text("".join(json.dumps(line) + "\n" for line in [*kept, *lines]))
+def write_line(file: Path, figures: dict) -> None:
+    """Puts a case's figures in the place of its older ones."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "accelerate")}
+    facts = {"versions": versions, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    lines = [line for line in lines if line["case"] != figures["case"]] + [figures | facts]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":
