@@ -50,15 +50,16 @@ on_slurm() {  # true in a batch job's own shell, false in a shell that `srun --p
   [[ -n "${SLURM_JOB_ID:-}" && -z "${SLURM_STEP_ID:-}" ]]
 }
 
-asked='' step=''  # whether the job was asked to save; the process of its srun
+asked='' step=''  # whether the run was asked to save; the process of its srun, or its process group as -NUMBER
 
 ask_to_save() {  # repeatedly: a run that has just started does not handle signals yet
   asked=yes interrupted=yes
-  echo "SIGUSR1: asking the run to save a checkpoint and stop"
-  while [[ -n "$step" ]] && kill -USR1 "$step" 2>/dev/null; do sleep 5; done
+  echo "$1: asking the run to save a checkpoint and stop"
+  while [[ -n "$step" ]] && kill -USR1 -- "$step" 2>/dev/null; do sleep 5; done
 }
 
-if on_slurm; then trap ask_to_save USR1; fi
+trap 'exit 143' TERM  # in a container this shell is process 1, which ignores SIGTERM unless it is trapped
+if on_slurm; then trap 'ask_to_save SIGUSR1' USR1; fi
 
 # sbatch runs a copy of this file from its spool, in the folder where it was called.
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -227,8 +228,10 @@ fi
 
 train() {  # returns the exit code of training
   local code=0
-  if [[ -n "${DRY_RUN:-}" ]] || ! on_slurm; then
-    run "$@" || code=$?
+  if [[ -n "${DRY_RUN:-}" ]]; then
+    run "$@"
+  elif [[ -n "${HOSTFILE:-}" ]] && ! on_slurm; then
+    "$@" || code=$?
   else
     wait_for_step "$@" || code=$?
   fi
@@ -239,18 +242,35 @@ train() {  # returns the exit code of training
 
 wait_for_step() {  # runs in the background, so that the shell handles signals and survives until everything is saved
   local code
-  trap 'interrupted=yes' TERM  # SLURM signals training as well
-  "$@" &
-  step=$!
-  if [[ -n "$asked" ]]; then ask_to_save; fi
+  if on_slurm; then
+    trap 'interrupted=yes' TERM  # SLURM signals training as well
+    "$@" &
+    step=$!
+  else
+    start_process_group "$@"
+  fi
+  if [[ -n "$asked" ]]; then ask_to_save SIGUSR1; fi
   interrupted=yes
   while [[ -n "$interrupted" ]]; do
     interrupted=''
-    wait "$step" && code=0 || code=$?
+    wait "${step#-}" && code=0 || code=$?
   done
   trap '' USR1
-  trap - TERM
+  trap 'exit 143' TERM
+  trap - INT HUP
   return "$code"
+}
+
+start_process_group() {  # all processes of a run on one machine, without this shell, which passes signals on to them
+  trap '' USR1  # inherited by DeepSpeed's launcher, which must survive it; training handles it
+  set -m
+  "$@" &
+  set +m
+  step=-$!
+  trap 'ask_to_save SIGTERM' TERM
+  trap 'ask_to_save SIGUSR1' USR1
+  trap 'interrupted=yes; kill -INT -- "$step"' INT  # Ctrl-C
+  trap 'interrupted=yes; kill -HUP -- "$step"' HUP  # the terminal was closed
 }
 
 queue_again() {

@@ -1,11 +1,18 @@
 """launch.sh says what it would run, for hardware that is there and hardware that is not."""
 
 import os
+import re
 import shutil
+import signal
 import stat
+import subprocess
+import time
 
 import pytest
-from conftest import PYTHON, ROOT, run_program
+from conftest import PYTHON, ROOT, environment_without_launcher, run_program
+
+from neoflix.checkpoints.find import list_checkpoints
+from neoflix.runtime.errors import RUN_ME_AGAIN
 
 
 @pytest.fixture
@@ -202,3 +209,22 @@ def test_main_command_trains_and_samples(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert f"{tmp_path / 'run'}/report.html" in output.splitlines()[-1]
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_sigterm_to_the_shell_alone_saves_a_checkpoint(tmp_path):
+    """What `docker stop` does: the shell is process 1 there, and no other process gets the signal."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    words = ["./launch.sh", "--config", "recipes/demo.yaml", "--output_dir", folder]
+    words += ["--logging_steps", "1", "--disable_tqdm", "true"]
+    with log.open("w") as out:
+        shell = subprocess.Popen(
+            words, cwd=ROOT, env=environment_without_launcher(), stdout=out, stderr=out, start_new_session=True
+        )
+    while shell.poll() is None and "'loss'" not in log.read_text():
+        time.sleep(0.1)
+    shell.send_signal(signal.SIGTERM)
+    assert shell.wait(300) == RUN_ME_AGAIN
+    output = log.read_text()
+    step = re.search(r"Stopped after step (\d+) \(SIGUSR1\)", output)[1]
+    assert list_checkpoints(folder)[-1].name == f"checkpoint-{step}"
+    assert "generate.py" not in output
