@@ -1,7 +1,9 @@
 """Checks of the machine for what would otherwise end a run after it has begun."""
 
+import importlib.util
 import os
 import re
+import runpy
 import shutil
 import sysconfig
 import tempfile
@@ -23,6 +25,18 @@ def toolkit_cuda() -> tuple[int, ...]:
     nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     match = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
     return tuple(int(part) for part in match.groups()) if match else ()
+
+
+def prebuilt_operators(accelerator: str) -> set[str]:
+    """Names of the operators that DeepSpeed was installed with (`DS_BUILD_AIO=1 pip install`, as in the Dockerfile) for
+    an accelerator, "cuda" or "cpu". It compiles the others on first use. The file is the one that DeepSpeed decides by;
+    importing DeepSpeed takes seconds."""
+    package = importlib.util.find_spec("deepspeed")
+    file = package and Path(package.origin).with_name("git_version_info_installed.py")
+    installed = runpy.run_path(str(file)) if file and file.is_file() else {}
+    if installed.get("accelerator_name") != accelerator:
+        return set()
+    return {name for name, is_installed in installed["installed_ops"].items() if is_installed}
 
 
 def check_machine(machine: Machine, ds_config: dict, pinned_bytes: int, bf16: bool | None, num_processes: int) -> None:
@@ -81,7 +95,7 @@ def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple
         )
     zero = ds_config.get("zero_optimization", {})
     for part in parts_on_nvme(zero):
-        if not toolkit:
+        if not toolkit and "async_io" not in prebuilt_operators("cuda"):
             raise UserError(
                 f"{part} to NVMe: DeepSpeed compiles its NVMe operator with the CUDA toolkit and found none: install "
                 "it (CUDA_HOME names its folder), or offload to host memory (ds_configs/zero3_offload.json)"

@@ -9,6 +9,7 @@ import torch
 
 from neoflix.arguments.deepspeed_file import is_json, read_ds_config
 from neoflix.arguments.training import TrainArguments
+from neoflix.planning.preflight import prebuilt_operators
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.redaction import redact
@@ -45,11 +46,12 @@ def naming_refused_values(source: dict | str | Path) -> Iterator[None]:
 
 def build_operators(config: dict) -> None:
     """Compiles the operators that DeepSpeed would compile on first use, so that an error comes before the model is
-    loaded. One process of the machine at a time.
+    loaded; not those that it was installed with. One process of the machine at a time.
 
     A killed build leaves torch's lock file behind, and every later build waits for it forever. Our own lock (flock)
     ends with the process that holds it; under it, a lock file of torch's that no process has open is removed.
     """
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
     from torch.utils.cpp_extension import _get_build_directory
 
@@ -57,7 +59,10 @@ def build_operators(config: dict) -> None:
     devices = {zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")}
     builders = [CPUAdamBuilder] if zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme") else []
     builders += [AsyncIOBuilder] if "nvme" in devices else []
+    prebuilt = prebuilt_operators(get_accelerator().device_name())
     for builder in builders:
+        if builder.NAME in prebuilt:
+            continue
         folder = Path(_get_build_directory(builder.NAME, verbose=False))
         with open(folder / "neoflix.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

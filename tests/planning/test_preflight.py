@@ -1,5 +1,6 @@
 """What a machine must have: each missing part is refused before the run starts."""
 
+import sys
 import sysconfig
 from dataclasses import replace
 
@@ -7,7 +8,14 @@ import pytest
 from conftest import GIB, card
 
 from neoflix.arguments.deepspeed_file import read_ds_config
-from neoflix.planning.preflight import check_compiler, check_gpu, check_locked_memory, check_nvme, check_shared_memory
+from neoflix.planning.preflight import (
+    check_compiler,
+    check_gpu,
+    check_locked_memory,
+    check_nvme,
+    check_shared_memory,
+    prebuilt_operators,
+)
 
 ON_NVME = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}
 PLAIN_ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
@@ -42,6 +50,20 @@ def test_what_will_do_is_let_through(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_PIN_MEMORY_BACKEND", "native")
     with pytest.raises(ValueError, match="ulimit -l"):
         check_locked_memory(pinned, GIB)
+
+
+def test_a_prebuilt_operator_needs_no_toolkit(tmp_path, monkeypatch):
+    """An installed DeepSpeed like that of the Dockerfile."""
+    package = tmp_path / "deepspeed"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    said = "installed_ops={'async_io': 1, 'cpu_adam': False}\naccelerator_name='cuda'\n"
+    (package / "git_version_info_installed.py").write_text(said)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    assert prebuilt_operators("cuda") == {"async_io"}
+    assert prebuilt_operators("cpu") == set()
+    check_gpu(card(24, driver=(580, 65)), ON_NVME, None, (13, 0), ())
 
 
 def test_missing_compiler_names_the_package(monkeypatch, tmp_path):
