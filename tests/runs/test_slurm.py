@@ -44,12 +44,12 @@ class Job:
         self.cluster, self.number, self.log = cluster, number, log
 
     @classmethod
-    def submit(cls, cluster: Cluster, run: Path, *options, words=(), **flags) -> "Job":
+    def submit(cls, cluster: Cluster, run: Path, *options, script="launch.sh", words=(), **flags) -> "Job":
         flags = FLAGS | {"output_dir": run, "cache_dir": cluster.folder / "cache"} | flags
         words = words or [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
         options = ("--partition=main", "--gpus-per-node=0", "--cpus-per-task=1", *options)
         log = run.with_name(f"{run.name}-%a.out" if any("array" in option for option in options) else f"{run.name}.out")
-        number = cluster.run("sbatch", "--parsable", f"--output={log}", *options, ROOT / "launch.sh", *words)
+        number = cluster.run("sbatch", "--parsable", f"--output={log}", *options, ROOT / script, *words)
         return cls(cluster, number, log)
 
     def task(self, number: int) -> "Job":
@@ -110,6 +110,23 @@ def test_a_job_that_is_told_to_stop_goes_on_by_itself_to_the_same_result(cluster
     assert f"Resuming from {run}/checkpoint-{step}" in said
     assert "Exited with exit code 75" in said  # the launcher outlived the signal
     assert not compare(fingerprint(run), fingerprint(cluster.folder / "untouched"))
+
+
+def test_an_apptainer_job_that_is_told_to_stop_goes_on_by_itself(cluster):
+    """Without Apptainer: a command of that name runs launch.sh in place."""
+    programs, run = cluster.folder / "programs", cluster.folder / "in-apptainer"
+    programs.mkdir()
+    (programs / "apptainer").write_text(f'#!/bin/sh\nshift 5\nexec {ROOT}/launch.sh "$@"\n')
+    (programs / "apptainer").chmod(0o755)
+    options = (f"--chdir={programs}", f"--export=ALL,PATH={programs}:{cluster.env['PATH']}")
+    job = Job.submit(cluster, run, *options, script="jobs/apptainer.sbatch")
+    job.await_steps(2)
+    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+    shown, said = job.await_end(), job.said()
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), said
+    step = re.search(r"Stopped after step (\d+) \(SIGUSR1\)", said)[1]
+    assert f"Resuming from {run}/checkpoint-{step}" in said
+    assert len(re.findall(r"^ +\d+\. ", said, re.MULTILINE)) == 20
 
 
 def test_a_killed_process_ends_the_job_and_is_named(cluster):
