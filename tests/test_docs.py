@@ -22,7 +22,7 @@ from neoflix.report import main, parse_report_args
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs" / "your-texts").glob("*.md"))]
-FOLDERS = ("docs", "recipes", "neoflix", "benchmarks", "ds_configs", "tests", "data")
+FOLDERS = ("docs", "recipes", "neoflix", "benchmarks", "ds_configs", "tests", "data", "jobs")
 SMALL = {
     "--max_steps": "4",
     "--deepspeed": "ds_configs/cpu.json",
