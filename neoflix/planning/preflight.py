@@ -9,14 +9,9 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from neoflix.runtime.driver import check_capability, check_driver, dotted, output_of, torch_cuda
 from neoflix.runtime.errors import UserError
-from neoflix.runtime.hardware import (
-    Machine,
-    check_driver,
-    dotted,
-    output_of,
-    torch_cuda,
-)
+from neoflix.runtime.hardware import Machine
 
 
 def toolkit_cuda() -> tuple[int, ...]:
@@ -88,6 +83,7 @@ def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple
         built, toolkit: CUDA version of torch and of the toolkit, (major, minor); () if there is none.
     """
     check_driver(machine.device_name, machine.driver, built)
+    check_capability(machine.device_name, machine.capability, built)
     if bf16 and machine.capability < (8, 0):
         raise UserError(
             f"--bf16 true: {machine.device_name} (compute capability {dotted(machine.capability)}) has no "

@@ -8,7 +8,8 @@ from pathlib import Path
 from neoflix.arguments.deepspeed_file import is_json
 from neoflix.model.shape import Shape
 from neoflix.planning.lengths import Texts
-from neoflix.runtime.hardware import Machine, torch_version
+from neoflix.runtime.driver import torch_version
+from neoflix.runtime.hardware import Machine
 
 
 @dataclass(frozen=True)

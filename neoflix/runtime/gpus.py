@@ -9,11 +9,15 @@ cards chosen by number (CUDA numbers them by speed, NVML by bus).
 import os
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pynvml
+
+from neoflix.runtime.driver import hides_gpus
+from neoflix.runtime.errors import UserError
 
 # Makes torch 2.13 and later pin host memory in exact sizes. By default it rounds each buffer up to a power of two (40
 # GiB instead of 25 for the offloaded optimizer of GPT-Neo-2.7B). Buffers up to 8 MB are still rounded and reused. The
@@ -22,7 +26,7 @@ import pynvml
 PINNED_MEMORY = "pinned_max_round_threshold_mb:8,pinned_max_cached_size_mb:8"
 
 
-DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg")  # Linux; Windows' subsystem for Linux
+DRIVER_FILES = ("/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")  # Linux; Windows' subsystem for Linux
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Gpu:
     driver: tuple[int, ...] = ()  # its version; () if not known
     has_nvlink: bool = False
     shares_host_memory: bool = False
+    index: int | None = None  # its number in the order of the bus; None if not known
 
 
 def read_gpus() -> list[Gpu]:
@@ -45,40 +50,70 @@ def read_gpus() -> list[Gpu]:
 def read_gpus_by_nvml() -> list[Gpu] | None:
     """The GPUs that NVIDIA's driver shows, whether torch can use them or not; None if NVML cannot tell."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and not visible.strip():
+    if hides_gpus(visible):
         return []
     try:
-        with _nvml():
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        with _nvml() as handles:
             chosen = _choose(handles, visible)
-            return None if chosen is None else [_read_gpu(handle) for handle in chosen]
+            return None if chosen is None else [_read_gpu(handles[i], i) for i in chosen]
     except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
         return None if any(Path(file).exists() for file in DRIVER_FILES) else []
     except pynvml.NVMLError:
         return None
 
 
+def check_visible_devices() -> None:
+    """Raises UserError if CUDA_VISIBLE_DEVICES names no GPU of this machine, although there are some."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hides_gpus(visible):
+        return
+    with suppress(pynvml.NVMLError), _nvml() as handles:
+        if handles and _choose(handles, visible) == []:
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={visible} names none of this machine's GPUs, which have the numbers 0 to "
+                f"{len(handles) - 1} and the UUIDs that `nvidia-smi -L` lists; empty it to use the CPU"
+            )
+
+
+def divided_gpus() -> list[int]:
+    """Numbers of the GPUs in MIG mode, in the order of the bus."""
+    with suppress(pynvml.NVMLError), _nvml() as handles:
+        return [i for i, handle in enumerate(handles) if _is_divided(handle)]
+    return []
+
+
+def read_processes(index: int) -> dict[int, int | None]:
+    """The processes that compute or draw on a GPU, with the bytes that they hold; None if that is not known (WSL2)."""
+    found = {}
+    with suppress(pynvml.NVMLError), _nvml() as handles:
+        for read in (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses):
+            with suppress(pynvml.NVMLError):
+                found |= {process.pid: process.usedGpuMemory for process in read(handles[index])}
+    return found
+
+
 @contextmanager
-def _nvml():
+def _nvml() -> Iterator[list]:
+    """Yields the handles of all GPUs, in the order of the bus."""
     pynvml.nvmlInit()
     try:
-        yield
+        yield [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _choose(handles: list, visible: str | None) -> list | None:
-    """The GPUs that CUDA_VISIBLE_DEVICES selects; None if only CUDA can tell."""
+def _choose(handles: list, visible: str | None) -> list[int] | None:
+    """Numbers of the GPUs that CUDA_VISIBLE_DEVICES selects; None if only CUDA can tell."""
     if any(_is_divided(handle) for handle in handles) or (visible or "").startswith("MIG-"):
         return None
     if visible is None:
-        return handles
+        return list(range(len(handles)))
     by_number = not visible.startswith("GPU-")
     names = {pynvml.nvmlDeviceGetName(handle) for handle in handles}
     if by_number and len(names) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         return None
     uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
-    return [handles[i] for i in visible_devices(visible, uuids)]
+    return visible_devices(visible, uuids)
 
 
 def visible_devices(visible: str, uuids: list[str]) -> list[int]:
@@ -109,7 +144,7 @@ def _is_divided(handle) -> bool:
     return False
 
 
-def _read_gpu(handle) -> Gpu:
+def _read_gpu(handle, index: int) -> Gpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)  # NVMLError_NotSupported if it is shared with the host
     return Gpu(
         pynvml.nvmlDeviceGetName(handle),
@@ -118,6 +153,7 @@ def _read_gpu(handle) -> Gpu:
         tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
         _driver(),
         _has_nvlink(handle),
+        index=index,
     )
 
 

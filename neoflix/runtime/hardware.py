@@ -4,24 +4,17 @@ Nothing here imports torch until it is needed, because its import takes longer t
 the machine; everything that decides takes the `Machine` it returns, so that a test can pass any machine.
 """
 
-import importlib.util
 import os
 import re
 import resource
 import shutil
-import subprocess
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from neoflix.runtime.driver import USE_THE_CPU, check_driver, read_driver, torch_cuda
 from neoflix.runtime.errors import UserError
-from neoflix.runtime.gpus import read_gpus, read_gpus_by_nvml
-
-# Oldest driver for each CUDA a torch may be built with (NVIDIA, "CUDA Toolkit Release Notes", table "CUDA Toolkit
-# and Minimum Required Driver Version for CUDA Minor Version Compatibility", Linux).
-OLDEST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 0)}
-
-USE_THE_CPU = "to use the CPU, empty CUDA_VISIBLE_DEVICES (train.py: --use_cpu true)"
+from neoflix.runtime.gpus import check_visible_devices, divided_gpus, read_gpus, read_gpus_by_nvml
 
 
 @dataclass(frozen=True)
@@ -48,8 +41,14 @@ class Machine:
 
 
 def read_machine(output_dir: str, use_cpu: bool = False) -> Machine:
-    """Reads what this machine has free now, as this process sees it."""
+    """Reads what this machine has free now, as this process sees it.
+
+    Raises:
+        UserError: as `has_gpu`.
+    """
     gpus = [] if use_cpu else read_gpus()
+    if not gpus and not use_cpu:
+        refuse_unusable_gpus()
     disk = shutil.disk_usage(nearest_folder(output_dir))
     machine = Machine(
         host_memory=read_host_memory(),
@@ -79,16 +78,31 @@ def has_gpu() -> bool:
     """Whether torch can compute on a GPU.
 
     Raises:
-        UserError: if NVIDIA's driver shows a GPU that torch cannot use; training on the CPU instead would take days.
+        UserError: if NVIDIA's driver shows a GPU that torch cannot use, or CUDA_VISIBLE_DEVICES names none of those
+            that are there; training on the CPU instead would take days.
     """
     import torch
 
     if torch.cuda.is_available():
         return True
-    for gpu in read_gpus_by_nvml() or []:
-        check_driver(gpu.name, gpu.driver, torch_cuda())
-        raise UserError(f"{gpu.name}: torch cannot use it ({_why_not()}); {USE_THE_CPU}")
+    refuse_unusable_gpus()
     return False
+
+
+def refuse_unusable_gpus() -> None:
+    """Raises UserError, where torch has no GPU, if the machine has one. Torch is imported only if it has."""
+    check_visible_devices()
+    gpus = read_gpus_by_nvml()
+    if gpus == []:
+        return
+    name, driver = (gpus[0].name, gpus[0].driver) if gpus else ("NVIDIA's GPU", read_driver())
+    check_driver(name, driver, torch_cuda())
+    if divided := divided_gpus():
+        raise UserError(
+            f"GPU {', '.join(map(str, divided))} is divided into parts (MIG), and CUDA_VISIBLE_DEVICES names none that "
+            f"torch can use: set it to a part's UUID, which `nvidia-smi -L` lists (MIG-...); {USE_THE_CPU}"
+        )
+    raise UserError(f"{name}: torch cannot use it ({_why_not()}); {USE_THE_CPU}")
 
 
 def _why_not() -> str:
@@ -147,14 +161,6 @@ def _read_cgroup(folder: Path, limit_name: str, usage_name: str, cached_name: st
     return [int(limit) - usage]
 
 
-def output_of(*words: str) -> str:
-    """What a program prints; "" if it is missing or fails."""
-    try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 def checkpoint_bytes(output_dir: str) -> int:
     """Bytes of the checkpoints in a run's folder."""
     files = [path for path in Path(output_dir).glob("checkpoint-*/**/*") if path.is_file()]
@@ -164,42 +170,3 @@ def checkpoint_bytes(output_dir: str) -> int:
 def _read_locked_memory() -> int | None:
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if limit == resource.RLIM_INFINITY else limit
-
-
-def torch_version() -> tuple[int, ...]:
-    return _torch_fact("__version__")
-
-
-def _torch_fact(name: str) -> tuple[int, ...]:
-    """The first two numbers of a line of torch's version.py, which imports nothing; () if there are none."""
-    spec = importlib.util.find_spec("torch")
-    text = Path(spec.origin).with_name("version.py").read_text() if spec else ""
-    match = re.search(rf"^{name}\b.*=\s*'(\d+)\.(\d+)", text, re.MULTILINE)
-    return tuple(int(part) for part in match.groups()) if match else ()
-
-
-def torch_cuda() -> tuple[int, ...]:
-    """The version of CUDA that torch was built with; () if it was built without."""
-    return _torch_fact("cuda")
-
-
-def check_driver(name: str, driver: tuple[int, ...], built: tuple[int, ...]) -> None:
-    """Checks that torch was built with CUDA, and not with a newer one than the driver supports.
-
-    Args:
-        name: the GPU's.
-        driver: its version; () if it is not known.
-        built: the version of CUDA that torch was built with.
-    """
-    if not built:
-        raise UserError(f"{name}: torch was built without CUDA; install one with CUDA (pytorch.org); {USE_THE_CPU}")
-    oldest = OLDEST_DRIVER.get(built[0], ())
-    if driver and driver < oldest:
-        raise UserError(
-            f"driver {dotted(driver)} is older than {dotted(oldest)}, the oldest for torch's CUDA {dotted(built)}; "
-            f"update the driver or install a torch built for an older CUDA; {USE_THE_CPU}"
-        )
-
-
-def dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
