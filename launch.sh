@@ -4,6 +4,7 @@
 #   ./launch.sh                                   chooses a recipe for this machine, trains, samples
 #   ./launch.sh --config recipes/demo.yaml ...    arguments go to train.py
 #   ./launch.sh --setup-only                      makes .venv and exits
+#   ./launch.sh --doctor                          shows what this machine has and lacks, and exits
 #   sbatch launch.sh --config ...                 the same as a SLURM job, on one node or more (docs/clusters.md)
 #
 #   NGPU=2 ./launch.sh ...                        processes per machine (default: one per GPU)
@@ -72,31 +73,67 @@ is_set_up() {
   cmp --silent requirements.txt .venv/requirements.installed
 }
 
+check_driver() {  # before gigabytes are installed that it cannot run; needs Python alone
+  local python=.venv/bin/python
+  [[ -x "$python" ]] || python=${PYTHON:-python3}
+  "$python" -m neoflix.runtime.driver
+}
+
 setup() {
   is_set_up && return
   echo "Setting up .venv (a few minutes, once)"
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "Python 3.11 or newer is required; name one, for example: PYTHON=python3.12 ./launch.sh"
   [[ -x .venv/bin/python ]] || run "${PYTHON:-python3}" -m venv .venv
+  check_driver
   run .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
   run cp requirements.txt .venv/requirements.installed
 }
 
+if [[ "${1:-}" == --doctor ]]; then
+  if is_set_up; then exec .venv/bin/python -m neoflix.doctor; fi
+  check_driver
+  echo ".venv is not set up yet; the rest is read with it: ./launch.sh --setup-only && ./launch.sh --doctor"
+  exit
+fi
 if ! is_set_up; then
   { flock 9 || true; setup; } 9<>requirements.txt  # of jobs that start together, one installs and the others wait
 fi
 if [[ "${1:-}" == --setup-only ]]; then exit; fi
 export PATH="$PWD/.venv/bin:$PATH"  # deepspeed finds its workers and ninja here
 
-# ---- 2. recipe: by the memory of the smallest GPU and of the host -----------------------------
+# ---- 2. recipe: the first whose plan fits the GPUs, the host's memory and the disk -------------
 
-gpu_memory_mib=()
-if command -v nvidia-smi >/dev/null && [[ -n "${CUDA_VISIBLE_DEVICES-all}" ]]; then
-  query=(nvidia-smi --query-gpu=memory.total "--format=csv,noheader,nounits")
-  if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then query+=(--id="$CUDA_VISIBLE_DEVICES"); fi  # only the visible ones
-  mapfile -t gpu_memory_mib < <("${query[@]}" 2>/dev/null | grep -E '^[0-9]+$' | sort -n)
+export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}  # as nvidia-smi; by default CUDA's first is the fastest
+if [[ ! -x .venv/bin/python ]]; then  # a dry run
+  echo "The rest depends on the GPUs, which are read with .venv: ./launch.sh --setup-only makes it."
+  exit
 fi
-num_gpus=${#gpu_memory_mib[@]}
+gpu_lines=$(python -m neoflix.doctor --gpus) || exit  # number and name of each
+mapfile -t gpus < <(grep . <<<"$gpu_lines")
+num_gpus=${#gpus[@]}
+num_processes=${NGPU:-$((num_gpus > 0 ? num_gpus : 1))}
+
+fits() {  # whether the plan of a recipe fits this machine; sets `said`
+  local code=0
+  said=$(WORLD_SIZE=$((num_processes * ${SLURM_NNODES:-1})) LOCAL_SIZE=$num_processes \
+    python train.py --config "$1" --plan 2>&1) || code=$?
+  ((code == 0 || code == 2)) || fail "the plan of $1 failed: $said"
+  return "$code"
+}
+
+choose_recipe() {  # sets `recipe`, and says why
+  echo "$num_gpus GPU(s):"
+  printf '  %s\n' "${gpus[@]}"
+  for recipe in recipes/gpt-neo-{2.7b,2.7b-lora,1.3b,125m}.yaml; do
+    if fits "$recipe"; then
+      echo "Using $recipe: it fits, by its plan (python train.py --config $recipe --plan)."
+      return
+    fi
+    echo "Passed over $recipe: $(grep -m1 '^too large: ' <<<"$said" || head -1 <<<"$said")"
+  done
+  fail "no recipe fits this machine; for the smallest: ${said#error: }"
+}
 
 train_args=("$@")
 if ((${#train_args[@]} == 0)); then
@@ -105,21 +142,7 @@ if ((${#train_args[@]} == 0)); then
     echo "No GPU found: using $recipe, a small model on the sample catalogue."
     echo "For real English use ./launch.sh --config recipes/gpt-neo-125m.yaml (needs a network, takes longer)."
   else
-    # Needs by the plan (docs/memory.md): 2.7B 18 GiB of the GPU and 52 of the host, 1.3B 6.4 and 30, 2.7B with LoRA
-    # 17 and 7.4. Without `free` only the GPU decides; the plan checks the host later.
-    host_mib=$({ free --mebi 2>/dev/null || true; } | awk '/^Mem:/ {print $7}')
-    host_words=${host_mib:+, $host_mib MiB of host memory free}
-    host_mib=${host_mib:-1000000}
-    if ((gpu_memory_mib[0] >= 24000 && host_mib >= 54000)); then
-      recipe=recipes/gpt-neo-2.7b.yaml
-    elif ((gpu_memory_mib[0] >= 24000 && host_mib >= 8000)); then
-      recipe=recipes/gpt-neo-2.7b-lora.yaml
-    elif ((gpu_memory_mib[0] >= 8000 && host_mib >= 30500)); then
-      recipe=recipes/gpt-neo-1.3b.yaml
-    else
-      recipe=recipes/gpt-neo-125m.yaml
-    fi
-    echo "$num_gpus GPU(s) of at least ${gpu_memory_mib[0]} MiB$host_words: using $recipe."
+    choose_recipe
   fi
   train_args=(--config "$recipe")
 fi
@@ -172,8 +195,15 @@ binds_cores() {  # DeepSpeed needs numactl for it, and assumes that it has all c
 
 launch_here() {
   launcher=(deepspeed --quiet)
-  if ((num_gpus == 0)) || [[ -n "${NGPU:-}" || -z "${CUDA_VISIBLE_DEVICES:-}" ]]; then  # else the GPUs named there
+  local numbers
+  numbers=$(printf '%s\n' ${gpus[@]+"${gpus[@]%% *}"} | head -n "$num_processes" | paste -sd,)
+  if ((num_gpus == 0 || num_processes > num_gpus)) || [[ -z "${CUDA_VISIBLE_DEVICES:-}" ]]; then
     launcher+=(--num_accelerators "$num_processes")
+  elif [[ "$numbers" != *-* ]]; then  # DeepSpeed itself reads numbers only, no UUIDs
+    launcher=(env -u CUDA_VISIBLE_DEVICES deepspeed --quiet --include "localhost:$numbers")
+  elif ((num_processes == 1)); then  # part of a GPU (MIG), which DeepSpeed's launcher cannot name
+    launcher=(python)
+    return
   fi
   launcher+=(--master_port "${MASTER_PORT:-$((20000 + RANDOM % 10000))}")
   if binds_cores; then launcher+=(--bind_cores_to_rank); fi  # an offloaded optimizer runs on the CPU
@@ -214,7 +244,6 @@ launch_by_srun() {
   launcher+=(--master_addr "${MASTER_ADDR:-$address}" --master_port "${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}")
 }
 
-num_processes=${NGPU:-$((num_gpus > 0 ? num_gpus : 1))}
 ((num_gpus > 0)) || export DS_ACCELERATOR=cpu
 if on_slurm; then
   launch_by_srun

@@ -27,6 +27,7 @@ import cpuinfo
 import pytest
 import torch
 from datasets import Dataset
+from fake_machine import build_nvml, describe_gpus, describe_machine
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -218,6 +219,27 @@ def processes(monkeypatch):
 
     set_processes(1)
     return set_processes
+
+
+# ---- other machines --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def nvml(tmp_path_factory) -> Path:
+    """A folder with a library of NVIDIA's driver for GPUs that are not here."""
+    return build_nvml(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture
+def machine_of(nvml, tmp_path):
+    """machine_of(RTX_3090, host_gib=30) -> environment variables with which a program finds this machine."""
+    folder = tmp_path / "machine"
+
+    def describe(*gpus: str, driver: str = "580.95.05", **more) -> dict[str, str]:
+        folder.mkdir(exist_ok=True)
+        return describe_gpus(nvml, *gpus, driver=driver) | describe_machine(folder, **more)
+
+    return describe
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

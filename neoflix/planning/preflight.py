@@ -14,11 +14,15 @@ from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import Machine
 
 
+def nvcc() -> str:
+    """The compiler of the CUDA toolkit, where torch looks for it; it may not exist."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+
+
 def toolkit_cuda() -> tuple[int, ...]:
     """Version of the CUDA toolkit that DeepSpeed compiles with, or () if there is none."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    match = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
+    match = re.search(r"release (\d+)\.(\d+)", output_of(nvcc(), "--version"))
     return tuple(int(part) for part in match.groups()) if match else ()
 
 
@@ -47,8 +51,7 @@ def check_machine(machine: Machine, ds_config: dict, pinned_bytes: int, bf16: bo
     if machine.has_gpu:
         check_gpu(machine, ds_config, bf16, torch_cuda(), toolkit_cuda())
     check_locked_memory(machine, pinned_bytes)
-    if num_processes > 1:
-        check_shared_memory(machine, num_processes)
+    check_shared_memory(machine, num_processes)
     for part in parts_on_nvme(zero):
         check_nvme(zero[part].get("nvme_path"), part)
 
@@ -61,19 +64,39 @@ def parts_on_nvme(zero: dict) -> list[str]:
 def check_compiler(config: dict) -> None:
     """Raises UserError if DeepSpeed cannot compile its CPU Adam, which it does on first use."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
-    if offload.get("device") not in ("cpu", "nvme"):
-        return
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None and shutil.which("g++") is None:
+    if offload.get("device") in ("cpu", "nvme"):
+        find_compiler()
+        find_headers()
+
+
+def find_compiler() -> str:
+    """The path of the C++ compiler.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if found is None:
         raise UserError(
             "DeepSpeed compiles its CPU Adam on first use and found no C++ compiler: install one "
             "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
         )
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+    return found
+
+
+def find_headers() -> str:
+    """The folder with Python's headers.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = sysconfig.get_path("include")
+    if not Path(folder, "Python.h").is_file():
         raise UserError(
             "DeepSpeed compiles its CPU Adam on first use and found no Python headers: install them "
             "(Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
         )
+    return folder
 
 
 def check_gpu(machine: Machine, ds_config: dict, bf16: bool | None, built: tuple, toolkit: tuple) -> None:
@@ -126,13 +149,19 @@ def check_locked_memory(machine: Machine, pinned_bytes: int) -> None:
 
 
 def check_shared_memory(machine: Machine, num_processes: int) -> None:
-    """Raises UserError if /dev/shm is too small for NCCL, which needs about 33 MB for each process of a node (a
-    container's default of 64 MB is not enough for three; NCCL documentation, "Troubleshooting: shared memory")."""
-    needed = num_processes * 33 * 2**20 if machine.has_gpu else 0
-    if machine.shared_memory is not None and machine.shared_memory < needed:
+    """Raises UserError if /dev/shm is too small for a run on GPUs.
+
+    NCCL needs about 33 MB for each process of a node, if there are several (a container's default of 64 MB is not
+    enough for three; NCCL documentation, "Troubleshooting: shared memory"). The process that prepares batches passes
+    them on there: 50 KB each, for 2,100 tokens in three columns, and a few in advance.
+    """
+    if not machine.has_gpu or machine.shared_memory is None:
+        return
+    needed = num_processes * 33 * 2**20 if num_processes > 1 else 4 * 2**20
+    if machine.shared_memory < needed:
         raise UserError(
-            f"/dev/shm: {machine.shared_memory / 2**20:.0f} MiB are free, and {num_processes} processes need "
-            f"{needed / 2**20:.0f} MiB; start a container with --shm-size=1g"
+            f"/dev/shm: {machine.shared_memory / 2**20:.0f} MiB are free, and {num_processes} process(es) need "
+            f"{needed / 2**20:.0f} MiB; remove old files there, or start a container with --shm-size=1g"
         )
 
 
@@ -144,9 +173,12 @@ def check_nvme(path: str | None, part: str) -> None:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"{part}: nvme_path {path}: cannot be written ({error.strerror})") from error
-    header = [Path(folder, "libaio.h").is_file() for folder in ("/usr/include", "/usr/local/include")]
-    if not any(header):
+    if not has_libaio():
         raise UserError(
             f"{part} to NVMe: DeepSpeed needs libaio, which is not installed: install it (Debian, Ubuntu: apt "
             "install libaio-dev; Fedora: dnf install libaio-devel)"
         )
+
+
+def has_libaio() -> bool:
+    return any(Path(folder, "libaio.h").is_file() for folder in ("/usr/include", "/usr/local/include"))

@@ -20,11 +20,27 @@ def explain(plan: Plan) -> str:
     lines = ["this run does not fit", plan_table(plan)]
     for name, needed, available, largest in plan.over_budget():
         lines.append(f"too large: {needed / GIB:.1f} GiB of {name}, {available / GIB:.1f} GiB available; {largest}")
+    lines += _machine_remedies(plan)
     changes = smallest_changes(plan)
     lines += [f"  {flags}: {_describe(changed, plan)}" for flags, changed in changes]
     if not changes:
         lines.append("no single setting makes this run fit; use a smaller model or a larger machine")
     return "\n".join(lines)
+
+
+def _machine_remedies(plan: Plan) -> list[str]:
+    """What the machine itself could give: memory that other programs hold, or that Windows keeps."""
+    machine, lines = plan.machine, []
+    short_of = {name for name, *_ in plan.over_budget()}
+    if "device memory" in short_of and plan.device_bytes <= machine.device_memory:
+        number = "" if machine.device_index is None else f" (number {machine.device_index})"
+        lines.append(
+            f"other programs hold {machine.device_taken / GIB:.1f} GiB of {machine.device_name}{number}; end them "
+            "(nvidia-smi lists them), or name other GPUs in CUDA_VISIBLE_DEVICES"
+        )
+    if "host memory" in short_of and machine.is_wsl:
+        lines.append("WSL2 has a part of Windows' memory: raise `memory=` in %UserProfile%\\.wslconfig, wsl --shutdown")
+    return lines
 
 
 def explain_failure(plan: Plan | None, error: str, allocated: int, reserved: int, host: int) -> str:

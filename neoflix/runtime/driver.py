@@ -92,9 +92,9 @@ def check_capability(name: str, capability: tuple[int, int], built: tuple[int, .
 
     Args:
         name, capability: the GPU's, and its compute capability.
-        built: the version of CUDA that torch was built with.
+        built: the version of CUDA that torch was built with; () if it was built without.
     """
-    oldest = OLDEST_CAPABILITY.get(built[0], (0, 0))
+    oldest = OLDEST_CAPABILITY.get(built[0], (0, 0)) if built else (0, 0)
     if capability < oldest:
         older = next(cuda for cuda in TORCH_BUILDS if capability >= OLDEST_CAPABILITY.get(cuda[0], (0, 0)))
         raise UserError(
@@ -124,14 +124,15 @@ def dotted(version: tuple[int, ...]) -> str:
 
 def main() -> None:
     """Checks the driver for the torch that is installed or, if there is none, for the one that pip would install."""
-    built = torch_cuda() if torch_version() else next(iter(TORCH_BUILDS))
-    if not built or hides_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")):
+    driver, built = read_driver(), torch_cuda() if torch_version() else next(iter(TORCH_BUILDS))
+    if not driver or not built or hides_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")):
         return
     try:
-        check_driver("NVIDIA's driver", read_driver(), built)
+        check_driver("NVIDIA's GPU", driver, built)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    print(f"NVIDIA driver {dotted(driver)}: runs torch for CUDA {dotted(built)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 from neoflix.runtime.console import log_to_own_file
 from neoflix.runtime.gpus import PINNED_MEMORY
+from neoflix.runtime.hardware import build_folder
 
 
 def prepare_environment() -> None:
@@ -24,10 +25,8 @@ def prepare_environment() -> None:
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset", category=UserWarning)
     # DeepSpeed 0.19 uses names of torch.distributed that torch 2.13 deprecates; a user can do nothing about it.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    if sys.prefix != sys.base_prefix:
-        # DeepSpeed's compiled operators belong in this virtual environment: in a home folder that several environments
-        # share, each would find the other's and compile them again, a minute at each start.
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
+    if folder := build_folder():
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     log_to_own_file()
     _pin_exact_sizes()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # otherwise it warns

@@ -82,14 +82,20 @@ def divided_gpus() -> list[int]:
     return []
 
 
-def read_processes(index: int) -> dict[int, int | None]:
-    """The processes that compute or draw on a GPU, with the bytes that they hold; None if that is not known (WSL2)."""
-    found = {}
+def read_users(index: int) -> list[str]:
+    """The processes that compute or draw on a GPU, as "python (1234)", with the memory that each holds if the driver
+    tells. In a container the processes of others are not seen, or have no names."""
+    users = {}
     with suppress(pynvml.NVMLError), _nvml() as handles:
         for read in (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses):
-            with suppress(pynvml.NVMLError):
-                found |= {process.pid: process.usedGpuMemory for process in read(handles[index])}
-    return found
+            with suppress(pynvml.NVMLError, pynvml.NVMLLibraryMismatchError):  # an older driver does not have both
+                users |= {each.pid: each.usedGpuMemory for each in read(handles[index])}
+    return [_name_of(pid) + (f" {held / 2**30:.1f} GiB" if held else "") for pid, held in users.items()]
+
+
+def _name_of(pid: int) -> str:
+    name = Path("/proc", str(pid), "comm")
+    return f"{name.read_text().strip() if name.is_file() else 'process'} ({pid})"
 
 
 @contextmanager

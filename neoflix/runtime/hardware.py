@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +29,14 @@ class Machine:
     device_name: str = "CPU"
     device_memory: int = 0  # of the smallest GPU, all of it
     device_taken: int = 0  # of that, held by other processes
+    device_index: int | None = None  # its number in the order of the bus; None if not known
     capability: tuple[int, int] = (0, 0)  # CUDA compute capability of the oldest GPU
     driver: tuple[int, ...] = ()
     is_linked: bool = False  # NVLink between the GPUs
     shares_memory: bool = False  # the GPU's memory is the host's
     locked_memory: int | None = None  # `ulimit -l`; None: no limit
     shared_memory: int | None = None  # free in /dev/shm
+    is_wsl: bool = False  # Windows' subsystem for Linux, a virtual machine with a part of the memory
 
     @property
     def has_gpu(self) -> bool:
@@ -57,6 +60,7 @@ def read_machine(output_dir: str, use_cpu: bool = False) -> Machine:
         num_cores=len(os.sched_getaffinity(0)),
         locked_memory=_read_locked_memory(),
         shared_memory=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
+        is_wsl="microsoft" in Path("/proc/sys/kernel/osrelease").read_text().lower(),
     )
     if not gpus:
         return machine
@@ -67,6 +71,7 @@ def read_machine(output_dir: str, use_cpu: bool = False) -> Machine:
         device_name=smallest.name,
         device_memory=smallest.memory,
         device_taken=smallest.memory - smallest.free,
+        device_index=smallest.index,
         capability=min(gpu.capability for gpu in gpus),
         driver=smallest.driver,
         is_linked=len(gpus) > 1 and all(gpu.has_nvlink for gpu in gpus),
@@ -127,7 +132,13 @@ def read_host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     """Bytes that this process may still use: MemAvailable, or what its cgroup (version 1 or 2) and those above it
     leave. Cached pages of files count as free, because the kernel drops them first."""
     meminfo = (proc / "meminfo").read_text()
-    free = [int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]) * 1024]
+    available = int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]) * 1024
+    return max(min([available, *read_cgroup_memory(proc, cgroups)]), 0)
+
+
+def read_cgroup_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """The bytes that each cgroup of this process leaves, of those that set a limit."""
+    free = []
     with suppress(OSError):
         for line in (proc / "self" / "cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -143,7 +154,7 @@ def read_host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
                 if root not in [place, *place.parents]:
                     break
                 free += _read_cgroup(place, *names)
-    return max(min(free), 0)
+    return free
 
 
 def _read_cgroup(folder: Path, limit_name: str, usage_name: str, cached_name: str) -> list[int]:
@@ -170,3 +181,24 @@ def checkpoint_bytes(output_dir: str) -> int:
 def _read_locked_memory() -> int | None:
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if limit == resource.RLIM_INFINITY else limit
+
+
+def build_folder() -> Path | None:
+    """The folder where torch keeps compiled operators; None: torch's own, in the home folder.
+
+    In a virtual environment they belong to it: in a home folder that several environments share, each would find the
+    other's and compile them again, a minute at each start.
+    """
+    if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(folder)
+    return Path(sys.prefix, "torch_extensions") if sys.prefix != sys.base_prefix else None
+
+
+def find_container() -> str:
+    """The kind of container that this process runs in; "" if none is known."""
+    if {"APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"} & os.environ.keys():
+        return "apptainer"
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        return "kubernetes"
+    files = {"docker": "/.dockerenv", "podman": "/run/.containerenv"}
+    return next((kind for kind, file in files.items() if Path(file).exists()), "")

@@ -11,15 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PYTHON, ROOT
+from fake_machine import IN_MIG_MODE, RTX_3090, SECOND_3090, V100, describe_gpus
 
 from neoflix.runtime.gpus import read_gpus, visible_devices
 from neoflix.runtime.hardware import has_gpu, read_machine
 
 GIB = 2**30
-RTX_3090 = "NVIDIA GeForce RTX 3090|GPU-aa11|24576|24176|86|-1|0"
-SECOND_3090 = "NVIDIA GeForce RTX 3090|GPU-ab22|24576|9000|86|-1|0"
-V100 = "Tesla V100-SXM2-16GB|GPU-bb33|16384|16384|70|-1|6"
-IN_MIG_MODE = "NVIDIA A100-SXM4-40GB|GPU-cc44|40960|40000|80|1|12"
 UNIFIED = "NVIDIA GB10|GPU-dd55|-|0|121|-1|0"
 
 SHOW = """
@@ -31,18 +28,18 @@ print(json.dumps(gpus and [vars(gpu) for gpu in gpus]))
 """
 
 
-@pytest.fixture(scope="module")
-def nvml(tmp_path_factory):
-    """nvml([gpus], code, **environment) -> what `code` prints where the driver's library has these GPUs."""
-    folder = tmp_path_factory.mktemp("nvml")
-    library = ["gcc", "-shared", "-fPIC", "-o", str(folder / "libnvidia-ml.so.1"), str(ROOT / "tests/fake_nvml.c")]
-    subprocess.run(library, check=True)
+@pytest.fixture
+def with_gpus(nvml):
+    """with_gpus([gpus], code, **environment) -> what `code` prints where the driver's library has these GPUs."""
 
     def run(gpus: list[str], code: str = SHOW, expect: int = 0, **environment: str) -> str:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
-        fake = {"LD_LIBRARY_PATH": str(folder), "FAKE_GPUS": "\n".join(gpus)}
         done = subprocess.run(
-            [PYTHON, "-c", code], cwd=ROOT, env=inherited | fake | environment, capture_output=True, text=True
+            [PYTHON, "-c", code],
+            cwd=ROOT,
+            env=inherited | describe_gpus(nvml, *gpus) | environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == expect, done.stderr
         return done.stdout + (done.stderr if expect else "")
@@ -51,8 +48,8 @@ def nvml(tmp_path_factory):
 
 
 @pytest.mark.process
-def test_nvml_describes_each_gpu(nvml):
-    first, second = json.loads(nvml([RTX_3090, V100]))
+def test_nvml_describes_each_gpu(with_gpus):
+    first, second = json.loads(with_gpus([RTX_3090, V100]))
     assert (first["name"], first["memory"], first["free"]) == ("NVIDIA GeForce RTX 3090", 24 * GIB, 24176 * 2**20)
     assert (first["capability"], first["driver"], first["has_nvlink"]) == ([8, 6], [580, 95, 5], False)
     assert (second["capability"], second["has_nvlink"]) == ([7, 0], True)
@@ -78,8 +75,8 @@ def test_nvml_describes_each_gpu(nvml):
     ],
 )
 @pytest.mark.process
-def test_visible_devices_are_those_that_cuda_shows(visible, free_mib, nvml):
-    gpus = json.loads(nvml([RTX_3090, SECOND_3090], CUDA_VISIBLE_DEVICES=visible))
+def test_visible_devices_are_those_that_cuda_shows(visible, free_mib, with_gpus):
+    gpus = json.loads(with_gpus([RTX_3090, SECOND_3090], CUDA_VISIBLE_DEVICES=visible))
     assert [gpu["free"] for gpu in gpus] == [mib * 2**20 for mib in free_mib]
 
 
@@ -103,67 +100,69 @@ def test_visible_devices_as_torch_reads_them(visible, monkeypatch):
     ],
 )
 @pytest.mark.process
-def test_what_only_torch_can_tell(gpus, environment, nvml):
-    assert json.loads(nvml(gpus, **environment)) is None
+def test_what_only_torch_can_tell(gpus, environment, with_gpus):
+    assert json.loads(with_gpus(gpus, **environment)) is None
     asked = "import sys; from neoflix.runtime.gpus import read_gpus; print(read_gpus(), 'torch' in sys.modules)"
-    assert nvml(gpus, asked, **environment).split() == ["[]", "True"]
+    assert with_gpus(gpus, asked, **environment).split() == ["[]", "True"]
 
 
 @pytest.mark.process
-def test_mixed_cards_by_bus_or_by_name(nvml):
+def test_mixed_cards_by_bus_or_by_name(with_gpus):
     by_bus = {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     for environment in (by_bus, {"CUDA_VISIBLE_DEVICES": "GPU-bb"}):
-        (gpu,) = json.loads(nvml([RTX_3090, V100], **environment))
+        (gpu,) = json.loads(with_gpus([RTX_3090, V100], **environment))
         assert gpu["name"] == "Tesla V100-SXM2-16GB"
 
 
 @pytest.mark.process
-def test_without_a_driver_there_is_no_gpu(nvml):
+def test_without_a_driver_there_is_no_gpu(with_gpus):
     """No library (as here), or one without its driver."""
     code = "import os; os.environ.pop('FAKE_GPUS'); " + SHOW.replace("\nimport json, sys", "import json, sys")
-    assert json.loads(nvml([], code)) == []
-    assert json.loads(nvml([], LD_LIBRARY_PATH="")) == []
+    assert json.loads(with_gpus([], code)) == []
+    assert json.loads(with_gpus([], LD_LIBRARY_PATH="")) == []
 
 
 @pytest.mark.process
-def test_a_machine_has_its_smallest_gpu(nvml, tmp_path):
+def test_a_machine_has_its_smallest_gpu(with_gpus, tmp_path):
     code = (
         "import json; from neoflix.runtime.hardware import read_machine; "
         f"print(json.dumps([vars(read_machine({str(tmp_path)!r}, use_cpu)) for use_cpu in (False, True)]))"
     )
-    machine, cpu = json.loads(nvml([RTX_3090, SECOND_3090], code))
+    machine, cpu = json.loads(with_gpus([RTX_3090, SECOND_3090], code))
     assert (machine["num_devices"], machine["device_memory"]) == (2, 24 * GIB)
     assert machine["device_taken"] == (24576 - 9000) * 2**20
     assert not machine["is_linked"]
     assert cpu["num_devices"] == 0
-    linked, _ = json.loads(nvml([V100, V100.replace("bb33", "bb44")], code))
+    linked, _ = json.loads(with_gpus([V100, V100.replace("bb33", "bb44")], code))
     assert linked["is_linked"]
 
 
 @pytest.mark.process
-def test_plan_sees_gpus_without_torch_or_nvidia_smi(nvml):
+def test_plan_sees_gpus_without_torch_or_nvidia_smi(with_gpus):
     code = (
         "import sys; from neoflix.planning.plan_run import plan_run\n"
         "from neoflix.arguments.reader import read_train_flags\n"
         "plan_run(read_train_flags(['--plan', '--output_dir', 'no-run', '--plan_host_memory', '64GiB']))\n"
         "print('torch' in sys.modules)"
     )
-    said = nvml([RTX_3090], code, PATH="/nowhere", CXX=shutil.which("c++"))  # DeepSpeed's optimizer wants a compiler
+    said = with_gpus(
+        [RTX_3090], code, PATH="/nowhere", CXX=shutil.which("c++")
+    )  # DeepSpeed's optimizer wants a compiler
     assert "device memory (NVIDIA GeForce RTX 3090)" in said
     assert said.endswith("False\n")
 
 
 @pytest.mark.parametrize("driver", ["570.10.01", "580.95.05"])
 @pytest.mark.process
-def test_a_gpu_that_torch_cannot_use_is_refused(driver, nvml):
+def test_a_gpu_that_torch_cannot_use_is_refused(driver, with_gpus):
     """Here it is because torch was built without CUDA."""
     code = "from neoflix.arguments.parse import read_all_flags as read; read(['--dataset', 'sample', '--eval_only'])"
     code = f"from neoflix.runtime.processes import run_and_exit\ndef main():\n    {code}\nrun_and_exit(main)"
-    said = nvml([RTX_3090], code, expect=2, FAKE_DRIVER=driver)
+    said = with_gpus([RTX_3090], code, expect=2, FAKE_DRIVER=driver)
     assert re.search("error: NVIDIA GeForce RTX 3090: .*without CUDA", said)
     assert "--use_cpu true" in said
     used = "from neoflix.runtime.hardware import has_gpu; print(has_gpu())"
-    assert nvml([RTX_3090], used, CUDA_VISIBLE_DEVICES="").strip() == "False"
+    assert with_gpus([RTX_3090], used, CUDA_VISIBLE_DEVICES="").strip() == "False"
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------
