@@ -76,10 +76,11 @@ def now() -> float:
 
 
 def cap_device_memory(gib: float | None) -> None:
-    """Limits this process to so much of the GPU's memory; None, or no GPU: no limit."""
+    """Limits this process to so much of the GPU's memory; None, no GPU, or one with less: no limit. Of a card's 24 GB
+    CUDA sees 23.7 GiB."""
     if gib and torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole)
+        torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / whole, 1.0))
 
 
 def run_job(script: str, words: list[str], num_processes: int = 1, **environment: str) -> None:

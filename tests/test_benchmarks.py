@@ -2,10 +2,12 @@
 
 import json
 import runpy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import PYTHON, ROOT, run_program
+from machine import cap_device_memory
 
 
 def lines(path) -> list[dict]:
@@ -21,6 +23,20 @@ def test_everything_for_a_gpu_runs_dry():
     assert "FAILED" not in output, output
     for heading in ("real_tokens_per_second", "texts by length", "of the limit"):
         assert heading in output
+
+
+@pytest.mark.parametrize(("gib", "fraction"), [(12, 0.5065), (24, 1.0)])
+def test_a_cap_above_the_card_is_no_limit(gib, fraction, monkeypatch):
+    """torch refuses a fraction above 1: this is its own check, without a device."""
+    set_to = []
+    whole = SimpleNamespace(total_memory=int(23.69 * 2**30))  # of a card of 24 GB
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: whole)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: set_to.append(given[0]), raising=False)
+    cap_device_memory(gib)
+    assert set_to == [pytest.approx(fraction, rel=1e-3)]
 
 
 @pytest.mark.process
