@@ -73,27 +73,31 @@ is_set_up() {
   cmp --silent requirements.txt .venv/requirements.installed
 }
 
-check_driver() {  # before gigabytes are installed that it cannot run; needs Python alone
+make_venv() {  # without packages, and checks that this machine can use those that will be installed
+  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "Python 3.11 or newer is required; name one, for example: PYTHON=python3.12 ./launch.sh"
+  [[ -x .venv/bin/python ]] || run "${PYTHON:-python3}" -m venv .venv
   local python=.venv/bin/python
-  [[ -x "$python" ]] || python=${PYTHON:-python3}
+  [[ -x "$python" ]] || python=${PYTHON:-python3}  # a dry run
   "$python" -m neoflix.runtime.driver
 }
 
 setup() {
   is_set_up && return
   echo "Setting up .venv (a few minutes, once)"
-  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail "Python 3.11 or newer is required; name one, for example: PYTHON=python3.12 ./launch.sh"
-  [[ -x .venv/bin/python ]] || run "${PYTHON:-python3}" -m venv .venv
-  check_driver
+  make_venv
   run .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
   run cp requirements.txt .venv/requirements.installed
 }
 
+doctor() {
+  if .venv/bin/python -c 'import neoflix.doctor' 2>/dev/null; then exec .venv/bin/python -m neoflix.doctor; fi
+  make_venv
+  echo "The rest is read with the packages of .venv, which are not installed yet: ./launch.sh --setup-only"
+}
+
 if [[ "${1:-}" == --doctor ]]; then
-  if is_set_up; then exec .venv/bin/python -m neoflix.doctor; fi
-  check_driver
-  echo ".venv is not set up yet; the rest is read with it: ./launch.sh --setup-only && ./launch.sh --doctor"
+  doctor
   exit
 fi
 if ! is_set_up; then

@@ -24,11 +24,17 @@ def disk_usage(path):
     return usage(path) if free is None else type(usage(path))(2 * free, free, free)
 shutil.disk_usage = disk_usage
 """
+# What torch says where only it can tell: it sees a part of a GPU.
 TORCH = """
+from types import SimpleNamespace
 class cuda:
+    is_available = staticmethod(lambda: %s)
+    device_count = staticmethod(lambda: 1)
+    mem_get_info = staticmethod(lambda index: (19 * 2**30, 20 * 2**30))
     @staticmethod
-    def is_available():
-        return %s
+    def get_device_properties(index):
+        part = {"name": "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "total_memory": 20 * 2**30, "uuid": "12"}
+        return SimpleNamespace(**part, major=8, minor=0, is_integrated=False)
     @staticmethod
     def init():
         raise RuntimeError("No CUDA GPUs are available")

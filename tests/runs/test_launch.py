@@ -10,26 +10,30 @@ import time
 
 import pytest
 from conftest import PYTHON, ROOT, environment_without_launcher, run_program
+from fake_machine import IN_MIG_MODE, RTX_3090
 
 from neoflix.checkpoints.find import list_checkpoints
 from neoflix.runtime.errors import RUN_ME_AGAIN
 
 
+def card(mib: int, number: int = 0, free: int | None = None) -> str:
+    """A GPU of so many MiB, almost all of them free, as fake_nvml.c reads it."""
+    return f"NVIDIA Card {mib}|GPU-{number}{number}|{mib}|{mib - 400 if free is None else free}|86|-1|0"
+
+
 @pytest.fixture
-def dry_run(tmp_path, monkeypatch):
-    """dry_run(*words, gpus=[MiB, ...], host=GiB, **env) -> what a dry run prints; nvidia-smi and free report these."""
+def dry_run(machine_of, monkeypatch):
+    """dry_run(*words, gpus=[MiB, ...], host=GiB, **env) -> what a dry run prints on a machine with these."""
 
-    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "CUDA_VISIBLE_DEVICES", "NGPU", "HOSTFILE"):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_NNODES", "NGPU", "HOSTFILE"):
         monkeypatch.delenv(name, raising=False)  # these tests may run in a job
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(name, raising=False)
 
-    def dry_run(*words, gpus=(), host=64, expect=0, **env):
-        memory = f"echo Mem: 999999 1 1 1 1 {host * 1024}\n" if host else "exit 1\n"
-        for name, lines in (("nvidia-smi", "".join(f"echo {mib}\n" for mib in gpus) or "exit 9\n"), ("free", memory)):
-            program = tmp_path / name
-            program.write_text(f"#!/bin/sh\n{lines}")
-            program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        path = f"{tmp_path}:{os.environ['PATH']}"
-        return run_program("./launch.sh", *words, env={"DRY_RUN": "1", "PATH": path, **env}, expect=expect)
+    def dry_run(*words, gpus=(), host=64, disk=500, driver="580.95.05", expect=0, **env):
+        cards = [gpu if isinstance(gpu, str) else card(gpu, number) for number, gpu in enumerate(gpus)]
+        machine = machine_of(*cards, driver=driver, host_gib=host, disk_gib=disk, has_gpu=bool(gpus))
+        return run_program("./launch.sh", *words, env={"DRY_RUN": "1", **machine, **env}, expect=expect)
 
     return dry_run
 
@@ -37,36 +41,58 @@ def dry_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("gpus", "host", "recipe", "processes"),
     [
-        ([], 64, "recipes/demo.yaml", 1),
-        ([24576], 64, "recipes/gpt-neo-2.7b.yaml", 1),  # RTX 3090, RTX 4090
-        ([24576], None, "recipes/gpt-neo-2.7b.yaml", 1),  # nothing known of the host: the plan will say
-        ([24576], 30, "recipes/gpt-neo-2.7b-lora.yaml", 1),
-        ([24564, 24564], 64, "recipes/gpt-neo-2.7b.yaml", 2),
-        ([81559] * 8, 64, "recipes/gpt-neo-2.7b.yaml", 8),
-        ([12288], 64, "recipes/gpt-neo-1.3b.yaml", 1),
-        ([12288], 24, "recipes/gpt-neo-125m.yaml", 1),
-        ([6144], 64, "recipes/gpt-neo-125m.yaml", 1),
-        ([24576, 11264], 64, "recipes/gpt-neo-1.3b.yaml", 2),  # the smallest decides
+        ([], 64, "demo", 1),
+        ([24576], 64, "gpt-neo-2.7b", 1),  # RTX 3090, RTX 4090
+        ([23028], 64, "gpt-neo-2.7b", 1),  # A10, L4
+        ([24576], 30, "gpt-neo-2.7b-lora", 1),
+        ([24564, 24564], 80, "gpt-neo-2.7b", 2),
+        ([81559] * 8, 256, "gpt-neo-2.7b", 8),
+        ([81559] * 8, 80, "gpt-neo-2.7b-lora", 8),  # each process takes host memory
+        ([12288], 64, "gpt-neo-1.3b", 1),
+        ([12288], 24, "gpt-neo-125m", 1),
+        ([6144], 64, "gpt-neo-125m", 1),
+        ([24576, 11264], 64, "gpt-neo-1.3b", 2),  # the smallest decides
+        ([card(24576), card(24576, 1, free=9000)], 64, "gpt-neo-1.3b", 2),  # and what is free of it
     ],
 )
 def test_recipe_follows_the_hardware(dry_run, gpus, host, recipe, processes):
     output = dry_run(gpus=gpus, host=host)
-    explanation = output.partition(" train.py ")[0]  # before the commands
-    assert recipe in explanation
-    assert ("recipes/gpt-neo-125m.yaml" in explanation) == (not gpus or recipe == "recipes/gpt-neo-125m.yaml")
+    explanation = output.partition(" train.py --config")[0]  # before the commands
+    assert f"sing recipes/{recipe}.yaml" in explanation
     assert ("No GPU" in explanation) == (not gpus)
     assert f"--num_accelerators {processes} " in output
-    assert f"train.py --config {recipe} \n" in output
-    assert f"python generate.py --config {recipe} \n" in output
+    assert f"train.py --config recipes/{recipe}.yaml \n" in output
+    assert f"python generate.py --config recipes/{recipe}.yaml \n" in output
+
+
+def test_a_recipe_that_is_passed_over_has_a_reason(dry_run):
+    output = dry_run(gpus=[24576], disk=40)
+    assert re.search(r"^Passed over recipes/gpt-neo-2.7b.yaml: too large: .* GiB of disk, 40.0", output, re.MULTILINE)
+    assert "Using recipes/gpt-neo-2.7b-lora.yaml" in output
+    assert "  0 NVIDIA Card 24576, 24.0 GiB, 23.6 free\n" in output
+
+
+def test_no_recipe_fits(dry_run):
+    output = dry_run(gpus=[card(24576, free=1000)], expect=2)
+    assert re.search(r"^error: no recipe fits", output, re.MULTILINE)
+    assert "other programs hold 23.0 GiB" in output
+    assert "generate.py" not in output
+
+
+def test_gpus_that_torch_cannot_use_end_it(dry_run):
+    output = dry_run("--config", "recipes/demo.yaml", gpus=[24576], driver="570.86.15", expect=2)
+    assert re.match(r"error: driver 570\.86\.15 .*/whl/cu126", output)
+    assert "deepspeed" not in output
 
 
 @pytest.mark.parametrize(
-    ("recipe", "device", "host"),
-    [("gpt-neo-2.7b", 24000, 54000), ("gpt-neo-2.7b-lora", 24000, 8000), ("gpt-neo-1.3b", 8000, 30500)],
+    ("recipe", "card", "device", "host"),
+    [("gpt-neo-2.7b", 24, 22.4, 53), ("gpt-neo-2.7b-lora", 24, 22.4, 8), ("gpt-neo-1.3b", 8, 7.6, 30)],
 )
-def test_recipes_fit_what_they_are_taken_for(recipe, device, host):
-    assert f"host_mib >= {host}" in (ROOT / "launch.sh").read_text()
-    sizes = ["--plan_device_memory", f"{device}MiB", "--plan_host_memory", f"{host}MiB"]
+def test_recipes_fit_what_the_readme_says(recipe, card, device, host):
+    """`device`: what the smallest cards of so many GB have free, as L4 and RTX 2080, in GiB."""
+    assert f"| {card} GB | {host} GiB |" in (ROOT / "README.md").read_text()
+    sizes = ["--plan_device_memory", f"{device}GiB", "--plan_host_memory", f"{host}GiB"]
     run_program(PYTHON, "train.py", "--plan", "--config", f"recipes/{recipe}.yaml", *sizes)
 
 
@@ -124,12 +150,39 @@ def test_an_array_of_a_recipe_without_a_folder_takes_results(dry_run, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("ngpu", "launcher"),
-    [("", "deepspeed --quiet --master_port"), ("1", "deepspeed --quiet --num_accelerators 1 ")],
-    ids=["those it names", "NGPU wins"],
+    ("visible", "ngpu", "launcher"),
+    [
+        ("1", "", "--include localhost:1 "),
+        ("1,0", "", r"--include localhost:1\,0 "),
+        ("GPU-11", "", "--include localhost:1 "),
+        ("GPU-11,GPU-00", "1", "--include localhost:1 "),
+        ("1,0", "1", "--include localhost:1 "),
+        ("1", "2", "--num_accelerators 2 "),  # more than it names: NGPU wins
+    ],
 )
-def test_named_gpus_are_left_to_deepspeed(dry_run, ngpu, launcher):
-    assert launcher in dry_run(gpus=[24576], CUDA_VISIBLE_DEVICES="1", NGPU=ngpu)
+def test_the_named_gpus_are_taken(dry_run, visible, ngpu, launcher):
+    """By number: DeepSpeed reads no UUIDs, and would take the first ones where it is given their number."""
+    output = dry_run(gpus=[24576, 24576], CUDA_VISIBLE_DEVICES=visible, NGPU=ngpu)
+    assert f"deepspeed --quiet {launcher}" in output
+    assert ("env -u CUDA_VISIBLE_DEVICES deepspeed" in output) == ("--include" in launcher)
+
+
+def test_part_of_a_gpu_needs_no_launcher(dry_run):
+    """DeepSpeed's launcher would replace the part's name by a number."""
+    output = dry_run(gpus=[IN_MIG_MODE], CUDA_VISIBLE_DEVICES="MIG-12")
+    assert "NVIDIA A100-SXM4-40GB MIG 3g.20gb, 20.0 GiB, 19.0 free" in output
+    assert "\npython train.py --config recipes/gpt-neo-" in output
+
+
+def test_gpus_have_the_numbers_of_nvidia_smi(dry_run):
+    """Unlike by CUDA's own order, where the fastest comes first."""
+    mixed = [card(16384, 0), card(24576, 1)]
+    assert "--include localhost:1 " in dry_run("--config", "x.yaml", gpus=mixed, CUDA_VISIBLE_DEVICES="1")
+
+
+def test_a_number_that_is_not_there_is_refused(dry_run):
+    output = dry_run("--config", "recipes/demo.yaml", gpus=[24576], CUDA_VISIBLE_DEVICES="1", expect=2)
+    assert output.startswith("error: CUDA_VISIBLE_DEVICES=1 ")
 
 
 def test_no_gpu_is_taken_where_all_are_hidden(dry_run):
@@ -159,7 +212,8 @@ def test_cores_are_bound_to_ranks_where_that_can_be(dry_run, tmp_path, gpus, num
     numactl.chmod(0o755)
     all_cores_are_ours = len(os.sched_getaffinity(0)) == os.cpu_count()
     expected = bool(gpus) and numactl_works and all_cores_are_ours
-    output = dry_run(gpus=gpus, OMP_NUM_THREADS="")  # nproc heeds it: who sets it wants no binding
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    output = dry_run(gpus=gpus, PATH=path, OMP_NUM_THREADS="")  # nproc heeds it: who sets it wants no binding
     assert ("--bind_cores_to_rank" in output) == expected
 
 
@@ -182,6 +236,52 @@ def test_sbatch_from_elsewhere_is_one_sentence(tmp_path):
     output = run_program("bash", "-c", f"cd {tmp_path} && ./launch.sh", expect=2)
     assert output.startswith(f"error: {tmp_path}")
     assert "--chdir" in output
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder with what launch.sh needs before it installs, and without .venv."""
+    for name in ("launch.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "neoflix").symlink_to(ROOT / "neoflix")
+    return tmp_path
+
+
+NO_PIP = {"PYTHON": PYTHON, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null", "PIP_FIND_LINKS": ""}
+OLD_DRIVER = {"/proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Fri Jan 24\n"}
+
+
+@pytest.mark.parametrize("words", [["--setup-only"], ["--doctor"], []])
+def test_an_old_driver_ends_it_before_anything_is_installed(clone, machine_of, words):
+    """pip could install nothing: it has no index."""
+    env = machine_of(torch=None, files=OLD_DRIVER) | {
+        "PYTHON": PYTHON,
+        "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": "/dev/null",
+    }
+    output = run_program(clone / "launch.sh", *words, env=env, expect=2)
+    assert re.search(r"^error: driver 570\.86\.15 is older .*bin/python -m pip install torch==\S+cu126 ", output, re.M)
+    assert "No matching distribution" not in output
+    assert f"{clone}/.venv/bin/python -m pip" in output
+    assert (clone / ".venv" / "bin" / "pip").exists(), "the command that it names must work"
+
+
+def test_a_driver_is_no_matter_where_gpus_are_hidden(clone, machine_of):
+    env = machine_of(torch=None, files=OLD_DRIVER) | NO_PIP | {"CUDA_VISIBLE_DEVICES": ""}
+    output = run_program(clone / "launch.sh", "--doctor", env=env)
+    assert "--setup-only" in output
+
+
+def test_a_dry_run_without_an_environment(clone):
+    output = run_program(clone / "launch.sh", env={"DRY_RUN": "1", "PYTHON": PYTHON})
+    assert f"{PYTHON} -m venv .venv" in output
+    assert "--setup-only" in output
+    assert not (clone / ".venv").exists()
+
+
+def test_doctor_has_a_table(machine_of):
+    output = run_program("./launch.sh", "--doctor", env=machine_of(RTX_3090))
+    assert re.search(r"^ok +GPU 0 +NVIDIA GeForce RTX 3090", output, re.MULTILINE)
 
 
 def test_old_python_is_one_sentence(tmp_path):
