@@ -75,7 +75,7 @@ def test_flags_in_the_readme_exist():
     known = {f"--{field.name}" for field in dataclasses.fields(TrainArguments)}
     for words in (parse_generate_args([]), parse_export_args(["--to", "gpt2", "RUN", "OUT"])):
         known |= {f"--{name}" for name in vars(words)}
-    known |= {"--help", "--help-all", "--setup-only", "--num_accelerators", "--nodes"}
+    known |= {"--help", "--help-all", "--setup-only", "--doctor", "--num_accelerators", "--nodes"}
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert flags
     assert flags <= known, flags - known

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
+from fake_machine import RTX_3090
 from slurm_cluster import Cluster, why_not
 from soak import compare, fingerprint, role
 
@@ -185,12 +186,10 @@ def test_dry_run_of_an_array(cluster):
         assert not logs.exists()
 
 
-def test_gpus_that_deepspeed_would_not_take_are_refused(cluster):
-    programs = cluster.folder / "programs"
-    programs.mkdir()
-    (programs / "nvidia-smi").write_text("#!/bin/sh\necho 24576\n")
-    (programs / "nvidia-smi").chmod(0o755)
-    env = f"--export=ALL,CUDA_VISIBLE_DEVICES=2,PATH={programs}:{cluster.env['PATH']}"
-    job = Job.submit(cluster, cluster.folder / "gpus", env)
+def test_gpus_that_deepspeed_would_not_take_are_refused(cluster, machine_of, monkeypatch):
+    three = [RTX_3090.replace("aa11", f"aa{number}") for number in range(3)]
+    for name, value in (machine_of(*three) | {"CUDA_VISIBLE_DEVICES": "2"}).items():
+        monkeypatch.setitem(cluster.env, name, value)
+    job = Job.submit(cluster, cluster.folder / "gpus", "--export=ALL")
     assert job.await_end()["ExitCode"] == "2:0"
     assert len(re.findall(r"error: .*GPUs 0, .*n1 .* 2: .*--exclusive", job.said())) == 1
