@@ -27,7 +27,7 @@ from neoflix.runtime.driver import (
     torch_cuda,
     torch_version,
 )
-from neoflix.runtime.early import answer_early
+from neoflix.runtime.early import run_without_torch
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.gpus import (
     Gpu,
@@ -291,4 +291,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    answer_early(main)
+    run_without_torch(main)

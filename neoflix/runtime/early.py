@@ -1,4 +1,4 @@
-"""What a program answers before it imports torch, which takes seconds."""
+"""What a program answers without torch, whose import takes seconds."""
 
 import os
 import sys
@@ -18,7 +18,22 @@ def answer_early(answer: Callable[[], None]) -> None:
     try:
         answer()
     except UserError as error:
-        if "RANK" in os.environ or os.environ.get("NEOFLIX_TRACEBACK"):
-            return
-        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        if "RANK" not in os.environ and not os.environ.get("NEOFLIX_TRACEBACK"):
+            _end_by(error)
+
+
+def run_without_torch(main: Callable[[], None]) -> None:
+    """Runs a whole program, and ends it with the exit code of the UserError that it raises; NEOFLIX_TRACEBACK=1 shows
+    the traceback."""
+    accept_any_text()
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("NEOFLIX_TRACEBACK"):
+            raise
+        _end_by(error)
+
+
+def _end_by(error: UserError) -> None:
+    print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
