@@ -36,6 +36,7 @@ def test_otherwise_nvidia_smi_does(script, version, tmp_path, monkeypatch):
     assert read_driver() == version
 
 
+@pytest.mark.process
 def test_without_a_driver_nothing_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "DRIVER_FILE", tmp_path / "version")
     monkeypatch.setenv("PATH", str(tmp_path))
