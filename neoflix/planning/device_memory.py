@@ -76,18 +76,21 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
         "gradient of the head": max(logits, embedding),
         "gradients of a layer": _layer_gradients(shape, settings),
     }
+    both_gradients = {"gradients of the embedding": (1 + shape.is_tied) * embedding}
+    # Stages 1 and 2 take each gradient's norm in fp64: with offload when it leaves, otherwise before the step.
+    norm = {"largest gradient in fp64": 8 * settings.largest_trainable(shape)} if settings.stage in (1, 2) else {}
+    is_offloaded = bool(settings.offload("offload_optimizer"))
     phases = {
         "start": _start(shape, settings),
         "forward": resident | kept | loss,
         "backward": in_backward | working | arriving,
-        "backward's end": in_backward
-        | {"gradients": gradients, "gradients of the embedding": (1 + shape.is_tied) * embedding},
-        "step": resident | {"gradients": gradients, "gradients' fp32 copies": copies},
+        "backward's end": in_backward | {"gradients": gradients} | (norm if norm and is_offloaded else both_gradients),
+        "step": resident | {"gradients": gradients, "gradients' fp32 copies": copies} | ({} if is_offloaded else norm),
         "evaluate": resident | _loss(shape, settings, settings.eval_tokens),
         "sample": resident,
         "save": resident,
     }
-    if settings.stage in (1, 2) and not settings.offload("offload_optimizer"):
+    if settings.stage in (1, 2) and not is_offloaded:
         phases["first reduction"] = in_backward | _first_reduction(shape, settings, working["activations"], embedding)
     if settings.stage == 3:
         gathered = _gathered(shape, settings)
@@ -209,7 +212,7 @@ def _first_reduction(shape: Shape, settings: Settings, activations: int, embeddi
         "gradients": gradients,
         "activations": int(activations * (1 - share)),
         "gradients of the embedding": embedding,
-        "flattened bucket": settings.gradient_bytes * bucket,
+        "flattened bucket": settings.weight_bytes * bucket,
     }
 
 

@@ -17,6 +17,7 @@ from neoflix.planning.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
+TOLERANCE, LEAST = 0.05, GIB // 10  # between a phase and its plan: a share, or bytes
 # Phases of the device: which phases of the plan they are the largest of.
 PLANNED = {
     "start": ("start",),
@@ -38,6 +39,14 @@ def compare_phases(figures: dict) -> dict[str, tuple[int, int]]:
         for phase, names in PLANNED.items()
         if phase in figures["phases"] and any(name in plan for name in names)
     }
+
+
+def memory_faults(compared: dict[str, tuple[int, int]]) -> list[str]:
+    return [
+        f"{phase}: {measured / GIB:.2f} GiB, planned {planned / GIB:.2f}"
+        for phase, (planned, measured) in compared.items()
+        if abs(planned - measured) > max(LEAST, TOLERANCE * measured)
+    ]
 
 
 def print_case(name: str, figures: dict) -> None:
