@@ -17,12 +17,13 @@ from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import count_texts
 from neoflix.planning.preflight import check_machine
 from neoflix.planning.remedies import explain
-from neoflix.planning.settings import local_processes, read_settings
+from neoflix.planning.settings import read_settings
 from neoflix.planning.table import plan_table
 from neoflix.runtime.console import GIB, say
 from neoflix.runtime.early import answer_early
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import Machine, read_machine
+from neoflix.runtime.launcher import local_processes
 
 
 def answer_plan() -> None:

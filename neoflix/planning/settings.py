@@ -10,6 +10,7 @@ from neoflix.model.shape import Shape
 from neoflix.planning.lengths import Texts
 from neoflix.runtime.driver import torch_version
 from neoflix.runtime.hardware import Machine
+from neoflix.runtime.launcher import local_processes
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,6 @@ class Settings:
             self.stage == 0 or (self.stage == 3 and not self.offload("offload_optimizer"))
         )
         return 8 if is_own_master else 12
-
-
-def local_processes() -> int:
-    """Processes of this run on this node."""
-    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")  # of DeepSpeed's launcher, of torchrun, of both
-    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
 def read_settings(flags, shape: Shape, texts: Texts, machine: Machine, ds_config: dict) -> Settings:

@@ -11,6 +11,7 @@ import torch
 from neoflix.runtime.console import log_to_own_file
 from neoflix.runtime.gpus import PINNED_MEMORY
 from neoflix.runtime.hardware import build_folder
+from neoflix.runtime.launcher import is_num_threads_chosen, local_processes
 
 
 def prepare_environment() -> None:
@@ -37,13 +38,14 @@ def prepare_environment() -> None:
         # Port 0: the system chooses a free port, so that two runs never use the same one.
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update(alone)
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's, at another port
 
 
 def _share_cores() -> None:
     """Divides the cores among this machine's processes, unless OMP_NUM_THREADS is set. If all of them use all cores,
     they are 5 to 10 times slower (two processes, two cores)."""
-    num_processes = int(os.environ.get("LOCAL_SIZE", "1"))  # by DeepSpeed's launcher
-    if "OMP_NUM_THREADS" not in os.environ and num_processes > 1:
+    num_processes = local_processes()
+    if num_processes > 1 and not is_num_threads_chosen():
         num_threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
         torch.set_num_threads(num_threads)
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # otherwise accelerate uses all cores again

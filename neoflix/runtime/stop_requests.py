@@ -1,4 +1,4 @@
-"""Requests to stop a run: a signal, the end of DeepSpeed's launcher, a file named STOP.
+"""Requests to stop a run: a signal, the end of its launcher, a file named STOP.
 
 They are noticed here. All processes act on them together, at the end of a step (`callbacks.StopOnRequest`).
 """
@@ -10,6 +10,10 @@ import threading
 import time
 from pathlib import Path
 
+import torch.distributed as dist
+
+from neoflix.runtime.launcher import find_deepspeed, find_torchrun
+
 STOP_FILE = "STOP"  # in the run's folder
 
 
@@ -19,7 +23,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _requests: list[str] = []  # why this process was asked to stop
 
 
-_suspended = threading.Event()  # whether DeepSpeed's launcher is suspended
+_suspended = threading.Event()  # whether the launcher is suspended
 
 
 def find_stop_request(run: str) -> str | None:
@@ -35,7 +39,7 @@ def forget_stop_file(run: str) -> None:
 
 
 def catch_stop_requests() -> None:
-    """Makes SIGTERM, SIGUSR1 and the end of DeepSpeed's launcher requests to stop.
+    """Makes SIGTERM, SIGUSR1 and the end of the launcher (DeepSpeed's or torchrun) requests to stop.
 
     A thread receives the signals through a pipe. The main thread would not notice them while it waits for other
     processes, and a launcher kills 30 s after its SIGTERM.
@@ -46,8 +50,10 @@ def catch_stop_requests() -> None:
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     threading.Thread(target=_listen, args=(read_end,), daemon=True).start()
-    if launcher := _find_launcher():
-        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+    if launcher := find_deepspeed():
+        threading.Thread(target=_watch, args=(launcher, "DeepSpeed's launcher"), daemon=True).start()
+    elif launcher := find_torchrun():
+        threading.Thread(target=_watch, args=(launcher, "torchrun"), daemon=True).start()
 
 
 def _listen(read_end: int) -> None:
@@ -55,27 +61,27 @@ def _listen(read_end: int) -> None:
     while number := os.read(read_end, 1):
         if number[0] not in SIGNALS:
             continue
-        if number[0] == signal.SIGTERM and not _requests and (launcher := _find_launcher()):
+        name = signal.Signals(number[0]).name
+        if not _suspended.is_set() and (launcher := _find_impatient(name)):
             _suspend(launcher)
-        _requests.append(signal.Signals(number[0]).name)
+        _requests.append(name)
 
 
-def _find_launcher() -> int | None:
-    """The process of DeepSpeed's launcher, if it is this process's parent."""
-    try:
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-    except OSError:
-        return None
-    return os.getppid() if b"deepspeed.launcher.launch" in command else None
+def _find_impatient(signal_name: str) -> int | None:
+    """The launcher, if it forwards this signal and kills the processes that still run 30 s later (DeepSpeed's
+    terminate_process_tree, torchrun's --shutdown_timeout), while saving a 2.7B checkpoint takes minutes.
+
+    torchrun is left alone until the processes are connected: it serves the store where they look for rank 0's.
+    """
+    if signal_name == "SIGTERM" and (launcher := find_deepspeed()):
+        return launcher
+    forwarded = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM").split(",")
+    return find_torchrun() if signal_name in forwarded and dist.is_initialized() else None
 
 
 def _suspend(launcher: int) -> None:
-    """Suspends the launcher for as long as this process lives.
-
-    DeepSpeed's launcher forwards SIGTERM and kills the processes that still run 30 s later (launch.py,
-    terminate_process_tree), while saving a 2.7B checkpoint takes minutes. A shell wakes the launcher when a pipe
-    closes, which happens when this process ends, for whatever reason.
-    """
+    """Suspends the launcher for as long as this process lives. A shell wakes it when a pipe closes, which happens when
+    this process ends, for whatever reason."""
     read_end, write_end = os.pipe()
     wake = f"read _; kill -CONT {launcher}"
     subprocess.Popen(["/bin/sh", "-c", wake], stdin=read_end, start_new_session=True)
@@ -92,12 +98,13 @@ def _parent_of(process: int) -> int | None:
         return None
 
 
-def _watch(launcher: int) -> None:
-    """Requests a stop when the launcher is gone, because its processes would go on unnoticed. The same holds for its
-    parent, the `deepspeed` command, which does not forward the SIGTERM that kills it."""
+def _watch(launcher: int, name: str) -> None:
+    """Requests a stop when the launcher is gone, because its processes would go on unnoticed. The same holds for the
+    `deepspeed` command, the parent of DeepSpeed's launcher, which does not forward the SIGTERM that kills it. torchrun
+    has no such parent: a shell that starts it may end."""
     command = _parent_of(launcher)
-    while os.getppid() == launcher and _parent_of(launcher) == command:
+    while os.getppid() == launcher and (name == "torchrun" or _parent_of(launcher) == command):
         if _suspended.is_set():  # after SIGTERM, SLURM sends SIGCONT to all
             os.kill(launcher, signal.SIGSTOP)
         time.sleep(1)
-    _requests.append("DeepSpeed's launcher is gone")
+    _requests.append(f"{name} is gone")

@@ -35,7 +35,8 @@ from neoflix.runtime.heartbeat import (
     start_pulse_reporter,
     this_machine,
 )
-from neoflix.runtime.store import FIRST_CONTACT, connect
+from neoflix.runtime.launcher import local_processes, prevent_restart
+from neoflix.runtime.store import FIRST_CONTACT, connect, leave_torchruns_store
 
 PATIENCE = 25  # beats without a sign of life, after which a process has hung or its machine is gone
 
@@ -124,7 +125,7 @@ class Watchdog:
         except dist.DistError:
             return  # rank 0 has never started; the process group reports that
         self._connected.set()
-        if self._rank_on_machine() == 0 and self._processes_on_machine() < self._num_processes:
+        if self._rank_on_machine() == 0 and local_processes() < self._num_processes:
             start_pulse_reporter()
         while not self._left.is_set() and self.failure is None:
             try:
@@ -145,10 +146,6 @@ class Watchdog:
     @staticmethod
     def _rank_on_machine() -> int:
         return int(os.environ.get("LOCAL_RANK", "0"))
-
-    def _processes_on_machine(self) -> int:
-        """As DeepSpeed's launcher or torchrun has it."""
-        return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or self._num_processes)
 
     def _beat(self) -> None:
         with self._beating:  # the last sign comes from the main thread
@@ -231,6 +228,7 @@ def start_watchdog() -> None:
             f"the environment variable WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} not set; "
             "start several processes with deepspeed train.py, or unset WORLD_SIZE"
         )
+    leave_torchruns_store()
     _watchdog = Watchdog()
 
 
@@ -251,6 +249,8 @@ def end_for(failure: Failure) -> None:
     shout(failure.message)
     if os.environ.get("NEOFLIX_LOG_DIR") and not failure.message:
         print(f"This process ends because rank {failure.rank} failed", file=sys.stderr)
+    if failure.code == UserError.exit_code:
+        prevent_restart()
     end_process(failure.code, failure.rank)
 
 
