@@ -1,7 +1,9 @@
 """The program that started this process: DeepSpeed's launcher, torchrun, or neither."""
 
+import json
 import os
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +43,13 @@ def prevent_restart() -> None:
     if used < most and (torchrun := find_torchrun()):
         with suppress(ProcessLookupError):
             os.kill(torchrun, signal.SIGTERM)
+
+
+def report_error(message: str) -> None:
+    """Writes an error where torchrun looks for it, to show it in its own last lines."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        error = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
+        Path(file).write_text(json.dumps({"message": error}))
 
 
 def _read(process: int, name: str) -> list[str]:

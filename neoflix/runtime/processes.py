@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from neoflix.runtime.console import accept_any_text, is_main_process, printable, say, shout
 from neoflix.runtime.errors import RUN_ME_AGAIN, MainProcessError, StoppedEarly, UserError
-from neoflix.runtime.launcher import prevent_restart
+from neoflix.runtime.launcher import prevent_restart, report_error
 from neoflix.runtime.store import connect
 from neoflix.runtime.watchdog import Failure, end_for, end_process, get_watchdog, leave_exit_code, start_watchdog
 
@@ -115,6 +115,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
         if os.environ.get("NEOFLIX_TRACEBACK"):
             traceback.print_exc()
         _print_once(str(error))
+        report_error(str(error))
         prevent_restart()
         return error.exit_code
     except StoppedEarly as stopped:

@@ -29,18 +29,20 @@ def test_programs_of_this_python_come_first(monkeypatch):
     assert os.environ["PATH"].count(str(Path(PYTHON).parent)) == 1
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 1000])
+@pytest.mark.parametrize(
+    ("name", "num_processes"), [("LOCAL_SIZE", 1), ("LOCAL_SIZE", 2), ("LOCAL_SIZE", 1000), ("LOCAL_WORLD_SIZE", 2)]
+)
 @pytest.mark.process
-def test_processes_share_the_cores(num_processes):
+def test_processes_share_the_cores(name, num_processes):
     """By the variable too, where there are several: accelerate goes by it, over torch's head."""
     code = (
         "import os, torch; from neoflix.runtime.environment import prepare_environment as p; p(); "
         "threads, told = torch.get_num_threads(), os.environ.get('OMP_NUM_THREADS'); "
-        "print(threads if told == str(threads) or os.environ['LOCAL_SIZE'] == '1' else -1)"
+        f"print(threads if told == str(threads) or {num_processes} == 1 else -1)"
     )
     expected = max(1, len(os.sched_getaffinity(0)) // num_processes)
-    assert outcome(code, LOCAL_SIZE=str(num_processes)) == expected
-    assert outcome(code, LOCAL_SIZE=str(num_processes), OMP_NUM_THREADS="1") == 1, "what the user says holds"
+    assert outcome(code, **{name: str(num_processes)}) == expected
+    assert outcome(code, **{name: str(num_processes)}, OMP_NUM_THREADS="1") == 1, "what the user says holds"
 
 
 @pytest.mark.process

@@ -1,18 +1,33 @@
-"""A process that was asked to end holds DeepSpeed's launcher, whatever else SLURM says to all of them."""
+"""A process that was asked to end suspends its launcher, whatever else SLURM sends to all of them."""
 
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 import pytest
 from conftest import PYTHON, ROOT
 
-RANK = (
-    "from neoflix.runtime.stop_requests import catch_stop_requests as c; c(); print('listening', flush=True); input()"
-)
-LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}])"
+RANK = """
+import sys, time
+import torch.distributed as dist
+from neoflix.runtime.stop_requests import catch_stop_requests, find_stop_request
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+catch_stop_requests()
+print("listening", flush=True)
+sys.stdin.read()
+while not find_stop_request("."):
+    time.sleep(0.1)
+print(find_stop_request("."))
+"""
+LAUNCHER = f"""
+import os, subprocess, sys
+if sys.argv[1] == "torchrun":
+    os.environ["TORCHELASTIC_RUN_ID"] = "x"
+subprocess.run([sys.executable, "-c", {RANK!r}])
+"""
 
 
 def wait_for(condition: Callable[[], object]):
@@ -27,16 +42,17 @@ def is_stopped(process: psutil.Process) -> bool:
     return process.status() == psutil.STATUS_STOPPED
 
 
-@pytest.fixture
-def launcher():
-    """A process by that name, with one rank, which listens."""
-    command = [PYTHON, "-c", LAUNCHER, "deepspeed.launcher.launch"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
-        process = psutil.Process(program.pid)
+@pytest.fixture(params=["deepspeed.launcher.launch", "torchrun"])
+def launcher(request):
+    """A process that is recognized as this launcher, with one rank, which listens."""
+    command = [PYTHON, "-c", LAUNCHER, request.param]
+    with psutil.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
         assert program.stdout.readline() == b"listening\n"
-        yield process
-        for each in (*process.children(recursive=True), process):
-            each.kill()
+        ranks = program.children()
+        yield program
+        for each in (*ranks, program):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 @pytest.mark.process
@@ -53,3 +69,10 @@ def test_a_held_launcher_stays_held_until_its_process_ends(launcher):
     wait_for(lambda: is_stopped(launcher))
     rank.kill()
     wait_for(lambda: not launcher.is_running() or not is_stopped(launcher))
+
+
+@pytest.mark.process
+def test_the_end_of_a_launcher_is_a_request_to_stop(launcher):
+    launcher.kill()
+    launcher.stdin.close()
+    assert launcher.stdout.readline().endswith(b" is gone\n")
