@@ -12,6 +12,7 @@ import subprocess
 
 import pytest
 from conftest import ROOT, parse_train_args, run_program
+from torch.distributed.run import parse_args as parse_torchrun_args
 
 import generate
 import train
@@ -114,8 +115,10 @@ def test_commands_on_a_page_work(page, desk, monkeypatch):
 
 
 def without_launcher(words: list[str]) -> list[str]:
-    """`deepspeed --num_accelerators 2 train.py ...` as `python train.py ...`"""
-    return ["python", *words[words.index("train.py") :]] if words[0] == "deepspeed" else words
+    """`deepspeed --num_accelerators 2 train.py ...` as `python train.py ...`; torchrun's flags are parsed."""
+    if words[0] == "torchrun":
+        assert parse_torchrun_args(words[1:]).training_script == "train.py"
+    return ["python", *words[words.index("train.py") :]] if words[0] in ("deepspeed", "torchrun") else words
 
 
 def read_command(line: str, env: dict, words: list[str]) -> None:

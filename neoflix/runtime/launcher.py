@@ -7,6 +7,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+_PARENT = os.getppid()  # of the start; when it has ended, another process takes its place
+
 
 def local_processes() -> int:
     """Processes of this run on this machine."""
@@ -23,10 +25,10 @@ def find_deepspeed() -> int | None:
 def find_torchrun() -> int | None:
     """The process of torchrun, if it is this process's parent, whatever it is called: `accelerate launch` contains it.
     It sets TORCHELASTIC_RUN_ID for the processes that it starts, and is started without it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.getppid() != _PARENT:
         return None
-    was_started_too = any(word.startswith("TORCHELASTIC_RUN_ID=") for word in _read(os.getppid(), "environ"))
-    return None if was_started_too else os.getppid()
+    was_started_too = any(word.startswith("TORCHELASTIC_RUN_ID=") for word in _read(_PARENT, "environ"))
+    return None if was_started_too else _PARENT
 
 
 def is_num_threads_chosen() -> bool:
@@ -49,7 +51,8 @@ def report_error(message: str) -> None:
     """Writes an error where torchrun looks for it, to show it in its own last lines."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         error = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
-        Path(file).write_text(json.dumps({"message": error}))
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": error}))
 
 
 def _read(process: int, name: str) -> list[str]:

@@ -46,6 +46,16 @@ def test_processes_share_the_cores(name, num_processes):
 
 
 @pytest.mark.process
+def test_the_only_process_of_torchrun_serves_its_own_store():
+    code = (
+        "import torch.distributed as dist; from neoflix.runtime.environment import prepare_environment as p; p(); "
+        "dist.init_process_group('gloo'); print(dist.get_world_size())"
+    )
+    torchruns = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert outcome(code, WORLD_SIZE="1", MASTER_ADDR="localhost", **torchruns) == 1
+
+
+@pytest.mark.process
 def test_freed_memory_is_kept_for_the_next_step():
     """The kernel fills each page with zeros at its first touch: in every step, or only in the first ones. (Tensors of
     up to 32 MB glibc keeps by itself; these logits have 40. A late step may still need one piece more: the calmest
