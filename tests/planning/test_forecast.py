@@ -22,7 +22,7 @@ def test_memory_follows_what_it_depends_on():
     usual = forecast_of("2.7B", card(24))
     recomputed = forecast_of("2.7B", card(24), "--activation_checkpointing", "true")
     halved = forecast_of("2.7B", card(24), "--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "2")
-    assert recomputed.device_bytes < usual.device_bytes - 6 * GIB
+    assert recomputed.device_bytes < usual.device_bytes - 5 * GIB
     assert recomputed.flops == pytest.approx(usual.flops * 4 / 3)
     assert halved.device_bytes < usual.device_bytes - 3 * GIB
     assert (halved.settings.num_steps, halved.flops) == (usual.settings.num_steps, usual.flops)

@@ -106,7 +106,9 @@ def test_two_nodes_are_one(untouched, tmp_path):
     with one, other:
         one.await_first_step()
         other.program.terminate()
-        assert (one.wait(), other.wait()) == ((1, RUN_ME_AGAIN), (1, RUN_ME_AGAIN))
+        for code, own_code in (one.wait(), other.wait()):
+            assert code != 0  # mostly 1; a torchrun whose partner ends first may abort
+            assert own_code == RUN_ME_AGAIN
     assert "(SIGTERM); the same command resumes" in one.said() + other.said()
     one, other = start()
     with one, other:
