@@ -93,6 +93,12 @@ def disable_shm_collectives() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def adjust_engine(engine) -> None:
+    """Changes how an engine reads gradients, not what it computes. Repeated calls have no effect."""
+    keep_gradient_norm(engine)
+    read_gradients_together(engine)
+
+
 def keep_gradient_norm(engine) -> None:
     """Makes an engine without ZeRO (stage 0) keep the norm that it clips gradients by, as the other stages do."""
     from deepspeed.runtime.utils import clip_grad_norm_  # at import it detects the accelerator: too early

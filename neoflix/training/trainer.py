@@ -28,12 +28,7 @@ from neoflix.runtime.watchdog import announce_activity
 from neoflix.training import saving
 from neoflix.training.batches import data_seed, load_token_batches, shuffled_order, token_batches, with_own_generator
 from neoflix.training.callbacks import RecordStart, StopOnRequest, describe_start, run_callbacks
-from neoflix.training.deepspeed import (
-    gather_weights_on_save,
-    keep_gradient_norm,
-    naming_refused_values,
-    read_gradients_together,
-)
+from neoflix.training.deepspeed import adjust_engine, gather_weights_on_save, naming_refused_values
 from neoflix.training.divergence import check_finite
 from neoflix.training.live_samples import ShowSamples
 from neoflix.training.meters import Meters, explaining_full_memory
@@ -119,8 +114,7 @@ class TokenTrainer(Trainer):
         self._activity = "training"
         if hasattr(self._order, "set_epoch"):  # after a resume, accelerate does not reach it under the skipped batches
             self._order.set_epoch(kwargs["epoch"])
-        keep_gradient_norm(self.model_wrapped)
-        read_gradients_together(self.model_wrapped)
+        adjust_engine(self.model_wrapped)
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 

@@ -52,7 +52,7 @@ def test_gradients_read_together_are_read_as_deepspeed_reads_them(run, monkeypat
     monkeypatch.setattr(torch.Tensor, "__bool__", ask_and_count)
     ours = run("ours", *OFFLOADED)
     assert not asked
-    monkeypatch.setattr("neoflix.training.trainer.read_gradients_together", lambda engine: None)
+    monkeypatch.setattr("neoflix.training.deepspeed.read_gradients_together", lambda engine: None)
     theirs = run("theirs", *OFFLOADED)
     assert len(asked) > 4 * 10
     assert losses(ours, "grad_norm") == losses(theirs, "grad_norm")
