@@ -128,7 +128,9 @@ def write_line(file: Path, figures: dict) -> None:
     """Puts a case's figures in the place of its older ones."""
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "accelerate")}
-    facts = {"versions": versions, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    hardware = f"no GPU: a stand-in for {figures['card']}, {os.cpu_count()} CPU cores"
+    facts = {"benchmark": "rehearsal", "command": "make rehearse", "hardware": hardware, "versions": versions}
+    facts |= {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     lines = [line for line in lines if line["case"] != figures["case"]] + [facts | figures]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
