@@ -92,10 +92,7 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
     }
     if settings.stage in (1, 2) and not is_offloaded:
         phases["first reduction"] = in_backward | _first_reduction(shape, settings, working["activations"], embedding)
-    if settings.stage == 3:
-        gathered = _gathered(shape, settings)
-        phases = {phase: parts | {"gathered weights": gathered.get(phase, 0)} for phase, parts in phases.items()}
-    return phases
+    return phases if settings.stage != 3 else _with_gathered(phases, shape, settings)
 
 
 def _layer_gradients(shape: Shape, settings: Settings) -> int:
@@ -108,25 +105,23 @@ def _layer_gradients(shape: Shape, settings: Settings) -> int:
     return b * layers // max(shape.num_layers, 1) + cast
 
 
-def _gathered(shape: Shape, settings: Settings) -> dict[str, int]:
-    """Bytes of the weights that stage 3 has gathered, by phase (stage3.py, partitioned_param_coordinator.py).
+def _with_gathered(phases: dict, shape: Shape, settings: Settings) -> dict[str, dict[str, int]]:
+    """The phases of stage 3, with the weights that are gathered (stage3.py, partitioned_param_coordinator.py).
 
-    Loading and saving hold the whole embedding and its copy. Training keeps weights that are used again within
-    `stage3_max_reuse_distance`, and the backward pass fetches some ahead. Otherwise weights stay until
-    `stage3_max_live_parameters` are there.
+    The start and saving hold the whole embedding and its copy. Otherwise weights stay until
+    `stage3_max_live_parameters` are there, and some are fetched ahead. At the loss none are there: the forward pass is
+    fullest then or, with few tokens, at the head.
     """
     b, P, embedding = settings.weight_bytes, shape.num_parameters, shape.embedding
-    kept = embedding + settings.bucket("stage3_max_reuse_distance", 10**9)
     live = max(settings.bucket("stage3_max_live_parameters", 10**9), embedding + shape.layer_parameters)
-    elements = {
-        "start": 2 * embedding,
-        "forward": min(P, kept),
-        "backward": min(P, kept + settings.bucket("stage3_prefetch_bucket_size", 5 * 10**7)),
-        "evaluate": min(P, live),
-        "sample": min(P, live + embedding),
-        "save": 2 * embedding,
-    }
-    return {phase: b * count for phase, count in elements.items()}
+    fetched = b * min(P, live + settings.bucket("stage3_prefetch_bucket_size", 5 * 10**7))
+    gathered = {"start": 2 * b * embedding, "save": 2 * b * embedding, "sample": b * min(P, live + embedding)}
+    gathered |= {"backward": fetched, "backward's end": fetched}
+    phases = {phase: parts | {"gathered weights": gathered.get(phase, 0)} for phase, parts in phases.items()}
+    for phase, tokens in (("forward", settings.batch_tokens), ("evaluate", settings.eval_tokens)):
+        at_head = {"loss": tokens * shape.vocab_size * b, "gathered weights": fetched}
+        phases[f"{phase}, at the head"] = phases[phase] | at_head
+    return phases
 
 
 def _loss(shape: Shape, settings: Settings, num_tokens: int) -> dict[str, int]:

@@ -4,9 +4,13 @@ Cases with a `setup` compare the plan's memory with the device's, phase by phase
 that a batch has as many tokens as the plan assumes.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from standin import Card
+
+ROOT = Path(__file__).resolve().parents[2]
 
 RTX_3090 = Card()
 RTX_2080_TI = Card("NVIDIA GeForce RTX 2080 Ti", 11264, 11012, 75)  # no bf16, no flash attention
@@ -38,6 +42,7 @@ class Case:
         flags: of the script, without model, texts and folder.
         after: name of the case whose run's folder this one goes on with.
         setup: name in SETUPS, if the case compares memory with the plan.
+        needs: a file without which the case is skipped.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Case:
     num_processes: int = 1
     after: str = ""
     setup: str = ""
+    needs: str = ""
 
 
 def all_cases() -> list[Case]:
@@ -62,12 +68,23 @@ def comparisons() -> list[Case]:
     ]
 
 
+def nvme_config() -> str:
+    """ds_configs/nvme.json with a folder of this machine."""
+    config = json.loads((ROOT / "ds_configs/nvme.json").read_text())
+    folder = ROOT / "runs" / "rehearsal" / "nvme"
+    folder.mkdir(parents=True, exist_ok=True)
+    config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(folder)
+    return json.dumps(config)
+
+
 def roads() -> list[Case]:
     """A user's commands: whole runs of 125M, and two steps of the larger models."""
     two_steps = ("--max_steps", "2", "--save_strategy", "no")
     often = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
     small_batches = ("--max_steps", "4", "--per_device_train_batch_size", "16")
     return [
+        Case("own-csv", "demo", ("--config", "recipes/own-csv.yaml", "--max_steps", "3")),
+        Case("125M, NVMe", "125M", ("--deepspeed", nvme_config(), *two_steps), needs="/usr/include/libaio.h"),
         Case("demo", "demo", ("--config", "recipes/demo.yaml", "--max_steps", "4")),
         Case(
             "125M, checkpoint",

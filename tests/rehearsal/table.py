@@ -4,6 +4,7 @@ python tests/rehearsal/table.py    # the tables of docs/memory.md, from benchmar
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,14 +18,16 @@ from neoflix.planning.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
+# DeepSpeed, what reads its norms, and accelerate's loader of the epoch in which a run is resumed.
+MAY_WAIT = r"deepspeed/|accelerate/utils/deepspeed\.py|accelerate/utils/operations\.py|neoflix/training/deepspeed\.py"
 TOLERANCE, LEAST = 0.05, GIB // 10  # between a phase and its plan: a share, or bytes
 # Phases of the device: which phases of the plan they are the largest of.
 PLANNED = {
     "start": ("start",),
-    "forward": ("forward",),
+    "forward": ("forward", "forward, at the head"),
     "backward": ("backward", "first reduction", "backward's end"),
     "step": ("step",),
-    "evaluate": ("evaluate",),
+    "evaluate": ("evaluate", "evaluate, at the head"),
     "sample": ("sample",),
     "save the best": ("save",),
 }
@@ -41,12 +44,46 @@ def compare_phases(figures: dict) -> dict[str, tuple[int, int]]:
     }
 
 
+def faults_of(figures: dict) -> list[str]:
+    """What is not as planned in a case's memory and counts, in words."""
+    return [*memory_faults(figures.get("compared", {})), *step_faults(figures), *decoding_faults(figures["phases"])]
+
+
 def memory_faults(compared: dict[str, tuple[int, int]]) -> list[str]:
     return [
         f"{phase}: {measured / GIB:.2f} GiB, planned {planned / GIB:.2f}"
         for phase, (planned, measured) in compared.items()
         if abs(planned - measured) > max(LEAST, TOLERANCE * measured)
     ]
+
+
+def step_faults(figures: dict) -> list[str]:
+    """A step waits only where DeepSpeed does; with offload at stages 1 and 2 it sends each gradient in fp32, and with
+    accumulated batches in bf16 down and up again for each."""
+    step, plan = figures["phases"].get("whole step"), figures.get("plan")
+    if not step or not plan:
+        return []
+    faults = [f"a step waits at {place}" for place in step["waits"] if not re.match(MAY_WAIT, place)]
+    shape, settings = Shape(**plan["shape"]), Settings(**plan["settings"])
+    if settings.stage in (1, 2) and settings.offload("offload_optimizer") == "cpu" and settings.num_processes == 1:
+        trained, batches, b = settings.num_trainable(shape), settings.accumulation, settings.weight_bytes
+        expected = {
+            "bytes_up": batches * b * trained,
+            "bytes_down": (4 + (batches * b if batches > 1 else 0)) * trained,
+        }
+        faults += [
+            f"a step has {step[name]:,} {name}, not {count:,}"
+            for name, count in expected.items()
+            if abs(step[name] - count) > 0.01 * count
+        ]
+    return faults
+
+
+def decoding_faults(phases: dict) -> list[str]:
+    """A token is one graph, and nothing waits for it."""
+    counts = phases.get("decode a token")
+    is_one_graph = not counts or (counts["graph_launches"], counts["launches"], counts["syncs"]) == (1, 0, 0)
+    return [] if is_one_graph else [f"a token takes {describe_counts(counts)}"]
 
 
 def print_case(name: str, figures: dict) -> None:
