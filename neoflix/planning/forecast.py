@@ -20,9 +20,9 @@ from neoflix.runtime.hardware import Machine
 
 CUDA_CONTEXT = int(0.6 * GIB)
 
-# Upper bound of the memory that torch's caching allocator holds in blocks it cannot use, as a share of what it
-# allocates, for batches of different sizes. An estimate, not a measurement.
-FRAGMENTATION = 0.06
+# Memory that torch's caching allocator holds in blocks it cannot use, as a share of what it allocates, for batches of
+# different sizes. On a stand-in for the CUDA runtime, 2.7B with offload needed 8% more than it allocated.
+FRAGMENTATION = 0.08
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ PLANNED = {
     "start": ("start",),
     "forward": ("forward", "forward, at the head"),
     "backward": ("backward", "first reduction", "backward's end"),
-    "step": ("step",),
+    "step": ("norm", "step"),
     "evaluate": ("evaluate", "evaluate, at the head"),
     "sample": ("sample",),
     "save the best": ("save",),
