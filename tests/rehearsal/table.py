@@ -114,15 +114,15 @@ def main() -> None:
     """Prints both tables in Markdown."""
     lines = [json.loads(line) for line in (ROOT / "benchmarks/results/rehearsal.jsonl").read_text().splitlines()]
     by_case = {line["case"]: line for line in lines}
-    print(f"| planned / allocated, GiB | {' | '.join(SIZES)} | largest difference of a phase |")
+    print(f"| planned / allocated, GiB | {' | '.join(SIZES)} | largest difference of a phase, GiB |")
     print("|---" * (len(SIZES) + 2) + "|")
     for setup in SETUPS:
         compared = [compare_phases(by_case[f"{size} {setup}"]) for size in SIZES]
         fullest = [max(phases.values(), key=lambda both: both[1]) for phases in compared]
         cells = [f"{planned / GIB:.2f} / {measured / GIB:.2f}" for planned, measured in fullest]
-        worst = max((p / m - 1 for phases in compared for p, m in phases.values()), key=abs)
+        worst = max((p - m for phases in compared for p, m in phases.values()), key=abs) / GIB
         print(
-            f"| `{setup.replace(', ', '`, ', 1)}{'' if ', ' in setup else '`'} | {' | '.join(cells)} | {worst:+.1%} |"
+            f"| `{setup.replace(', ', '`, ', 1)}{'' if ', ' in setup else '`'} | {' | '.join(cells)} | {worst:+.2f} |"
         )
     print(f"\n| a step of {SIZES[-1]} | kernels | GiB to the card | GiB to the host | waits |")
     print("|---" * 5 + "|")
