@@ -11,6 +11,7 @@ from pathlib import Path
 from standin import Card
 
 ROOT = Path(__file__).resolve().parents[2]
+NVME = "runs/rehearsal/nvme"  # a folder, from ROOT
 
 RTX_3090 = Card()
 RTX_2080_TI = Card("NVIDIA GeForce RTX 2080 Ti", 11264, 11012, 75)  # no bf16, no flash attention
@@ -71,9 +72,7 @@ def comparisons() -> list[Case]:
 def nvme_config() -> str:
     """ds_configs/nvme.json with a folder of this machine."""
     config = json.loads((ROOT / "ds_configs/nvme.json").read_text())
-    folder = ROOT / "runs" / "rehearsal" / "nvme"
-    folder.mkdir(parents=True, exist_ok=True)
-    config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(folder)
+    config["zero_optimization"]["offload_optimizer"]["nvme_path"] = NVME
     return json.dumps(config)
 
 

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from cases import Case, all_cases
+from cases import NVME, Case, all_cases
 from models import build_folder, write_texts
 from standin import build
 from table import compare_phases, faults_of, print_case
@@ -46,6 +46,7 @@ def main() -> None:
     cases = [case for case in all_cases() if re.fullmatch(args.only, case.name)]
     build(WORK / "standin")
     write_texts(WORK / "texts.csv", 1200, is_uniform=True)
+    (ROOT / NVME).mkdir(parents=True, exist_ok=True)
     failed = []
     for case in cases:
         if case.needs and not Path(case.needs).exists():

@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "standin"
 SITE = Path(sysconfig.get_path("purelib"))
-WRAPPERS = r"/torch/|cuda_accelerator\.py|/rehearsal/"
+WRAPPERS = r"/torch/|cuda_accelerator\.py|/rehearsal/|/functools\.py"
 PRELOADED, DRIVER = "libstandin.so", "libcuda.so.1"
 
 COUNTED = re.findall(
