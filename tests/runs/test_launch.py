@@ -21,9 +21,14 @@ def card(mib: int, number: int = 0, free: int | None = None) -> str:
 
 
 @pytest.fixture
-def dry_run(machine_of, monkeypatch):
-    """dry_run(*words, gpus=[MiB, ...], host=GiB, **env) -> what a dry run prints on a machine with these."""
-
+def dry_run(machine_of, monkeypatch, tmp_path):
+    """dry_run(*words, gpus=[MiB, ...], host=GiB, **env) -> what a dry run prints on a machine with these, in the
+    project's folder without runs: a plan depends on the run in `results`."""
+    project = tmp_path / "project"
+    project.mkdir()
+    for path in ROOT.iterdir():
+        if not path.name.startswith("results"):
+            (project / path.name).symlink_to(path)
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_NNODES", "NGPU", "HOSTFILE"):
         monkeypatch.delenv(name, raising=False)  # these tests may run in a job
     for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
@@ -32,7 +37,7 @@ def dry_run(machine_of, monkeypatch):
     def dry_run(*words, gpus=(), host=64, disk=500, driver="580.95.05", expect=0, **env):
         cards = [gpu if isinstance(gpu, str) else card(gpu, number) for number, gpu in enumerate(gpus)]
         machine = machine_of(*cards, driver=driver, host_gib=host, disk_gib=disk, has_gpu=bool(gpus))
-        return run_program("./launch.sh", *words, env={"DRY_RUN": "1", **machine, **env}, expect=expect)
+        return run_program(project / "launch.sh", *words, env={"DRY_RUN": "1", **machine, **env}, expect=expect)
 
     return dry_run
 

@@ -61,15 +61,23 @@ def test_gradients_read_together_are_read_as_deepspeed_reads_them(run, monkeypat
 
 def test_an_infinite_gradient_skips_an_offloaded_step(run, monkeypatch):
     """The weights stay as they are: the gradient of one weight is infinite at every step."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
     from neoflix.training.trainer import TokenTrainer
 
-    trained, before = TokenTrainer.train, {}
+    trained, asked, before, seen = TokenTrainer.train, DeepSpeedZeroOptimizer.has_overflow, {}, []
+
+    def ask_and_remember(optimizer, *args):
+        seen.append(bool(optimizer.local_overflow))
+        return asked(optimizer, *args)
 
     def train_with_infinity(trainer, start):
         before.update({name: weight.detach().clone() for name, weight in trainer.model.named_parameters()})
         trainer.model.transformer.ln_f.bias.register_hook(lambda gradient: gradient.fill_(torch.inf))
         return trained(trainer, start)
 
+    monkeypatch.setattr(DeepSpeedZeroOptimizer, "has_overflow", ask_and_remember)
     monkeypatch.setattr(TokenTrainer, "train", train_with_infinity)
     after = weights(run("run", *OFFLOADED, "--bf16", "true"))
     assert all(torch.equal(before[name], weight) for name, weight in after.items())
+    assert seen == [True] * 4
