@@ -150,7 +150,7 @@ def test_a_sound_machine(environment):
     assert rows["NVLink"][1] == "yes"
     assert rows["host memory"][1] == "64.0 GiB free"
     assert rows["/dev/shm"][1] == "8.00 GiB free"
-    assert rows["disk"][1].startswith("500.0 GiB free")
+    assert re.match(r"50\d\.\d GiB free", rows["disk"][1]), "and the checkpoints in results, if there are any"
     for name in ("C++ compiler", "Python headers", "ninja", "DeepSpeed's CPU Adam", "libaio", "ulimit -l", "container"):
         assert rows[name][1]
 
