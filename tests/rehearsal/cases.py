@@ -77,13 +77,13 @@ def nvme_config() -> str:
 
 
 def roads() -> list[Case]:
-    """A user's commands: whole runs of 125M, and two steps of the larger models."""
-    two_steps = ("--max_steps", "2", "--save_strategy", "no")
+    """A user's commands: whole runs of 125M, and three steps of the larger models."""
+    few_steps = ("--max_steps", "3", "--save_strategy", "no", "--logging_steps", "1000", "--plan_must_fit", "false")
     often = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
     small_batches = ("--max_steps", "4", "--per_device_train_batch_size", "16")
     return [
         Case("own-csv", "demo", ("--config", "recipes/own-csv.yaml", "--max_steps", "3")),
-        Case("125M, NVMe", "125M", ("--deepspeed", nvme_config(), *two_steps), needs="/usr/include/libaio.h"),
+        Case("125M, NVMe", "125M", ("--deepspeed", nvme_config(), *few_steps), needs="/usr/include/libaio.h"),
         Case("demo", "demo", ("--config", "recipes/demo.yaml", "--max_steps", "4")),
         Case(
             "125M, checkpoint",
@@ -124,8 +124,8 @@ def roads() -> list[Case]:
             num_processes=2,
         ),
         Case("gpu.sh", "125M", card=A100, script="benchmarks/gpu.sh"),
-        Case("article", "1.3B", ("--config", "recipes/article.yaml", *two_steps)),
-        Case("gpt-neo-1.3b", "1.3B", ("--config", "recipes/gpt-neo-1.3b.yaml", *two_steps)),
-        Case("gpt-neo-2.7b", "2.7B", ("--config", "recipes/gpt-neo-2.7b.yaml", *two_steps)),
-        Case("gpt-neo-2.7b-lora", "2.7B", ("--config", "recipes/gpt-neo-2.7b-lora.yaml", *two_steps)),
+        Case("article", "1.3B", ("--config", "recipes/article.yaml", *few_steps)),
+        Case("gpt-neo-1.3b", "1.3B", ("--config", "recipes/gpt-neo-1.3b.yaml", *few_steps)),
+        Case("gpt-neo-2.7b", "2.7B", ("--config", "recipes/gpt-neo-2.7b.yaml", *few_steps)),
+        Case("gpt-neo-2.7b-lora", "2.7B", ("--config", "recipes/gpt-neo-2.7b-lora.yaml", *few_steps)),
     ]

@@ -1,7 +1,8 @@
 """What a rehearsal takes for granted, because kernels compute nothing.
 
 Where the host asks a card for numbers, they are read as on a GPU, and then zeros are taken in their place. The loss is
-2, and every loss and weight is finite. Modules are changed when they are imported, so nothing is imported for it.
+2, every loss and weight is finite, and no draw needs more candidates. Modules are changed when they are imported, so
+nothing is imported for it.
 """
 
 import importlib.util
@@ -14,7 +15,7 @@ from importlib.abc import MetaPathFinder
 
 def read_zeros(torch) -> None:
     Tensor = torch.Tensor
-    item, to_list, to_bool = Tensor.item, Tensor.tolist, Tensor.__bool__
+    item, to_list, to_bool, to_cpu = Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.cpu
 
     def zero(tensor):
         number = item(tensor)
@@ -24,7 +25,12 @@ def read_zeros(torch) -> None:
         numbers = to_list(tensor)
         return to_list(torch.zeros(tensor.shape, dtype=tensor.dtype)) if tensor.is_cuda else numbers
 
-    Tensor.item, Tensor.tolist = zero, zeros
+    def copied(tensor, *args, **kwargs):
+        """Of what is small, such as norms; weights are copied as they are."""
+        copy = to_cpu(tensor, *args, **kwargs)
+        return copy.zero_() if tensor.is_cuda and copy.is_floating_point() and copy.numel() < 10**4 else copy
+
+    Tensor.item, Tensor.tolist, Tensor.cpu = zero, zeros, copied
     Tensor.__bool__ = lambda tensor: to_bool(tensor) and not tensor.is_cuda
 
 
@@ -35,6 +41,10 @@ def draw_zeros(decoder) -> None:
         return read(self, texts, (sent[0].new_zeros(sent[0].shape, device="cpu"), sent[1]))
 
     decoder.Decoder._read = read_as_zeros
+
+
+def settle_at_once(draw) -> None:
+    draw.Draw.settled = lambda self, *args: self(*args)[0]
 
 
 def lose_two(validation) -> None:
@@ -82,11 +92,26 @@ def agree(utils) -> None:
     utils.assert_lst_len_same_as_other_ranks = lambda values: None
 
 
+def end_by_length(utils) -> None:
+    """transformers' `generate` asks the card whether all texts have ended; here they end at their longest length."""
+    criteria, ended = utils.MaxLengthCriteria, []
+    call = criteria.__call__
+
+    def call_and_remember(self, input_ids, *args, **kwargs):
+        ended[:] = [input_ids.shape[1] >= self.max_length]
+        return call(self, input_ids, *args, **kwargs)
+
+    criteria.__call__ = call_and_remember
+    utils.GenerationMixin._has_unfinished_sequences = lambda *args, **kwargs: ended != [True] or bool(ended.clear())
+
+
 AFTER_IMPORT: dict[str, Callable] = {
     "torch": read_zeros,
     "deepspeed.runtime.zero.utils": agree,
+    "transformers.generation.utils": end_by_length,
     "neoflix.data.packing": group_on_the_host,
     "neoflix.sampling.decoder": draw_zeros,
+    "neoflix.sampling.draw": settle_at_once,
     "neoflix.training.validation": lose_two,
     "neoflix.training.divergence": never_diverge,
 }

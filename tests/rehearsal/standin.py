@@ -40,10 +40,14 @@ def build(folder: Path) -> None:
     has = _symbols("--defined-only", *objects)
     wants = _symbols("-D", "--undefined-only", *map(str, sorted((SITE / "torch" / "lib").glob("*.so"))))
     runtime = sorted(name for name in wants - has if re.match(r"(__)?cuda[A-Z]|cublas|nccl", name))
-    driver = sorted(name for name in wants if re.match(r"cu[A-Z]", name) and name != "cuCtxGetCurrent")
+    declared = (_headers() / "cuda.h").read_text()  # Triton asks for more of the driver than torch
+    driver = {name for name in wants if re.match(r"cu[A-Z]", name)}
+    driver |= set(re.findall(r"CUDAAPI (cu[A-Z]\w*)\(", declared))
+    driver |= set(re.findall(r"#define cu\w+ +(cu\w+)$", declared, re.MULTILINE))
+    driver -= set(re.findall(r"^int (cu\w+)\(", (SOURCES / "driver.c").read_text(), re.MULTILINE))
     stub = 'int {0}(void) {{ static int seen; if (!seen++) count_unknown("{0}"); return 0; }}\n'
     (folder / "stubs.c").write_text("void count_unknown(const char *);\n" + "".join(map(stub.format, runtime)))
-    (folder / "driver_stubs.c").write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in driver))
+    (folder / "driver_stubs.c").write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(driver)))
     _gcc("-shared", "-o", str(folder / PRELOADED), *objects, str(folder / "stubs.c"), "-lpthread", "-ldl")
     _gcc("-shared", "-o", str(folder / DRIVER), str(SOURCES / "driver.c"), str(folder / "driver_stubs.c"))
     _gcc("-shared", "-o", str(folder / "libnvidia-ml.so.1"), str(SOURCES / "nvml.c"))

@@ -20,9 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 # DeepSpeed, what reads its norms, accelerate's loader of the epoch in which a run is resumed, and, once per batch, the
 # groups of texts on cards without flash attention.
-MAY_WAIT = (
-    r"deepspeed/|accelerate/utils/(deepspeed|operations)\.py|neoflix/training/deepspeed\.py|neoflix/data/packing\.py"
-)
+MAY_WAIT = r"deepspeed/|accelerate/utils/(deepspeed|operations)\.py|neoflix/(training/deepspeed|model/attention)\.py"
 TOLERANCE, LEAST = 0.05, GIB // 10  # between a phase and its plan: a share, or bytes
 # Phases of the device: which phases of the plan they are the largest of.
 PLANNED = {

@@ -37,6 +37,7 @@ int cublasLtMatmul(void) { return product(); }
 int cublasGemmEx(void) { return product(); }
 int cublasGemmStridedBatchedEx(void) { return product(); }
 int cublasSgemm_v2(void) { return product(); }
+int cublasSgemmStridedBatched(void) { return product(); }
 
 int ncclGetVersion(int *version) { *version = 22907; return 0; }
 const char *ncclGetErrorString(int result) { return "an error of the stand-in"; }
