@@ -78,12 +78,13 @@ def nvme_config() -> str:
 
 def roads() -> list[Case]:
     """A user's commands: whole runs of 125M, and three steps of the larger models."""
+    toolkit = "/usr/local/cuda/lib64/libcudart.so"  # DeepSpeed links its NVMe operator with it
     few_steps = ("--max_steps", "3", "--save_strategy", "no", "--logging_steps", "1000", "--plan_must_fit", "false")
     often = ("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2")
     small_batches = ("--max_steps", "4", "--per_device_train_batch_size", "16")
     return [
         Case("own-csv", "demo", ("--config", "recipes/own-csv.yaml", "--max_steps", "3")),
-        Case("125M, NVMe", "125M", ("--deepspeed", nvme_config(), *few_steps), needs="/usr/include/libaio.h"),
+        Case("125M, NVMe", "125M", ("--deepspeed", nvme_config(), *few_steps), needs=toolkit),
         Case("demo", "demo", ("--config", "recipes/demo.yaml", "--max_steps", "4")),
         Case(
             "125M, checkpoint",

@@ -29,7 +29,7 @@ from table import compare_phases, faults_of, print_case
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WORK = ROOT / "runs" / "rehearsal"
-NUMBERS_DIFFER = {"AssertionError", "assert False"}
+TOOLKIT = "/usr/local/cuda"
 
 
 def main() -> None:
@@ -76,6 +76,7 @@ def rehearse(case: Case) -> dict:
     began = time.perf_counter()
     with open(folder / "output.txt", "w") as screen:
         environment = os.environ | case.card.environment(WORK / "standin") | {"STANDIN_LOG": str(log)}
+        environment.setdefault("CUDA_HOME", TOOLKIT)  # for NVMe's operator; nvcc on the PATH may be a link
         words = command(case, output, run_folder)
         code = subprocess.run(words, cwd=ROOT, env=environment, stdout=screen, stderr=subprocess.STDOUT).returncode
     figures = json.loads(output.read_text()) if output.is_file() else {"phases": {}}
@@ -93,12 +94,12 @@ def rehearse(case: Case) -> dict:
 
 
 def is_complete(output: str) -> bool:
-    """Whether each part of gpu.sh ended well. Two compare numbers, and may fail only because these differ."""
+    """Whether each part of gpu.sh ended well. Tests and operators.py may fail, because they compare numbers."""
     failed = [line for line in output.splitlines() if line.startswith("FAILED: ")]
     others = [line for line in failed if " pytest " not in line and "operators.py" not in line]
-    reasons = {line.split(" - ")[-1].split(":")[0] for line in output.splitlines() if line.startswith("FAILED tests/")}
     compares = "operators.py" not in "".join(failed) or "gradients differ by" in output
-    return "In all " in output and "SKIPPED" not in output and not others and compares and reasons <= NUMBERS_DIFFER
+    is_broken = others or not compares or "INTERNALERROR" in output or "ERROR tests/" in output
+    return "In all " in output and "SKIPPED" not in output and not is_broken
 
 
 def command(case: Case, output: Path, run_folder: Path) -> list[str]:
