@@ -43,12 +43,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
-def write_texts(file: Path, num_texts: int, is_uniform: bool) -> Path:
-    """A CSV of random texts, of 32 tokens each with start and end or, if not uniform, as long as the Netflix
-    descriptions: 14 to 62 tokens, 31.8 on average."""
+def write_texts(file: Path, num_texts: int) -> Path:
+    """A CSV of random texts, of 32 tokens each with start and end."""
     rng = random.Random(0)
-    lengths = [30 if is_uniform else min(max(round(rng.gauss(29.8, 4.4)), 12), 60) for _ in range(num_texts)]
-    rows = [" ".join(f"w{rng.randrange(NUM_WORDS)}" for _ in range(length)) for length in lengths]
+    rows = [" ".join(f"w{rng.randrange(NUM_WORDS)}" for _ in range(30)) for _ in range(num_texts)]
     file.write_text("\n".join(["description", *rows]) + "\n")
     return file
 

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-STATES = ("_live", "_peak")  # counters that are no counts
+STATES = ("_live", "_peak")  # endings of counters that hold a state, not a count
 PEAKS = ("allocated", "reserved", "device_peak", "pinned_peak", "host_peak")
 
 
