@@ -45,6 +45,8 @@ def main() -> None:
         print(f"skipped: torch {torch.__version__} is not a CUDA build, and there is none for this platform")
         return
     cases = [case for case in all_cases() if re.fullmatch(args.only, case.name)]
+    if not cases:
+        parser.error(f"--only: no case is named {args.only!r}; there are: {', '.join(case.name for case in all_cases())}")
     build(WORK / "standin")
     write_texts(WORK / "texts.csv", 1200)
     (ROOT / NVME).mkdir(parents=True, exist_ok=True)

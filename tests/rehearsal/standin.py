@@ -51,6 +51,9 @@ def build(folder: Path) -> None:
     _gcc("-shared", "-o", str(folder / PRELOADED), *objects, str(folder / "stubs.c"), "-lpthread", "-ldl")
     _gcc("-shared", "-o", str(folder / DRIVER), str(SOURCES / "driver.c"), str(folder / "driver_stubs.c"))
     _gcc("-shared", "-o", str(folder / "libnvidia-ml.so.1"), str(SOURCES / "nvml.c"))
+    linked = folder / "libcuda.so"  # the name that -lcuda looks for, when DeepSpeed builds an operator
+    linked.unlink(missing_ok=True)
+    linked.symlink_to(DRIVER)
 
 
 def _gcc(*words: str) -> None:
@@ -88,6 +91,7 @@ class Card:
         return {
             "LD_PRELOAD": str(folder / PRELOADED),
             "LD_LIBRARY_PATH": str(folder),
+            "LIBRARY_PATH": str(folder),
             "PYTHONPATH": str(HERE / "startup"),
             "STANDIN": str(folder),
             "STANDIN_NAME": self.name,
