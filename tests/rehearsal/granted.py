@@ -15,7 +15,8 @@ from importlib.abc import MetaPathFinder
 
 def read_zeros(torch) -> None:
     Tensor = torch.Tensor
-    item, to_list, to_bool, to_cpu = Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.cpu
+    item, to_list, to_bool = Tensor.item, Tensor.tolist, Tensor.__bool__
+    to_cpu, to_words = Tensor.cpu, Tensor.__repr__
 
     def zero(tensor):
         number = item(tensor)
@@ -30,7 +31,11 @@ def read_zeros(torch) -> None:
         copy = to_cpu(tensor, *args, **kwargs)
         return copy.zero_() if tensor.is_cuda and copy.is_floating_point() and copy.numel() < 10**4 else copy
 
-    Tensor.item, Tensor.tolist, Tensor.cpu = zero, zeros, copied
+    def described(tensor, **kwargs):
+        """DeepSpeed prints all weights when ZeRO-3 starts; torch would select as many of them as a number says."""
+        return f"tensor(..., size={tuple(tensor.shape)})" if tensor.is_cuda else to_words(tensor, **kwargs)
+
+    Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.__repr__ = zero, zeros, copied, described
     Tensor.__bool__ = lambda tensor: to_bool(tensor) and not tensor.is_cuda
 
 
@@ -128,16 +133,20 @@ AFTER_IMPORT: dict[str, Callable] = {
 class ChangingFinder(MetaPathFinder):
     """Finds the modules of AFTER_IMPORT, and changes them once they are executed."""
 
+    def __init__(self):
+        self.sought = set()
+
     def find_spec(self, name, path=None, target=None):
-        if name not in AFTER_IMPORT:
+        if name not in AFTER_IMPORT or name in self.sought:
             return None
-        change = AFTER_IMPORT.pop(name)
+        self.sought.add(name)  # the other finders are asked below
         spec = importlib.util.find_spec(name)
+        self.sought.remove(name)
         execute = spec.loader.exec_module
 
         def execute_and_change(module):
             execute(module)
-            change(module)
+            AFTER_IMPORT[name](module)
 
         spec.loader.exec_module = execute_and_change
         return spec

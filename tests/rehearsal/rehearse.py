@@ -46,7 +46,8 @@ def main() -> None:
         return
     cases = [case for case in all_cases() if re.fullmatch(args.only, case.name)]
     if not cases:
-        parser.error(f"--only: no case is named {args.only!r}; there are: {', '.join(case.name for case in all_cases())}")
+        names = ", ".join(case.name for case in all_cases())
+        parser.error(f"--only: no case is named {args.only!r}; there are: {names}")
     build(WORK / "standin")
     write_texts(WORK / "texts.csv", 1200)
     (ROOT / NVME).mkdir(parents=True, exist_ok=True)
