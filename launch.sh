@@ -129,12 +129,12 @@ fits() {  # whether the plan of a recipe fits this machine; sets `said`
 choose_recipe() {  # sets `recipe`, and says why
   echo "$num_gpus GPU(s):"
   printf '  %s\n' "${gpus[@]}"
-  for recipe in recipes/gpt-neo-{2.7b,2.7b-lora,1.3b,125m}.yaml; do
+  for recipe in recipes/gpt-neo-{2.7b-one-card,2.7b,1.3b-one-card,2.7b-lora,1.3b,125m}.yaml; do
     if fits "$recipe"; then
       echo "Using $recipe: it fits, by its plan (python train.py --config $recipe --plan)."
       return
     fi
-    echo "Passed over $recipe: $(grep -m1 '^too large: ' <<<"$said" || head -1 <<<"$said")"
+    echo "Passed over $recipe: $(grep -m1 '^too large: ' <<<"$said" || head -1 <<<"${said#error: }")"
   done
   fail "no recipe fits this machine; for the smallest: ${said#error: }"
 }

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from machine import write_line
 
+from neoflix.arguments.deepspeed_file import is_compact, read_ds_config
 from neoflix.checkpoints.find import list_numbered
 from neoflix.checkpoints.manifest import find_corruption, read_manifest
 from neoflix.checkpoints.names import RESULTS_FILE, STATE_FILE
@@ -119,6 +120,7 @@ def train_words(run: Path, args: argparse.Namespace) -> list[str]:
         "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": "true",
+        "bf16": str(is_compact(read_ds_config(args.deepspeed))).lower(),
     }
     return ["train.py", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
 
@@ -200,8 +202,10 @@ def fingerprint(run: Path) -> dict:
     state = json.loads((last / STATE_FILE).read_text())
     keys = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
     history = [{key: line[key] for key in keys if key in line} for line in state["log_history"]]
-    weights = digest(load_file(run / "model.safetensors"))
-    return states | {"weights": weights, "losses": history, "callbacks": state["stateful_callbacks"]}
+    # The best model, and the last one, whose weights are nowhere else if the run is without ZeRO.
+    folders = {"best": run, "last": last}
+    saved = {name: digest(load_file(folder / "model.safetensors")) for name, folder in folders.items()}
+    return states | saved | {"losses": history, "callbacks": state["stateful_callbacks"]}
 
 
 def digest(value) -> str:

@@ -8,10 +8,9 @@ from types import NoneType, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
 from neoflix.arguments.paths import expand_paths
+from neoflix.arguments.values import yes_or_no
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import ROOT
-
-YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 class OneSentence:
@@ -29,22 +28,7 @@ class Parser(OneSentence, argparse.ArgumentParser):
     pass
 
 
-def yes_or_no(word: str) -> bool:
-    """The type of a flag that is on or off."""
-    if word.lower() not in YES + NO:
-        raise argparse.ArgumentTypeError(f"{word!r} must be true or false")
-    return word.lower() in YES
-
-
 SWITCH = {"type": yes_or_no, "nargs": "?", "const": True}  # `--flag`, `--flag true` or `--flag false`
-
-
-def count_or_auto(word: str) -> int | str:
-    """The type of a flag that is a number of tokens, or 'auto'."""
-    try:
-        return word if word == "auto" else int(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{word!r} must be a number of tokens, or auto") from None
 
 
 def kinds_of(hint) -> set:
@@ -56,12 +40,12 @@ def kinds_of(hint) -> set:
 def add_field(group, field, hint, is_shown: bool = True) -> None:
     """Adds a dataclass's field as a flag to a parser or a group of it. A flag that is not given sets nothing."""
     kinds = kinds_of(hint)
-    if bool in kinds:
+    if given := {name: value for name, value in field.metadata.items() if name != "help"}:
+        options = given
+    elif bool in kinds:
         options = SWITCH | {"metavar": "true|false"}
     elif list in kinds:
         options = {"nargs": "+", "metavar": "WORD"}
-    elif {int, str} <= kinds:
-        options = {"type": count_or_auto, "metavar": "N|auto"}
     else:
         kind = next(kind for kind in (float, int, str) if kind in kinds)
         options = {"type": kind, "metavar": {float: "X", int: "N", str: "WORD"}[kind]}

@@ -27,6 +27,9 @@ TOP_LEVEL_KEYS = frozenset(
     """.split()
 )
 
+COMPACT_ADAMW = "CompactAdamW"  # our own optimizer (training/compact_adamw.py), as the file's optimizer type
+
+_ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
 _BATCH_KEYS = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
 
 # Blocks in which DeepSpeed ignores unknown keys. It refuses them in all other blocks.
@@ -68,7 +71,32 @@ def read_ds_config(source: str | Path) -> dict:
             "remove it"
         )
     _check_zero(config.get("zero_optimization", {}), path)
+    if is_compact(config):
+        _check_compact(config, path)
     return config
+
+
+def is_compact(config: dict) -> bool:
+    """Whether a DeepSpeed file asks for `CompactAdamW`."""
+    return config.get("optimizer", {}).get("type") == COMPACT_ADAMW
+
+
+def _check_compact(config: dict, path: str | Path) -> None:
+    """Raises UserError for settings under which DeepSpeed would wrap the optimizer in one with fp32 weights."""
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage:
+        raise UserError(
+            f"--deepspeed {path}: {COMPACT_ADAMW} works without ZeRO only, because ZeRO keeps fp32 weights of its own; "
+            'set "stage": 0, or another optimizer'
+        )
+    for block in ("bf16", "fp16"):
+        if block in config:
+            raise UserError(
+                f"--deepspeed {path}: with {COMPACT_ADAMW} the flag --bf16 decides; remove the block {block!r}, with "
+                "which DeepSpeed would keep fp32 weights"
+            )
+    if unknown := set(config["optimizer"].get("params", {})) - set(_ADAM_PARAMS):
+        raise UserError(f"--deepspeed {path}: {COMPACT_ADAMW} has no parameter {min(unknown)!r}; remove it")
 
 
 def _check_keys(config: dict, path: str | Path) -> None:
@@ -109,12 +137,15 @@ def _check_zero(zero: dict, path: str | Path) -> None:
 def follow_arguments(config: dict) -> dict:
     """The DeepSpeed file with "auto", the flag's value, for every setting of a flag that the file leaves out.
 
-    Otherwise DeepSpeed would silently use its own default: no clipping, one batch per step, its own betas.
+    Otherwise DeepSpeed would silently use its own default: no clipping, one batch per step, its own betas. It does not
+    know `CompactAdamW`, which Trainer hands to it instead.
     """
     config = {"gradient_clipping": "auto", **dict.fromkeys(_BATCH_KEYS, "auto"), **config}
+    if is_compact(config):
+        del config["optimizer"]
     optimizer = config.get("optimizer")
     if optimizer and optimizer.get("type", "").lower() in ("adam", "adamw"):
-        params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | optimizer.get("params", {})
+        params = dict.fromkeys(_ADAM_PARAMS, "auto") | optimizer.get("params", {})
         config["optimizer"] = {**optimizer, "params": params}
     return config
 

@@ -6,11 +6,16 @@ adds Hugging Face's other flags.
 
 from dataclasses import dataclass, field
 
+from neoflix.arguments.values import layers_or_auto, tokens_or_auto
 from neoflix.runtime.files import ROOT
 
+TOKENS = {"type": tokens_or_auto, "metavar": "N|auto"}
+LAYERS = {"type": layers_or_auto, "metavar": "true|false|auto|N", "nargs": "?", "const": True}
 
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
+
+def _option(default, text: str, **parser_options):
+    """A field with its help text, and argparse's options if its type does not decide them."""
+    return field(default=default, metadata={"help": text, **parser_options})
 
 
 @dataclass
@@ -55,7 +60,7 @@ class TrainFlags:
 
     per_device_train_batch_size: int = _option(64, "Texts in a batch of each device.")
     tokens_per_device_batch: int | str | None = _option(
-        None, "Most tokens in a batch of each device, instead of a number of texts; 'auto': as many as fit."
+        None, "Most tokens in a batch of each device, instead of a number of texts; 'auto': as many as fit.", **TOKENS
     )
     gradient_accumulation_steps: int = _option(1, "Batches before each optimizer step.")
     per_device_eval_batch_size: int = _option(32, "Texts in an evaluation batch of each device.")
@@ -64,8 +69,11 @@ class TrainFlags:
     )
     bf16: bool | None = _option(None, "Train in bf16. By default on a GPU that has it.")
     fp16: bool | None = _option(None, "Train in fp16. By default on a GPU without bf16.")
-    activation_checkpointing: bool | None = _option(
-        None, "Recompute activations in the backward pass: less memory, a third more compute."
+    activation_checkpointing: int | str | None = _option(
+        None,
+        "Recompute activations in the backward pass: less memory, a third more compute. A number: of that many layers; "
+        "'auto': of as few as memory needs.",
+        **LAYERS,
     )
     gradient_checkpointing: bool | None = _option(None, "The older name of --activation_checkpointing.")
     use_cpu: bool | None = _option(None, "Train on the CPU. By default where there is no GPU.")

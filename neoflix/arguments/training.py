@@ -4,11 +4,12 @@ import argparse
 import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
 
-from neoflix.arguments.deepspeed_file import follow_arguments, is_json, read_ds_config
+from neoflix.arguments.deepspeed_file import follow_arguments, is_compact, is_json, read_ds_config
 from neoflix.arguments.train_flags import TrainFlags
 from neoflix.data.template import Template
 from neoflix.runtime.cache import default_cache_dir
@@ -32,25 +33,33 @@ class TrainArguments(TrainFlags, TrainingArguments):
 
     generation: dict = field(default_factory=dict, init=False)
     command = ""  # the command line; not a field
+    recomputed_layers: ClassVar[int | None] = None  # None: all or none, by activation_checkpointing
+    uses_compact_adamw: ClassVar[bool] = False  # by the DeepSpeed file
 
     def __post_init__(self):
         self.bf16, self.fp16, self.use_cpu = bool(self.bf16), bool(self.fp16), bool(self.use_cpu)
         self.dataloader_num_workers = self.dataloader_num_workers or 0
         # The older name too, for transformers before 5.23.
-        recomputes = bool(self.activation_checkpointing or self.gradient_checkpointing)
-        self.activation_checkpointing = self.gradient_checkpointing = recomputes
+        layers = self.activation_checkpointing or self.gradient_checkpointing
+        self.recomputed_layers = None if isinstance(layers, bool) else layers
+        self.activation_checkpointing = self.gradient_checkpointing = bool(layers)
         if self.validation_fraction == 0:  # nothing to evaluate on
             self.eval_strategy, self.eval_on_start, self.metric_for_best_model = "no", False, None
         self.load_best_model_at_end = False  # `save_best` does it, and Trainer would load the model once more
         self.greater_is_better = False
         # A pinned batch is copied to the GPU while it still computes the step before.
-        self.accelerator_config = {"non_blocking": bool(self.dataloader_pin_memory)}
+        self.accelerator_config = {"non_blocking": bool(self.dataloader_pin_memory) and not self.use_cpu}
         if self.deepspeed is None:
             super().__post_init__()
             return
         config = read_ds_config(self.deepspeed)
+        self.uses_compact_adamw = is_compact(config)
         source, self.deepspeed = self.deepspeed, follow_arguments(config)
+        bf16 = self.bf16
+        if self.uses_compact_adamw:  # the weights are in bf16, but mixed precision would mean fp32 copies of them
+            self.bf16 = False
         super().__post_init__()
+        self.bf16 = bf16
         self.deepspeed = config if is_json(source) else source
 
     @classmethod

@@ -1,8 +1,36 @@
-"""The numbers that a flag can have. Imports no torch."""
+"""The values that a flag can have. Imports no torch."""
 
+import argparse
 import math
 
 from neoflix.runtime.errors import UserError
+
+YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+def yes_or_no(word: str) -> bool:
+    """The type of a flag that is on or off."""
+    if word.lower() not in YES + NO:
+        raise argparse.ArgumentTypeError(f"{word!r} must be true or false")
+    return word.lower() in YES
+
+
+def tokens_or_auto(word: str) -> int | str:
+    """The type of a flag that is a number of tokens, or 'auto'."""
+    try:
+        return word if word == "auto" else int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} must be a number of tokens, or auto") from None
+
+
+def layers_or_auto(word: str) -> bool | int | str:
+    """The type of a flag that is true (all layers), false, a number of layers from 2 on, or 'auto'."""
+    if word.lower() in YES + NO:
+        return word.lower() in YES
+    if word != "auto" and not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} must be true, false, auto or a number of layers")
+    return word if word == "auto" else int(word)
+
 
 _POSITIVE = (lambda v: 0 < v < math.inf, "above 0")
 _NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "0 or more")

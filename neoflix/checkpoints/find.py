@@ -65,9 +65,11 @@ def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, repor
     return None
 
 
-def forecast_bytes(num_parameters: int, bytes_per_weight: int) -> int:
+def forecast_bytes(num_parameters: int, bytes_per_weight: int, is_compact: bool) -> int:
     """The size of a checkpoint: the model twice (safetensors, and DeepSpeed's own copy), and 12 bytes per parameter for
-    Adam (fp32 weights and two moments)."""
+    Adam (fp32 weights and two moments); or once, and 3 bytes and two scales per block of 128 for `CompactAdamW`."""
+    if is_compact:
+        return num_parameters * (bytes_per_weight + 3) + num_parameters * 8 // 128
     return num_parameters * (12 + 2 * bytes_per_weight)
 
 

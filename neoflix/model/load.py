@@ -178,7 +178,7 @@ def load_model(
         UserError: as `load_pretrained`.
     """
     if model_name_or_path == DEMO:
-        model = build_demo_model(pad_vocab_size(len(tokenizer)))
+        model = build_demo_model(pad_vocab_size(len(tokenizer))).to(dtype)
     else:
         model = load_pretrained(model_name_or_path, dtype, allow_pickle)
         resize_embeddings(model, tokenizer, model_name_or_path)

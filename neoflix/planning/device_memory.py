@@ -3,6 +3,8 @@
 Notation: P = parameters, L = trainable parameters, N = processes, b = bytes per weight.
 """
 
+from dataclasses import replace
+
 from neoflix.model.shape import Shape
 from neoflix.planning.settings import Settings
 
@@ -11,6 +13,7 @@ from neoflix.planning.settings import Settings
 # tokens, and of 32 texts).
 ADAPTERS_ON_CPU = 1.9
 
+EXCHANGED = 5 * 10**7  # elements of gradients that are exchanged at a time without ZeRO (training/deepspeed.py)
 LOSS_CHUNK = {"cuda": 2**26 * 4, "cpu": 2**20 * 4}  # bytes of the fp32 logits that `loss.py` reads at a time
 
 
@@ -20,14 +23,13 @@ def activation_bytes(shape: Shape, settings: Settings, num_tokens: int, is_recom
     Each layer keeps for each token, in tensors of the width: the inputs of both layer norms and their results (4);
     query, key, value and the attention's result (4; without CUDA texts are separated, which copies the result); and
     five of the MLP's inner width (its input, three steps of the tanh form of GELU, and its result): 28 widths for
-    GPT-Neo. tests/planning/test_device_memory.py counts them with autograd's saved-tensor hooks. Activation
-    checkpointing keeps one width per layer, and one layer in full while it is recomputed (Chen et al., 2016). The
-    embedding and the last norm come on top. With LoRA all of these are kept too, because every adapter keeps the input
-    of its layer, and the result of its first matrix. For other models the layers are counted when their shape is read.
+    GPT-Neo. tests/planning/test_device_memory.py counts them with autograd's saved-tensor hooks. A recomputed layer
+    keeps one width, and one of them is in full while it is recomputed (Chen et al., 2016). The embedding and the last
+    norm come on top. With LoRA all of these are kept too, because every adapter keeps the input of its layer, and the
+    result of its first matrix. For other models the layers are counted when their shape is read.
 
     Args:
-        is_recomputing: with activation checkpointing, during the backward pass; at the end of the forward pass no layer
-            is kept in full.
+        is_recomputing: during the backward pass, if all layers are recomputed: the last one is in full then.
     """
     copies = 1.4 if settings.is_cpu else 0  # the copy, and padding to the longest text of a group
     layer = (8 + copies) * shape.width + 5 * shape.inner
@@ -35,20 +37,23 @@ def activation_bytes(shape: Shape, settings: Settings, num_tokens: int, is_recom
         layer = counted / settings.weight_bytes / shape.num_layers
         layer *= ADAPTERS_ON_CPU if settings.is_cpu and settings.lora_rank else 1
     layer += settings.lora_rank * shape.num_linear / max(shape.num_layers, 1)
-    kept = shape.num_layers * layer
-    if settings.recomputes:
-        kept = shape.num_layers * shape.width + (layer if is_recomputing else 0)
+    recomputed = settings.recomputed_layers
+    kept = (shape.num_layers - recomputed) * layer + recomputed * shape.width
+    if is_recomputing and recomputed == shape.num_layers:
+        kept += layer
     return int(num_tokens * settings.weight_bytes * (kept + 2 * shape.width))
 
 
-def loss_bytes(shape: Shape, settings: Settings, num_tokens: int) -> int:
-    """Bytes of the logits, which become their own gradient, and of two fp32 chunks of them (`loss.py`). Models other
-    than GPT-Neo have Hugging Face's loss: logits, fp32 copy, log-softmax and the gradients of both."""
+def loss_bytes(shape: Shape, settings: Settings, num_tokens: int, is_backward: bool = False) -> int:
+    """Bytes of the logits, which become their own gradient, and of two fp32 chunks of them (`loss.py`): forward a chunk
+    and its copy, backward the last two chunks. Models other than GPT-Neo have Hugging Face's loss: logits, fp32 copy,
+    log-softmax and the gradients of both."""
     logits = num_tokens * shape.vocab_size
     if not shape.is_gpt_neo:
         return logits * (2 * settings.weight_bytes + 12)
     chunk = min(logits * 4, LOSS_CHUNK["cpu" if settings.is_cpu else "cuda"])
-    return logits * settings.weight_bytes + 2 * chunk
+    second = min(chunk, logits * 4 - chunk) if is_backward else chunk
+    return logits * settings.weight_bytes + chunk + second
 
 
 def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]:
@@ -56,9 +61,7 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
 
     Weights: b P; at stage 3 b P / N and what is gathered at the moment. Optimizer: 12 L, from stage 1 on 12 L / N, none
     if it is offloaded (or the share beyond `ratio`). Gradients: b L; from stage 2 on b L / N; offloaded, only those in
-    transit.
-
-    `make rehearse` compares the phases of a GPU with what is allocated there.
+    transit. `make rehearse` compares the phases of a GPU with what is allocated there.
     """
     if settings.is_cpu:
         return _cpu_memory(shape, settings)
@@ -83,6 +86,7 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
     phases = {
         "start": _start(shape, settings),
         "forward": resident | kept | loss,
+        "backward of the loss": resident | kept | {"loss": loss_bytes(shape, settings, tokens, is_backward=True)},
         "backward": in_backward | working | arriving,
         "backward's end": in_backward | {"gradients": gradients} | (norm if norm and is_offloaded else both_gradients),
         "norm": resident | {"gradients": gradients} | ({} if is_offloaded else norm),
@@ -91,6 +95,10 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
         "sample": resident,
         "save": resident,
     }
+    if settings.recomputed_layers:
+        phases["backward of the first layer"] = in_backward | {"gradients": gradients} | _first_layer(shape, settings)
+    if settings.stage == 0 and settings.num_processes > 1:
+        phases["exchange"] = resident | {"gradients": gradients, "buckets": _exchanged(shape, settings)}
     if settings.stage in (1, 2) and not is_offloaded:
         phases["first reduction"] = in_backward | _first_reduction(shape, settings, working["activations"], embedding)
     return phases if settings.stage != 3 else _with_gathered(phases, shape, settings)
@@ -104,6 +112,20 @@ def _layer_gradients(shape: Shape, settings: Settings) -> int:
     is_cast = settings.stage == 3 and settings.offload("offload_optimizer")
     cast = 4 * min(settings.bucket("reduce_bucket_size"), trainable) if is_cast else 0
     return b * layers // max(shape.num_layers, 1) + cast
+
+
+def _first_layer(shape: Shape, settings: Settings) -> dict[str, int]:
+    """What the backward pass of the first layer holds beside the gradients if it is recomputed: that layer in full. No
+    moment before is fuller than the beginning or this one, because all layers are alike."""
+    one_layer = replace(shape, num_layers=1, kept_bytes=tuple(size // shape.num_layers for size in shape.kept_bytes))
+    return {"activations": activation_bytes(one_layer, replace(settings, recomputed_layers=1), settings.batch_tokens)}
+
+
+def _exchanged(shape: Shape, settings: Settings) -> int:
+    """Bytes of the gradients that processes exchange at a time without ZeRO (engine.py, `allreduce_no_retain`): copied
+    into one tensor and, where DeepSpeed does not know that they are in half precision, cast to fp32."""
+    bucket = min(settings.num_trainable(shape), EXCHANGED + settings.largest_trainable(shape))
+    return bucket * (settings.weight_bytes + (4 if settings.is_compact else 0))
 
 
 def _with_gathered(phases: dict, shape: Shape, settings: Settings) -> dict[str, dict[str, int]]:
@@ -203,7 +225,8 @@ def _first_reduction(shape: Shape, settings: Settings, activations: int, embeddi
     trainable = settings.num_trainable(shape)
     bucket = min(settings.bucket("reduce_bucket_size"), trainable)
     in_layers = trainable - (0 if settings.lora_rank else shape.embedding)
-    share = 0 if settings.recomputes else min(1.0, bucket / max(in_layers, 1))
+    in_full = shape.num_layers - settings.recomputed_layers
+    share = min(1.0, bucket / max(in_layers, 1) * shape.num_layers / in_full) if in_full else 0
     return {
         "gradients": gradients,
         "activations": int(activations * (1 - share)),
@@ -256,14 +279,14 @@ def _transit(shape: Shape, settings: Settings) -> int:
 def _gradients(shape: Shape, settings: Settings) -> tuple[int, int]:
     """(bytes of the gradients during a step, bytes of their copies), on the device.
 
-    Stage 0 in half precision casts all of them to fp32 and flattens the copies (fused_optimizer.py). Stages 1 and 2
-    flatten this process's share and cast it, unless they accumulate in fp32 already (18 instead of 22 bytes per
-    parameter with one process). Stage 3 casts one sub-group at a time.
+    Stage 0 in half precision casts all of them to fp32 and flattens the copies (fused_optimizer.py), but not for
+    `CompactAdamW`. Stages 1 and 2 flatten this process's share and cast it, unless they accumulate in fp32 already (18
+    instead of 22 bytes per parameter with one process). Stage 3 casts one sub-group at a time.
     """
     L, N, b, stage = settings.num_trainable(shape), settings.num_processes, settings.weight_bytes, settings.stage
     wide, on_device = settings.gradient_bytes, 1 - settings.offloaded_share
     if stage == 0:
-        return b * L, 8 * L if b == 2 else 0
+        return b * L, 8 * L if b == 2 and not settings.is_compact else 0
     if stage == 3:
         sub_group = min(settings.bucket("sub_group_size", 10**9), L // N) if settings.is_cpu or on_device else 0
         resident = 0 if settings.offload("offload_optimizer") == "cpu" and on_device == 0 else wide * L // N

@@ -67,10 +67,14 @@ class Plan:
         """Host memory of a node that is pinned."""
         return sum(size for part, size in self.host.items() if "pinned" in part) * self.settings.local_processes
 
-    def over_budget(self) -> list[tuple[str, int, int, str]]:
-        """What the machine has too little of: (name, bytes needed, bytes available, largest part) for each."""
+    def over_budget(self, spare: int = 0) -> list[tuple[str, int, int, str]]:
+        """What the machine has too little of: (name, bytes needed, bytes available, largest part) for each.
+
+        Args:
+            spare: bytes of the device that are to stay free.
+        """
         machine, found = self.machine, []
-        device_free = machine.device_memory - machine.device_taken
+        device_free = machine.device_memory - machine.device_taken - spare
         if machine.has_gpu and self.device_bytes > device_free:
             found.append(("device memory", self.device_bytes, device_free, _largest(self.device)))
         if machine.shares_memory and self.device_bytes + self.host_bytes > machine.host_memory:
@@ -131,13 +135,13 @@ def forecast(shape: Shape, texts: Texts, settings: Settings, machine: Machine) -
             for phase, parts in device_phases.items()
         }
     trainable = settings.num_trainable(shape)
-    checkpoint = forecast_bytes(trainable, settings.weight_bytes)
+    checkpoint = forecast_bytes(trainable, settings.weight_bytes, settings.is_compact)
     swapped = trainable * 16 // settings.num_processes * settings.local_processes
     swapped *= settings.offload("offload_optimizer") == "nvme"
     products = shape.products(texts.mean)
     per_token = flops_per_token(*products, is_lora=settings.lora_rank > 0)
-    if settings.recomputes:
-        per_token += recomputed_flops_per_token(*products)
+    recomputed = settings.recomputed_layers / max(shape.num_layers, 1)
+    per_token += recomputed * recomputed_flops_per_token(*products)
     return Plan(
         shape,
         texts,

@@ -9,6 +9,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from neoflix.arguments.deepspeed_file import COMPACT_ADAMW, is_compact
 from neoflix.runtime.driver import check_capability, check_driver, dotted, output_of, torch_cuda
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import Machine
@@ -38,6 +39,16 @@ def prebuilt_operators(accelerator: str) -> set[str]:
     return {name for name, is_installed in installed["installed_ops"].items() if is_installed}
 
 
+def check_precision(machine: Machine, ds_config: dict, bf16: bool | None, fp16: bool | None) -> None:
+    """Raises UserError if the run would not train in bf16, and its optimizer is `CompactAdamW`."""
+    has_bf16 = machine.has_gpu and machine.capability >= (8, 0)
+    if not is_compact(ds_config) or bf16 or (has_bf16 and not fp16 and bf16 is None):
+        return
+    name = f"{machine.device_name} (compute capability {dotted(machine.capability)})"
+    way_out = "add --bf16 true" if has_bf16 or not machine.has_gpu else f"{name} has no bf16; use ds_config.json"
+    raise UserError(f"--deepspeed: {COMPACT_ADAMW} trains weights in bf16; {way_out}")
+
+
 def check_machine(machine: Machine, ds_config: dict, pinned_bytes: int, bf16: bool | None, num_processes: int) -> None:
     """Raises UserError for the first thing that would end the run after it has begun.
 
@@ -46,7 +57,7 @@ def check_machine(machine: Machine, ds_config: dict, pinned_bytes: int, bf16: bo
         bf16: the flag; None if the device decides.
         num_processes: on this node.
     """
-    check_compiler(ds_config)
+    check_compiler(ds_config, machine.has_gpu)
     zero = ds_config.get("zero_optimization", {})
     if machine.has_gpu:
         check_gpu(machine, ds_config, bf16, torch_cuda(), toolkit_cuda())
@@ -61,30 +72,38 @@ def parts_on_nvme(zero: dict) -> list[str]:
     return [part for part in ("offload_optimizer", "offload_param") if zero.get(part, {}).get("device") == "nvme"]
 
 
-def check_compiler(config: dict) -> None:
-    """Raises UserError if DeepSpeed cannot compile its CPU Adam, which it does on first use."""
+CPU_ADAM = "DeepSpeed compiles its CPU Adam"
+TRITON = f"Triton compiles the kernel of {COMPACT_ADAMW}"
+
+
+def check_compiler(config: dict, has_gpu: bool = False) -> None:
+    """Raises UserError if the optimizer cannot be compiled, which happens on first use."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
     if offload.get("device") in ("cpu", "nvme"):
         find_compiler()
         find_headers()
+    if is_compact(config) and has_gpu:
+        find_compiler(TRITON)
+        find_headers(TRITON)
 
 
-def find_compiler() -> str:
-    """The path of the C++ compiler.
+def find_compiler(what: str = CPU_ADAM) -> str:
+    """The path of the compiler: of C++ for DeepSpeed, of C for Triton.
 
     Raises:
         UserError: there is none.
     """
-    found = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    variable, *names = ("CC", "cc", "gcc", "clang") if what == TRITON else ("CXX", "c++", "g++")
+    found = next(filter(None, map(shutil.which, filter(None, [os.environ.get(variable), *names]))), None)
     if found is None:
         raise UserError(
-            "DeepSpeed compiles its CPU Adam on first use and found no C++ compiler: install one "
+            f"{what} on first use and found no {'C' if what == TRITON else 'C++'} compiler: install one "
             "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)"
         )
     return found
 
 
-def find_headers() -> str:
+def find_headers(what: str = CPU_ADAM) -> str:
     """The folder with Python's headers.
 
     Raises:
@@ -93,7 +112,7 @@ def find_headers() -> str:
     folder = sysconfig.get_path("include")
     if not Path(folder, "Python.h").is_file():
         raise UserError(
-            "DeepSpeed compiles its CPU Adam on first use and found no Python headers: install them "
+            f"{what} on first use and found no Python headers: install them "
             "(Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
         )
     return folder

@@ -1,6 +1,6 @@
 """What to change in a run that does not fit: the smallest changes that help."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from neoflix.planning.table import plan_table
 from neoflix.runtime.console import GIB
 from neoflix.runtime.files import ROOT
 from neoflix.runtime.gpus import PINNED_MEMORY
+
+SPARE = GIB  # of the device, for what a plan cannot know: recomputing a few layers more costs little
 
 
 def explain(plan: Plan) -> str:
@@ -122,8 +124,26 @@ def _smaller_batch(plan: Plan, divisor: int) -> dict:
 
 
 def _recomputing(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    if not plan.settings.recomputes:
-        yield "--activation_checkpointing true", _with(plan, recomputes=True)
+    if plan.settings.recomputed_layers == plan.shape.num_layers:
+        return
+    fewest = fewest_layers(lambda layers: _with(plan, recomputed_layers=layers), plan.shape.num_layers)
+    layers = "true" if fewest in (None, plan.shape.num_layers) else max(fewest, 2)
+    count = plan.shape.num_layers if layers == "true" else layers
+    yield f"--activation_checkpointing {layers}", _with(plan, recomputed_layers=count)
+
+
+def fewest_layers(planned: Callable[[int], Plan], num_layers: int) -> int | None:
+    """The fewest layers to recompute with which a run leaves SPARE of the device free, or else with which it fits; None
+    if it does not fit with all of them.
+
+    Args:
+        planned: the plan with this many recomputed layers.
+    """
+    for spare in (SPARE, 0):
+        fitting = [not planned(layers).over_budget(spare) for layers in range(num_layers + 1)]
+        if any(fitting):
+            return fitting.index(True)
+    return None
 
 
 def _disk_changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
@@ -139,10 +159,14 @@ def _host_changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 
 def _preset_changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    for name in find_presets(plan.machine, plan.settings.num_processes):
+    for name in find_presets(plan.machine, plan.settings.num_processes, plan.settings.is_fp16):
         config = read_ds_config(ROOT / name)
-        if Path(name).name != plan.settings.ds_name and not missing_swap_folder(config):
-            yield f"--deepspeed {name}", _with(plan, ds_config=config, ds_name=Path(name).name)
+        if Path(name).name == plan.settings.ds_name or missing_swap_folder(config):
+            continue
+        changed = _with(plan, ds_config=config, ds_name=Path(name).name)
+        yield f"--deepspeed {name}", changed
+        if not plan.settings.recomputed_layers:
+            yield from ((f"--deepspeed {name} {flag}", both) for flag, both in _recomputing(changed))
 
 
 def _lora(plan: Plan) -> Iterator[tuple[str, Plan]]:

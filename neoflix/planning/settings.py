@@ -5,12 +5,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from neoflix.arguments.deepspeed_file import is_json
+from neoflix.arguments.deepspeed_file import is_compact, is_json
 from neoflix.model.shape import Shape
 from neoflix.planning.lengths import Texts
 from neoflix.runtime.driver import torch_version
 from neoflix.runtime.hardware import Machine
 from neoflix.runtime.launcher import local_processes
+
+COMPACT_BYTES = 3 + 8 / 128  # of CompactAdamW's state, per parameter
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Settings:
     local_processes: int  # on one node
     num_steps: int
     train_tokens: int  # of all processes, over all epochs
-    recomputes: bool  # activation checkpointing
+    recomputed_layers: int  # activation checkpointing, from the first layer on
     num_checkpoints: int  # on disk at the same time; 0: none is saved
     is_cpu: bool
     rounds_pinned: bool = True  # torch rounds pinned buffers up to a power of two
@@ -35,6 +37,7 @@ class Settings:
     lora_rank: int = 0  # 0: the whole model is trained
     budget: int | None = None  # if batches are counted in tokens
     padding: float = 1.0  # tokens computed for each real one
+    is_fp16: bool = False  # by its flag
 
     def num_trainable(self, shape: Shape) -> int:
         """Parameters with gradients and optimizer states: all, or with LoRA two narrow matrices for each layer."""
@@ -47,6 +50,11 @@ class Settings:
     @property
     def zero(self) -> dict:
         return self.ds_config.get("zero_optimization", {})
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether `CompactAdamW` trains the model."""
+        return is_compact(self.ds_config)
 
     @property
     def stage(self) -> int:
@@ -76,11 +84,14 @@ class Settings:
         return 4 if is_wide else self.weight_bytes
 
     @property
-    def optimizer_bytes(self) -> int:
+    def optimizer_bytes(self) -> float:
         """Bytes per trainable parameter of AdamW's state: fp32 weights and two moments (ZeRO, section 3.1: "K = 12").
 
         In fp32 without ZeRO, and at stage 3 without offload, the model's weights are the fp32 weights: 8.
+        `CompactAdamW`: three bytes, and two scales for each block.
         """
+        if self.is_compact:
+            return COMPACT_BYTES
         is_own_master = self.weight_bytes == 4 and (
             self.stage == 0 or (self.stage == 3 and not self.offload("offload_optimizer"))
         )
@@ -114,12 +125,20 @@ def read_settings(flags, shape: Shape, texts: Texts, machine: Machine, ds_config
         local_processes=min(local_processes(), num_processes),
         num_steps=num_steps,
         train_tokens=int(num_steps * mean_tokens * accumulation * num_processes),
-        recomputes=bool(flags.activation_checkpointing or flags.gradient_checkpointing),
+        recomputed_layers=count_layers(flags.activation_checkpointing or flags.gradient_checkpointing, shape),
         num_checkpoints=num_checkpoints,
         is_cpu=is_cpu,
         rounds_pinned=rounds_pinned(),
         lora_rank=flags.lora_rank if flags.lora else 0,
+        is_fp16=bool(flags.fp16),
     )
+
+
+def count_layers(recomputed: bool | int | str | None, shape: Shape) -> int:
+    """The number of layers that --activation_checkpointing means; 'auto' is none until `choices.py` has decided."""
+    if isinstance(recomputed, bool):
+        return shape.num_layers if recomputed else 0
+    return min(recomputed, shape.num_layers) if isinstance(recomputed, int) else 0
 
 
 def rounds_pinned() -> bool:

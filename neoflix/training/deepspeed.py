@@ -6,9 +6,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from neoflix.arguments.deepspeed_file import is_json, read_ds_config
 from neoflix.arguments.training import TrainArguments
+from neoflix.planning.device_memory import EXCHANGED
 from neoflix.planning.preflight import prebuilt_operators
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
@@ -18,6 +20,7 @@ from neoflix.runtime.redaction import redact
 def connect(flags) -> TrainArguments:
     """Prepares DeepSpeed for a run with these flags, and makes the arguments, which connects the run's processes."""
     disable_shm_collectives()
+    load_weights_of_safetensors()
     build_operators(read_ds_config(flags.deepspeed))
     return TrainArguments.from_flags(flags)
 
@@ -94,20 +97,39 @@ def disable_shm_collectives() -> None:
 
 
 def adjust_engine(engine) -> None:
-    """Changes how an engine reads gradients, not what it computes. Repeated calls have no effect."""
+    """Changes how an engine reads and exchanges gradients, not what it computes. Repeated calls have no effect."""
     keep_gradient_norm(engine)
+    exchange_small_buckets(engine)
     read_gradients_together(engine)
 
 
 def keep_gradient_norm(engine) -> None:
-    """Makes an engine without ZeRO (stage 0) keep the norm that it clips gradients by, as the other stages do."""
-    from deepspeed.runtime.utils import clip_grad_norm_  # at import it detects the accelerator: too early
+    """Makes an engine without ZeRO (stage 0) keep the norm that it clips gradients by, as the other stages do.
+    DeepSpeed's own clipping waits for the device twice per parameter; this one does not wait."""
 
     def clip() -> None:
-        weights, most = engine.module.parameters(), engine.gradient_clipping()
-        engine._global_grad_norm = clip_grad_norm_(parameters=weights, max_norm=most, mpu=engine.mpu)
+        gradients = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        engine._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms))
+        factor = (engine.gradient_clipping() / (engine._global_grad_norm + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(gradients, factor)
 
     engine.clip_fp32_gradients = clip
+
+
+def exchange_small_buckets(engine) -> None:
+    """Makes an engine without ZeRO exchange gradients in buckets of EXCHANGED elements, and one process none at all.
+
+    DeepSpeed copies 5e8 of them at a time, and bf16 gradients once more to fp32: 2.8 GiB, also for one process.
+    """
+    if engine.zero_optimization_stage() != 0:
+        return
+
+    def exchange(grads=None, elements_per_buffer: int = EXCHANGED) -> None:
+        if engine.world_size > 1:
+            type(engine).buffered_allreduce_fallback(engine, grads, EXCHANGED)
+
+    engine.buffered_allreduce_fallback = exchange
 
 
 def read_gradients_together(engine) -> None:
@@ -144,19 +166,42 @@ def save_engine(engine, folder: Path, save: Callable[[dict, str], None], exclude
     """Writes the engine's state (optimizer, scheduler, its copy of the model) under `folder`. Collective.
 
     Left out, because the main process alone writes them and could fail alone: the script `zero_to_fp32.py` and the
-    file `latest`. The saved DeepSpeed configuration has its secrets removed, such as a monitor's API key.
+    file `latest`. The saved DeepSpeed configuration has its secrets removed, such as a monitor's API key. Without ZeRO
+    the weights are left out too, because `Trainer.save_model` has written all of them: their names are there instead.
 
     Args:
         save: used instead of DeepSpeed's own writer; called with a state dict and the path of its file.
     """
 
     def save_without_secrets(state_dict: dict, path: str) -> None:
-        redacted = {"ds_config": redact(state_dict["ds_config"])} if "ds_config" in state_dict else {}
-        save(state_dict | redacted, path)
+        replaced = {"ds_config": redact(state_dict["ds_config"])} if "ds_config" in state_dict else {}
+        if engine.zero_optimization_stage() == 0 and not exclude_frozen_parameters:
+            tied = engine.module.all_tied_weights_keys
+            replaced["module"] = {name: tied.get(name, name) for name in state_dict["module"]}
+        save(state_dict | replaced, path)
 
     engine.checkpoint_engine.save = save_without_secrets
     engine._copy_recovery_script = lambda *_: None
     engine.save_checkpoint(str(folder), save_latest=False, exclude_frozen_parameters=exclude_frozen_parameters)
+
+
+def load_weights_of_safetensors() -> None:
+    """Makes DeepSpeed find the weights that `save_engine` leaves out, in the safetensors files of the checkpoint."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    load = TorchCheckpointEngine.load
+
+    def load_whole(self, path: str, *args, **kwargs) -> dict:
+        state = load(self, path, *args, **kwargs)
+        names = state.get("module")
+        if names and all(isinstance(name, str) for name in names.values()):
+            files = Path(path).parents[1].glob("model*.safetensors")
+            weights = {name: weight for file in files for name, weight in load_file(file).items()}
+            state["module"] = {name: weights[saved] for name, saved in names.items()}
+        return state
+
+    if load.__name__ != load_whole.__name__:
+        TorchCheckpointEngine.load = load_whole
 
 
 def restore_adam_beta_powers(optimizer) -> None:

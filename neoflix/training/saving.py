@@ -36,7 +36,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     unfinished = temporary(run, f"checkpoint-{step}", ".part")
     run_on_main_process(check_held, run)
     try:
-        run_on_main_process(make_folder, unfinished, trainer.model)
+        run_on_main_process(make_folder, unfinished, trainer.model, args.uses_compact_adamw)
         _write_checkpoint(trainer, unfinished)
     except UserError as error:
         run_on_main_process(lambda: shutil.rmtree(unfinished, ignore_errors=True))
@@ -46,9 +46,9 @@ def save_checkpoint(trainer: Trainer) -> None:
     run_on_main_process(lambda: prune(run, args.save_total_limit, find_best_step(args, trainer.state)))
 
 
-def make_folder(unfinished: Path, model) -> None:
+def make_folder(unfinished: Path, model, is_compact: bool) -> None:
     """Makes an empty folder for a checkpoint; UserError where the disk has no room for it. One process."""
-    needed = checkpoint_bytes(unfinished.parent, model)
+    needed = checkpoint_bytes(unfinished.parent, model, is_compact)
     check_space(unfinished.parent, needed, "the next checkpoint takes")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -97,12 +97,12 @@ def _complete_checkpoint(trainer: Trainer, folder: Path, errors: list[str], entr
         raise UserError(f"{folder.parent / f'checkpoint-{step}'} could not be written ({error.strerror})") from error
 
 
-def checkpoint_bytes(run: Path, model) -> int:
+def checkpoint_bytes(run: Path, model, is_compact: bool) -> int:
     """The size of a run's next checkpoint: that of the last one or, before there is one, a forecast."""
     if earlier := list_checkpoints(run):
         return num_bytes(earlier[-1])
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    return forecast_bytes(sum(map(num_elements, weights)), weights[0].element_size())
+    return forecast_bytes(sum(map(num_elements, weights)), weights[0].element_size(), is_compact)
 
 
 def check_space_for_all(args, model) -> None:
@@ -112,7 +112,8 @@ def check_space_for_all(args, model) -> None:
         return
     num_kept = (args.save_total_limit or 1) + 1  # a new one is complete before an old one is deleted
     num_missing = max(num_kept - len(list_checkpoints(run)), 1)
-    check_space(run, num_missing * checkpoint_bytes(run, model), f"{num_kept} checkpoints side by side need another")
+    size = checkpoint_bytes(run, model, args.uses_compact_adamw)
+    check_space(run, num_missing * size, f"{num_kept} checkpoints side by side need another")
 
 
 def rank_steps(args, state) -> list[int]:

@@ -15,6 +15,7 @@ from neoflix.checkpoints.ownership import temporary
 from neoflix.checkpoints.start import Start, check_progress
 from neoflix.data.fields import FieldPool
 from neoflix.data.packing import PackedCollator, PaddedCollator
+from neoflix.model.checkpointing import recompute_first_layers
 from neoflix.model.lora import collect_adapters, has_adapters, save_adapters
 from neoflix.model.vocabulary import keeps_texts_apart
 from neoflix.planning.forecast import Plan
@@ -28,6 +29,7 @@ from neoflix.runtime.watchdog import announce_activity
 from neoflix.training import saving
 from neoflix.training.batches import data_seed, load_token_batches, shuffled_order, token_batches, with_own_generator
 from neoflix.training.callbacks import RecordStart, StopOnRequest, describe_start, run_callbacks
+from neoflix.training.compact_adamw import CompactAdamW
 from neoflix.training.deepspeed import adjust_engine, gather_weights_on_save, naming_refused_values
 from neoflix.training.divergence import check_finite
 from neoflix.training.live_samples import ShowSamples
@@ -39,10 +41,7 @@ from neoflix.training.validation import is_evaluated, measure_loss, saved_model_
 
 class TokenTrainer(Trainer):
     """A Trainer whose evaluation loss is the mean over tokens, whose speed is in tokens, and whose checkpoints are
-    complete or do not count.
-
-    Trainer's own evaluation averages over rows. A batch of packed texts is one row, however many tokens it holds, so
-    that such a mean would not be the loss per token.
+    complete or do not count. (Trainer's own evaluation averages over rows, and a batch of packed texts is one row.)
 
     Args:
         plan: the forecast of memory and time that the run is compared with.
@@ -115,6 +114,7 @@ class TokenTrainer(Trainer):
         if hasattr(self._order, "set_epoch"):  # after a resume, accelerate does not reach it under the skipped batches
             self._order.set_epoch(kwargs["epoch"])
         adjust_engine(self.model_wrapped)
+        recompute_first_layers(self.model, self.args.recomputed_layers)
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
@@ -129,7 +129,9 @@ class TokenTrainer(Trainer):
     # Optimizer and schedule
 
     def create_optimizer(self, model=None):
-        """Trainer's own, with Trainer's parameter groups also where DeepSpeed makes the optimizer."""
+        """Trainer's own with our groups, also where DeepSpeed makes it; or `CompactAdamW`."""
+        if self.args.uses_compact_adamw:
+            self.optimizer = CompactAdamW.from_arguments(self._group_parameters(), self.args)
         if isinstance(self.optimizer, DummyOptim):
             self.optimizer.params = self._group_parameters()
         return super().create_optimizer(model)

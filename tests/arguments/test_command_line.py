@@ -10,12 +10,12 @@ from neoflix.arguments.command_line import (
     Parser,
     add_field,
     as_words,
-    count_or_auto,
     kinds_of,
     read_recipe_values,
     with_underscores,
-    yes_or_no,
 )
+from neoflix.arguments.train_flags import TOKENS
+from neoflix.arguments.values import layers_or_auto, tokens_or_auto, yes_or_no
 from neoflix.runtime.errors import UserError
 
 
@@ -25,7 +25,7 @@ class Flags:
     count: int = field(default=3, metadata={"help": "a count"})
     rate: float | None = field(default=None, metadata={"help": "a rate"})
     is_on: bool = field(default=True, metadata={"help": "on or off"})
-    tokens: int | str | None = field(default=None, metadata={"help": "tokens"})
+    tokens: int | str | None = field(default=None, metadata={"help": "tokens", **TOKENS})
     words: list[str] | None = field(default=None, metadata={"help": "words"})
     block: dict | str | None = field(default=None, metadata={"help": "a block"})
 
@@ -73,7 +73,11 @@ def test_help_shows_defaults(parser):
 def test_words():
     assert yes_or_no("YES") is True
     assert yes_or_no("0") is False
-    assert count_or_auto("12") == 12
+    assert tokens_or_auto("12") == 12
+    assert [layers_or_auto(word) for word in ("true", "no", "auto", "5")] == [True, False, "auto", 5]
+    for word in ("-2", "some", "2.5"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            layers_or_auto(word)
     with pytest.raises(argparse.ArgumentTypeError):
         yes_or_no("on")
     assert with_underscores(["--a-b=c-d", "e-f", "--g-h", "-1"]) == ["--a_b=c-d", "e-f", "--g_h", "-1"]

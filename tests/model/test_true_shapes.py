@@ -18,9 +18,10 @@ from varlen import HALF
 
 from neoflix.data.packing import PackedCollator
 from neoflix.model import attention, loss
+from neoflix.model.checkpointing import recompute_first_layers
 from neoflix.model.load import build_model
 from neoflix.model.lora import add_adapters
-from neoflix.planning.device_memory import activation_bytes, loss_bytes
+from neoflix.planning.device_memory import activation_bytes, device_memory, loss_bytes
 from neoflix.runtime.console import GIB
 
 NUM_HEADS = {"125M": 12, "1.3B": 16, "2.7B": 20}  # of their config.json
@@ -127,11 +128,33 @@ def test_a_step(size, dtype, lora, recomputes, batch, monkeypatch):
     assert gradients == {name: (weight.shape, dtype) for name, weight in trained.items()}
     assert memory.live == 0, "something outlives the step"
     settings = forecast_of(size, card(80)).settings
-    settings = replace(settings, lora_rank=RANK if lora else 0, recomputes=recomputes)
+    settings = replace(settings, lora_rank=RANK if lora else 0, recomputed_layers=recomputes * shape.num_layers)
     planned = activation_bytes(shape, settings, num_tokens) + loss_bytes(shape, settings, num_tokens)
     if recomputes:  # the plan adds the layer that is recomputed, which comes when the loss has gone
         planned -= num_tokens * 2 * 28 * shape.width
     assert memory.peak / GIB == pytest.approx(planned / GIB, rel=0.01)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 6, 12])
+def test_gradients_grow_as_activations_vanish(layers, batch, monkeypatch):
+    """Without offload all gradients stay. The peak is that of the plan's fullest phase, not the sum of all parts."""
+    monkeypatch.setattr(attention, "takes_varlen", lambda query: query.dtype in HALF)
+    monkeypatch.setattr(loss, "CPU_CHUNK", loss.CUDA_CHUNK)
+    shape, num_tokens = shape_of("125M"), sum(LENGTHS)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = make_model("125M", torch.bfloat16, lora=False).train()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_first_layers(model, layers)
+        with LiveMemory(*model.parameters()) as memory:
+            model(**batch).loss.backward()
+    settings = forecast_of("125M", card(80), deepspeed="ds_configs/one_card.json").settings
+    settings = replace(settings, recomputed_layers=layers, batch_tokens=num_tokens)
+    phases = device_memory(shape, settings)
+    states = sum(phases["sample"].values())
+    planned = max(sum(phases[name].values()) - states for name in phases if name == "forward" or "backward" in name)
+    assert memory.peak / GIB == pytest.approx(planned / GIB, rel=0.05)
+    activations, loss_peak = activation_bytes(shape, settings, num_tokens), loss_bytes(shape, settings, num_tokens)
+    assert memory.peak < 2 * shape.num_parameters + activations + loss_peak
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -1,5 +1,6 @@
 """What 'auto' stands for."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,32 +15,53 @@ from neoflix.runtime.hardware import Machine
 # (model, GiB of a card, GiB of the host, cards, linked) -> the DeepSpeed file
 CHOICES = [
     ("2.7B", 80, 256, 1, False, "ds_configs/no_offload.json"),
-    ("2.7B", 48, 128, 1, False, "ds_config.json"),
-    ("2.7B", 24, 64, 1, False, "ds_config.json"),
-    ("2.7B", 16, 64, 1, False, "ds_configs/zero3_offload.json"),
+    ("2.7B", 48, 128, 1, False, "ds_configs/one_card.json"),
+    ("2.7B", 24, 16, 1, False, "ds_configs/one_card.json"),
+    ("2.7B", 16, 64, 1, False, "ds_config.json"),
+    ("2.7B", 9, 64, 1, False, "ds_configs/zero3_offload.json"),
     ("1.3B", 48, 64, 1, False, "ds_configs/no_offload.json"),
-    ("1.3B", 24, 64, 1, False, "ds_config.json"),
-    ("1.3B", 12, 64, 1, False, "ds_config.json"),
+    ("1.3B", 24, 16, 1, False, "ds_configs/one_card.json"),
+    ("1.3B", 12, 16, 1, False, "ds_configs/one_card.json"),
     ("125M", 12, 16, 1, False, "ds_configs/no_offload.json"),
     ("2.7B", 48, 256, 4, True, "ds_configs/multi_gpu.json"),
     ("2.7B", 48, 256, 4, False, "ds_configs/multi_gpu_zero1.json"),
-    ("2.7B", 24, 512, 2, True, "ds_config.json"),
+    ("2.7B", 24, 512, 2, True, "ds_configs/one_card.json"),
     ("1.3B", 24, 512, 8, True, "ds_configs/multi_gpu.json"),
 ]
 
 
 @pytest.mark.parametrize(("size", "gib", "host", "cards", "linked", "expected"), CHOICES)
-def test_auto_takes_the_fastest_that_fits(size, gib, host, cards, linked, expected, processes):
+def test_auto_takes_the_fastest_that_fits(size, gib, host, cards, linked, expected, processes, capsys):
     processes(cards)
     machine = card(gib, host, num_devices=cards, is_linked=linked)
-    chosen, passed_over = choose_ds_config(plan_flags(), shape_of(size), NETFLIX, machine)
+    flags = plan_flags("--deepspeed", "auto")
+    choices = choose_auto(flags, shape_of(size), NETFLIX, machine)
+    chosen, layers = choices["deepspeed"], choices["activation_checkpointing"]
     assert chosen == expected
-    assert forecast_of(size, machine, deepspeed=chosen).fits
+    assert forecast_of(size, machine, "--activation_checkpointing", str(layers), deepspeed=chosen).fits
     order = find_presets(machine, cards)
-    assert len(passed_over) == order.index(chosen), "a line for each that is faster and does not fit"
-    for name, line in zip(order, passed_over, strict=False):
-        assert not forecast_of(size, machine, deepspeed=name).fits
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("passed over ")]
+    assert len(said) == order.index(chosen), "a line for each that is faster and does not fit"
+    for name, line in zip(order, said, strict=False):
+        assert not forecast_of(size, machine, "--activation_checkpointing", "true", deepspeed=name).fits
         assert line.startswith(f"passed over {name}: needs ")
+
+
+def test_auto_recomputes_as_few_layers_as_needed():
+    """With 1 GiB to spare; a card that has no bf16 has no compact optimizer."""
+    flags = plan_flags("--deepspeed", "ds_configs/one_card.json", "--activation_checkpointing", "auto")
+    for gib, most_layers in ((24, 8), (32, 0)):
+        layers = choose_auto(flags, shape_of("2.7B"), NETFLIX, card(gib))["activation_checkpointing"]
+        assert (0 < layers <= most_layers) if most_layers else layers == 0
+        for count, is_roomy in ((layers, True), (layers - 1, False)):
+            words = ["--activation_checkpointing", str(count) if count > 1 else "false"]
+            plan = forecast_of("2.7B", card(gib), *words, deepspeed="ds_configs/one_card.json")
+            if count >= 0:
+                assert (plan.device_bytes <= (gib - 1) * GIB) == is_roomy
+    turing = replace(card(24), capability=(7, 5))
+    assert "ds_configs/one_card.json" not in find_presets(turing, 1)
+    assert "ds_configs/one_card.json" not in find_presets(card(24), 1, is_fp16=True)
+    assert "ds_configs/one_card.json" in find_presets(card(24), 1)
 
 
 def test_auto_on_a_cpu_and_where_nothing_fits(processes):

@@ -51,12 +51,12 @@ def test_activations_are_those_that_autograd_keeps(num_layers, width, recomputes
     logits = sum(lengths) * 512 * 4
     counted = sum(storage.nbytes() for storage in kept.values()) - logits
     settings = forecast_of("125M", Machine(0, 0, 1)).settings
-    settings = replace(settings, recomputes=recomputes, lora_rank=lora_rank)
+    settings = replace(settings, recomputed_layers=recomputes * num_layers, lora_rank=lora_rank)
     shape = replace(shape_of("125M"), num_layers=num_layers, width=width, inner=4 * width, vocab_size=512)
     shape = replace(shape, num_linear=6 * num_layers)
     expected = activation_bytes(shape, settings, sum(lengths))
     if recomputes:  # the recomputed layer is kept only for a moment
-        expected -= activation_bytes(replace(shape, num_layers=0), replace(settings, recomputes=True), sum(lengths))
+        expected -= activation_bytes(replace(shape, num_layers=0), replace(settings, recomputed_layers=0), sum(lengths))
         expected += sum(lengths) * 4 * 2 * width
     assert counted == pytest.approx(expected, rel=0.04)
 

@@ -23,6 +23,8 @@ SETUPS = {  # by name in the table: flags
     "no_offload": ("--deepspeed", "ds_configs/no_offload.json"),
     "no_offload, recomputed": ("--deepspeed", "ds_configs/no_offload.json", "--activation_checkpointing", "true"),
     "no_offload, LoRA": ("--deepspeed", "ds_configs/no_offload.json", "--lora", "true"),
+    "one_card": ("--deepspeed", "ds_configs/one_card.json"),
+    "one_card, 6 layers recomputed": ("--deepspeed", "ds_configs/one_card.json", "--activation_checkpointing", "6"),
     "ds_config": ("--deepspeed", "ds_config.json"),
     "ds_config, recomputed": ("--deepspeed", "ds_config.json", "--activation_checkpointing", "true"),
     "ds_config, accumulated": ("--deepspeed", "ds_config.json", "--gradient_accumulation_steps", "2"),
@@ -128,5 +130,6 @@ def roads() -> list[Case]:
         Case("article", "1.3B", ("--config", "recipes/article.yaml", *few_steps)),
         Case("gpt-neo-1.3b", "1.3B", ("--config", "recipes/gpt-neo-1.3b.yaml", *few_steps)),
         Case("gpt-neo-2.7b", "2.7B", ("--config", "recipes/gpt-neo-2.7b.yaml", *few_steps)),
+        Case("gpt-neo-2.7b-one-card", "2.7B", ("--config", "recipes/gpt-neo-2.7b-one-card.yaml", *few_steps)),
         Case("gpt-neo-2.7b-lora", "2.7B", ("--config", "recipes/gpt-neo-2.7b-lora.yaml", *few_steps)),
     ]

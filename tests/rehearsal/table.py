@@ -26,7 +26,13 @@ TOLERANCE, LEAST = 0.05, GIB // 10  # between a phase and its plan: a share, or 
 PLANNED = {
     "start": ("start",),
     "forward": ("forward", "forward, at the head"),
-    "backward": ("backward", "first reduction", "backward's end"),
+    "backward": (
+        "backward of the loss",
+        "backward",
+        "first reduction",
+        "backward of the first layer",
+        "backward's end",
+    ),
     "step": ("norm", "step"),
     "evaluate": ("evaluate", "evaluate, at the head"),
     "sample": ("sample",),

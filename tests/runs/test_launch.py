@@ -20,6 +20,11 @@ def card(mib: int, number: int = 0, free: int | None = None) -> str:
     return f"NVIDIA Card {mib}|GPU-{number}{number}|{mib}|{mib - 400 if free is None else free}|86|-1|0"
 
 
+def turing(mib: int) -> str:
+    """A GPU without bf16."""
+    return card(mib).replace("|86|", "|75|")
+
+
 @pytest.fixture
 def dry_run(machine_of, monkeypatch, tmp_path):
     """dry_run(*words, gpus=[MiB, ...], host=GiB, **env) -> what a dry run prints on a machine with these, in the
@@ -46,14 +51,16 @@ def dry_run(machine_of, monkeypatch, tmp_path):
     ("gpus", "host", "recipe", "processes"),
     [
         ([], 64, "demo", 1),
-        ([24576], 64, "gpt-neo-2.7b", 1),  # RTX 3090, RTX 4090
-        ([23028], 64, "gpt-neo-2.7b", 1),  # A10, L4
-        ([24576], 30, "gpt-neo-2.7b-lora", 1),
-        ([24564, 24564], 80, "gpt-neo-2.7b", 2),
-        ([81559] * 8, 256, "gpt-neo-2.7b", 8),
-        ([81559] * 8, 80, "gpt-neo-2.7b-lora", 8),  # each process takes host memory
-        ([12288], 64, "gpt-neo-1.3b", 1),
-        ([12288], 24, "gpt-neo-125m", 1),
+        ([24576], 64, "gpt-neo-2.7b-one-card", 1),  # RTX 3090, RTX 4090
+        ([23028], 64, "gpt-neo-2.7b-one-card", 1),  # A10, L4
+        ([24576], 9, "gpt-neo-2.7b-one-card", 1),
+        ([turing(24576)], 64, "gpt-neo-2.7b", 1),  # no bf16
+        ([turing(24576)], 30, "gpt-neo-2.7b-lora", 1),
+        ([24564, 24564], 80, "gpt-neo-2.7b-one-card", 2),
+        ([81559] * 8, 256, "gpt-neo-2.7b-one-card", 8),
+        ([16376], 16, "gpt-neo-1.3b-one-card", 1),
+        ([12288], 64, "gpt-neo-1.3b-one-card", 1),
+        ([turing(11264)], 64, "gpt-neo-1.3b", 1),
         ([6144], 64, "gpt-neo-125m", 1),
         ([24576, 11264], 64, "gpt-neo-1.3b", 2),  # the smallest decides
         ([card(24576), card(24576, 1, free=9000)], 64, "gpt-neo-1.3b", 2),  # and what is free of it
@@ -70,10 +77,14 @@ def test_recipe_follows_the_hardware(dry_run, gpus, host, recipe, processes):
 
 
 def test_a_recipe_that_is_passed_over_has_a_reason(dry_run):
-    output = dry_run(gpus=[24576], disk=40)
-    assert re.search(r"^Passed over recipes/gpt-neo-2.7b.yaml: too large: .* GiB of disk, 40.0", output, re.MULTILINE)
-    assert "Using recipes/gpt-neo-2.7b-lora.yaml" in output
+    output = dry_run(gpus=[24576], disk=30)
+    reason = r"^Passed over recipes/gpt-neo-2.7b-one-card.yaml: too large: .* GiB of disk, 30.0"
+    assert re.search(reason, output, re.MULTILINE)
+    assert "Using recipes/gpt-neo-1.3b-one-card.yaml" in output
     assert "  0 NVIDIA Card 24576, 24.0 GiB, 23.6 free\n" in output
+    output = dry_run(gpus=[turing(24576)])
+    reason = r"^Passed over recipes/gpt-neo-2.7b-one-card.yaml: --deepspeed: .* trains weights in bf16; .* has no bf16"
+    assert re.search(reason, output, re.MULTILINE)
 
 
 def test_no_recipe_fits(dry_run):
@@ -91,11 +102,17 @@ def test_gpus_that_torch_cannot_use_end_it(dry_run):
 
 @pytest.mark.parametrize(
     ("recipe", "card", "device", "host"),
-    [("gpt-neo-2.7b", 24, 22.4, 53), ("gpt-neo-2.7b-lora", 24, 22.4, 8), ("gpt-neo-1.3b", 8, 7.6, 30)],
+    [
+        ("gpt-neo-2.7b-one-card", "24 GB with bf16 (RTX 3090)", 22.4, 8),
+        ("gpt-neo-2.7b", "24 GB", 22.4, 53),
+        ("gpt-neo-1.3b-one-card", "12 GB with bf16 (RTX 3060)", 11.4, 6),
+        ("gpt-neo-2.7b-lora", "24 GB", 22.4, 8),
+        ("gpt-neo-1.3b", "8 GB", 7.6, 30),
+    ],
 )
 def test_recipes_fit_what_the_readme_says(recipe, card, device, host):
     """`device`: what the smallest cards of so many GB have free, as L4 and RTX 2080, in GiB."""
-    assert f"| {card} GB | {host} GiB |" in (ROOT / "README.md").read_text()
+    assert f"| {card} | {host} GiB |" in (ROOT / "README.md").read_text()
     sizes = ["--plan_device_memory", f"{device}GiB", "--plan_host_memory", f"{host}GiB"]
     run_program(PYTHON, "train.py", "--plan", "--config", f"recipes/{recipe}.yaml", *sizes)
 

@@ -259,8 +259,8 @@ def test_a_full_disk_ends_two_processes_with_one_sentence(train_words, small_dis
 import shutil
 from neoflix.training import saving
 make_folder = saving.make_folder
-def make_folder_and_fill(unfinished, model):
-    make_folder(unfinished, model)
+def make_folder_and_fill(unfinished, *args):
+    make_folder(unfinished, *args)
     if unfinished.name.startswith("checkpoint-4."):
         open("{small_disk}/ballast", "wb").write(bytes(shutil.disk_usage("{small_disk}").free - 200_000))
 saving.make_folder = make_folder_and_fill
@@ -274,6 +274,9 @@ saving.make_folder = make_folder_and_fill
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", ["ds_config.json", "ds_configs/cpu.json", "ds_configs/zero3_offload.json"])
+@pytest.mark.parametrize(
+    "deepspeed",
+    ["ds_config.json", "ds_configs/cpu.json", "ds_configs/zero3_offload.json", "ds_configs/one_card.json"],
+)
 def test_thirty_kills_change_nothing(deepspeed):
     run_program(PYTHON, "benchmarks/soak.py", "--kills", "30", "--deepspeed", deepspeed, timeout=1800)

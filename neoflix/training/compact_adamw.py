@@ -1,0 +1,216 @@
+"""AdamW for bf16 weights, with states of 3.06 bytes per parameter where fp32 states take 12.
+
+A small learning rate moves a bf16 weight by less than half of its last bit, so that plain bf16 training stands still.
+Here a weight has 24 bits: its bf16 value, with which the model computes, and 8 more bits of an fp32 mantissa. The first
+moment is a sign and a 7-bit logarithm, the second an 8-bit logarithm, both in eighths of an octave below the largest
+value of their block of 128, which is kept in fp32.
+
+Each of the three is rounded up or down such that the mean over many steps is exact. The choice follows a
+low-discrepancy sequence (Weyl, 1916) of the step's and the element's number, not a random generator: a resumed run
+continues bit for bit, all processes round alike, and the error is smaller. docs/speed.md has the figures.
+"""
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._triton import has_triton
+
+BLOCK = 128  # elements with a common scale
+PER_OCTAVE = 8  # levels of a logarithm
+MOMENT_LEVELS, SQUARE_LEVELS = 127, 255  # 16 and 32 octaves
+# Of the sequence that decides how to round. Triton computes positions with 32 bits, whose overflow 2^24 divides.
+PERIOD, PER_ELEMENT = 2**24, 0x5BD1E9
+
+# Elements that are updated at a time without a compiler: on a CPU intermediate results stay in its cache, on a GPU they
+# take 0.3 GiB.
+CHUNK = {"cpu": 2**16, "cuda": 2**22}
+
+
+class CompactAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019) for bf16 parameters; `torch.optim.AdamW` but for the rounding.
+
+    On CUDA one kernel updates a parameter; torch.compile makes it, with Triton.
+
+    Raises:
+        ValueError: a parameter is not in bf16.
+    """
+
+    def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if wrong := {p.dtype for group in self.param_groups for p in group["params"]} - {torch.bfloat16}:
+            raise ValueError(f"CompactAdamW trains parameters in bf16, not in {wrong.pop()}")
+
+    @classmethod
+    def from_arguments(cls, groups: list[dict], args) -> "CompactAdamW":
+        """With the learning rate and the betas of Hugging Face's `TrainingArguments`."""
+        return cls(groups, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """Updates every parameter that has a gradient. The host does not wait for the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict) -> None:
+        state = self.state[parameter]
+        if not state:
+            state |= empty_state(parameter)
+        state["step"] += 1
+        step, (beta1, beta2) = state["step"], group["betas"]
+        numbers = (
+            1 - group["lr"] * group["weight_decay"],
+            group["lr"] / (1 - beta1**step),
+            1 - beta1,
+            1 - beta2,
+            1 / math.sqrt(1 - beta2**step),
+            group["eps"],
+        )
+        # Tensors of the host are arguments of a kernel: new values neither compile it anew nor wait for a copy.
+        numbers = [torch.tensor(number, dtype=torch.float32) for number in numbers]
+        block = block_of(parameter)
+        whole = [parameter, parameter.grad, state["low_bits"], state["exp_avg"], state["exp_avg_sq"]]
+        tensors = [tensor.view(-1, block) for tensor in whole]
+        tensors += [state["exp_avg_max"], state["exp_avg_sq_max"]]
+        if parameter.is_cuda and has_triton():
+            compiled_update()(*tensors, *numbers, torch.tensor(phase_of(step, 0)))
+            return
+        rows = max(CHUNK[parameter.device.type] // block, 1)
+        for first in range(0, len(tensors[0]), rows):
+            phase = torch.tensor(phase_of(step, first * block))
+            update(*(tensor[first : first + rows] for tensor in tensors), *numbers, phase)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """torch's own would cast every state to the parameter's dtype."""
+        super().load_state_dict(state_dict | {"state": {}})
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.state = defaultdict(dict)
+        for index, state in state_dict["state"].items():
+            device = parameters[index].device
+            self.state[parameters[index]] = {
+                name: value.to(device, copy=True) if isinstance(value, Tensor) else value
+                for name, value in state.items()
+            }
+
+
+def block_of(parameter: Tensor) -> int:
+    """Elements of a block: BLOCK, or fewer for a parameter whose size is not a multiple of it."""
+    return math.gcd(parameter.numel(), BLOCK)
+
+
+def empty_state(parameter: Tensor) -> dict:
+    count, block = parameter.numel(), block_of(parameter)
+
+    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=parameter.device)
+
+    return {
+        "step": 0,
+        "low_bits": zeros(count, dtype=torch.int8),
+        "exp_avg": zeros(count, dtype=torch.int8),
+        "exp_avg_max": zeros(count // block, 1, dtype=torch.float32),
+        "exp_avg_sq": zeros(count, dtype=torch.uint8),
+        "exp_avg_sq_max": zeros(count // block, 1, dtype=torch.float32),
+    }
+
+
+@functools.cache
+def compiled_update() -> Callable:
+    return torch.compile(update, fullgraph=True)
+
+
+def phase_of(step: int, first_element: int) -> int:
+    """Where the sequence stands at an element: it advances by the golden ratio with each step, in units of 2^-24."""
+    return (step * 0x9E3779 + first_element * PER_ELEMENT) % PERIOD
+
+
+def update(
+    weight: Tensor,
+    grad: Tensor,
+    low_bits: Tensor,
+    moment: Tensor,
+    square: Tensor,
+    moment_max: Tensor,
+    square_max: Tensor,
+    kept: Tensor,
+    rate: Tensor,
+    one_minus_beta1: Tensor,
+    one_minus_beta2: Tensor,
+    square_scale: Tensor,
+    eps: Tensor,
+    phase: Tensor,
+) -> None:
+    """One step of AdamW, in place.
+
+    Args:
+        weight, grad, low_bits, moment, square: [blocks, block]: bf16, any float, int8, int8, uint8.
+        moment_max, square_max: [blocks, 1], fp32.
+        kept: what weight decay leaves of a weight.
+        rate: learning rate, corrected for the bias of the first moment.
+        square_scale: factor for the root of the second moment, against its bias.
+        phase: of the sequence that decides how to round, at the first element.
+    """
+    dither = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
+    dither = (dither * PER_ELEMENT + phase) & (PERIOD - 1)
+    grad = grad.float()
+    mean = decode(moment.abs(), moment_max, MOMENT_LEVELS) * moment.sign()
+    mean = mean + (grad - mean) * one_minus_beta1
+    variance = decode(square, square_max, SQUARE_LEVELS)
+    variance = variance + (grad * grad - variance) * one_minus_beta2
+    value = join_bits(weight, low_bits) * kept
+    value = value - rate * mean / (variance.sqrt() * square_scale + eps)
+
+    high, low = split_bits(value, dither)
+    weight.copy_(high)
+    low_bits.copy_(low)
+    codes, largest = encode(mean.abs(), dither, MOMENT_LEVELS)
+    moment.copy_(codes * mean.sign())
+    moment_max.copy_(largest)
+    codes, largest = encode(variance, dither ^ (PERIOD // 2), SQUARE_LEVELS)
+    square.copy_(codes.clamp(min=1))  # a vanished variance would make a step too large
+    square_max.copy_(largest)
+
+
+def join_bits(weight: Tensor, low_bits: Tensor) -> Tensor:
+    """bf16 values and 8 more bits of their mantissas -> fp32."""
+    high = weight.view(torch.int16).int() << 16
+    return (high + (low_bits.int() << 8)).view(torch.float32)
+
+
+def split_bits(value: Tensor, dither: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 -> the nearest bf16 values, and the 8 bits that follow, rounded by `dither`."""
+    bits = value.view(torch.int32)
+    bits = (bits + (dither >> 16).int()) & ~0xFF
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), ((bits - (high << 16)) >> 8).to(torch.int8)
+
+
+def decode(codes: Tensor, largest: Tensor, num_levels: int) -> Tensor:
+    """Codes [blocks, block] -> values: `largest` for the code `num_levels`, an octave less for each PER_OCTAVE below
+    it, and 0 for 0."""
+    values = torch.exp2((codes.float() - num_levels) / PER_OCTAVE) * largest
+    return torch.where(codes > 0, values, 0.0)
+
+
+def encode(values: Tensor, dither: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
+    """Non-negative values [blocks, block] -> (codes in fp32, the largest value of each block).
+
+    A value between two levels gets the upper one in that share of cases in which the mean is the value.
+    """
+    largest = values.amax(dim=1, keepdim=True)
+    relative = torch.where(largest > 0, values / largest, 0.0)
+    below = (-torch.log2(relative) * PER_OCTAVE).floor().clamp(0, num_levels - 1)  # levels below the top
+    upper = torch.exp2(-below / PER_OCTAVE)
+    lower = torch.where(below < num_levels - 1, torch.exp2(-(below + 1) / PER_OCTAVE), 0.0)
+    goes_up = dither.float() / PERIOD < (relative - lower) / (upper - lower)
+    return num_levels - below - (~goes_up).float(), largest
