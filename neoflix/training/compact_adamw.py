@@ -56,16 +56,23 @@ class CompactAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.allocate_states()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, group)
         return loss
 
+    def allocate_states(self) -> None:
+        """Allocates all states. If the first step did, they would lie between what the passes before it have freed, and
+        the holes would stay."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and not self.state[parameter]:
+                    self.state[parameter] |= empty_state(parameter)
+
     def _update(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
-        if not state:
-            state |= empty_state(parameter)
         state["step"] += 1
         step, (beta1, beta2) = state["step"], group["betas"]
         numbers = (

@@ -15,6 +15,7 @@ from neoflix.planning.preflight import prebuilt_operators
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.redaction import redact
+from neoflix.training.compact_adamw import CompactAdamW
 
 
 def connect(flags) -> TrainArguments:
@@ -98,6 +99,8 @@ def disable_shm_collectives() -> None:
 
 def adjust_engine(engine) -> None:
     """Changes how an engine reads and exchanges gradients, not what it computes. Repeated calls have no effect."""
+    if isinstance(engine.optimizer, CompactAdamW):
+        engine.optimizer.allocate_states()
     keep_gradient_norm(engine)
     exchange_small_buckets(engine)
     read_gradients_together(engine)
