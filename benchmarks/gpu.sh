@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures everything that needs a GPU, within 25 minutes, the most valuable figures first: 2.7B as on a 24 GB card
-# (the article, offload, LoRA), the gpu-marked tests, sampling, the plan's table, then the whole GPU. Each part appends
+# (the article, offload, one_card, LoRA), the gpu-marked tests, sampling, the plan's table, then the whole GPU. Each part appends
 # its figures to benchmarks/results/gpu.jsonl when it ends. Without a GPU it is a dry run: the same commands on a small
 # model, and the results are deleted.
 #
@@ -40,7 +40,8 @@ part() {  # runs a command within the time that is left; goes on with the next o
 train() { part "$python" benchmarks/train.py --turns 1 --steps $steps --output "$output" "$@"; }
 
 # As on a 24 GB card, against the article's batch of 15 on the whole GPU; and with LoRA without offload.
-train --architecture $large --device_memory_gib 24 --article_texts_per_step 15 --texts_per_step "${step_texts[0]}"
+train --architecture $large --device_memory_gib 24 --article_texts_per_step 15 --texts_per_step "${step_texts[0]}" \
+  --sides article offload one_card --recomputed_layers 8
 train --architecture $large --device_memory_gib 24 --sides lora --texts_per_step "${step_texts[0]}" \
   --deepspeed ds_configs/no_offload.json
 part "$python" -m pytest -q -m gpu

@@ -4,6 +4,8 @@
     python benchmarks/train.py --texts_per_step 15 32 64 --turns 1
     python benchmarks/train.py --architecture 2.7B                # random weights
     python benchmarks/train.py --architecture 125M --sides ours lora --texts_per_step 32    # --lora against all weights
+    python benchmarks/train.py --architecture 2.7B --sides article offload one_card --device_memory_gib 24 \
+        --texts_per_step 64 --recomputed_layers 8                 # where the optimizer's states lie
 
 Each side is its own `deepspeed` job, and the sides take turns, so that other work on the machine affects both. Tokens
 are random numbers; texts have the lengths of the Netflix descriptions. Real tokens are those of texts: padding costs
@@ -47,7 +49,8 @@ from neoflix.training.deepspeed import build_operators, disable_shm_collectives
 from neoflix.training.meters import peak_host_bytes
 from neoflix.training.trainer import TokenTrainer
 
-SIDES = ("article", "ours", "lora")
+SIDES = ("article", "ours", "lora", "offload", "one_card")
+DS_CONFIGS = {"offload": "ds_config.json", "one_card": "ds_configs/one_card.json"}  # of the others: --deepspeed
 WARM_UP_STEPS, PHASE_STEPS, PROFILED_STEPS = 2, 2, 2
 
 # The article's DeepSpeed file (its 2.7B variant), but for two things: the precision, which the device decides for
@@ -105,6 +108,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES[:2])
     parser.add_argument("--deepspeed", default=str(default_ds_config), help="DeepSpeed file of our side")
     parser.add_argument("--activation_checkpointing", action="store_true", help="for our side")
+    parser.add_argument("--recomputed_layers", type=int, default=0, help="of the side one_card")
     parser.add_argument("--device_memory_gib", type=float, help="limit of our side's GPU memory")
     parser.add_argument("--output", help="JSON lines file to append to")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -120,7 +124,7 @@ def run_side(args: argparse.Namespace, side: str, texts_per_step: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder, "figures.json")
         words = ["--side", side, "--figures", str(figures), "--texts_per_step", str(texts_per_step)]
-        for name in ("architecture", "texts_per_batch", "steps", "deepspeed", "device_memory_gib"):
+        for name in ("architecture", "texts_per_batch", "steps", "deepspeed", "device_memory_gib", "recomputed_layers"):
             if getattr(args, name) is not None:
                 words += [f"--{name}", str(getattr(args, name))]
         words += ["--activation_checkpointing"] * args.activation_checkpointing
@@ -150,7 +154,7 @@ def measure_one_side(args: argparse.Namespace) -> None:
             "output_dir": folder,
             "max_steps": num_steps,
             "learning_rate": 5e-5,
-            "bf16": not use_cpu,
+            "bf16": not use_cpu or args.side == "one_card",
             "use_cpu": use_cpu,
             "save_strategy": "no",
             "eval_strategy": "no",
@@ -179,18 +183,19 @@ def measure_one_side(args: argparse.Namespace) -> None:
 def build_our_trainer(args, texts_per_step: int, texts: list[list[int]], common: dict) -> Trainer:
     texts_per_batch = args.texts_per_batch or texts_per_step
     disable_shm_collectives()
-    build_operators(read_ds_config(args.deepspeed))
+    deepspeed = str(ROOT / DS_CONFIGS[args.side]) if args.side in DS_CONFIGS else args.deepspeed
+    build_operators(read_ds_config(deepspeed))
     training = TrainArguments(
         **common,
         validation_fraction=0,  # nothing is evaluated
         num_progress_samples=0,
-        deepspeed=args.deepspeed,
+        deepspeed=deepspeed,
         per_device_train_batch_size=texts_per_batch,
         gradient_accumulation_steps=texts_per_step // texts_per_batch,
-        activation_checkpointing=args.activation_checkpointing,
+        activation_checkpointing=args.recomputed_layers if args.side == "one_card" else args.activation_checkpointing,
     )
     transformers.set_seed(0)
-    dtype = torch.float32 if training.use_cpu else torch.bfloat16
+    dtype = training.weight_dtype
     model = build_model(args.architecture, dtype, training.device, "ours")
     return TokenTrainer(
         model=add_adapters(model, rank=16, alpha=32, base=args.architecture) if args.side == "lora" else model,
@@ -296,6 +301,7 @@ def report(args: argparse.Namespace, texts_per_step: int, runs: dict[str, list[d
     line = {"architecture": args.architecture, "texts_per_step": texts_per_step, "turns": args.turns}
     line |= {name: getattr(args, name) for name in ("texts_per_batch", "article_texts_per_step", "device_memory_gib")}
     line |= {"deepspeed": Path(args.deepspeed).name, "activation_checkpointing": args.activation_checkpointing}
+    line |= {"recomputed_layers": args.recomputed_layers}
     if len(sides) == 2:
         pairs = zip(*runs.values(), strict=True)
         ratios = [second["real_tokens_per_second"] / first["real_tokens_per_second"] for first, second in pairs]
