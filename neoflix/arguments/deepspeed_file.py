@@ -81,6 +81,11 @@ def is_compact(config: dict) -> bool:
     return config.get("optimizer", {}).get("type") == COMPACT_ADAMW
 
 
+def updates_in_backward(config: dict) -> bool:
+    """Whether it is to update parameters during the backward pass."""
+    return is_compact(config) and bool(config["optimizer"].get("params", {}).get("in_backward"))
+
+
 def _check_compact(config: dict, path: str | Path) -> None:
     """Raises UserError for settings under which DeepSpeed would wrap the optimizer in one with fp32 weights."""
     stage = config.get("zero_optimization", {}).get("stage", 0)
@@ -95,7 +100,7 @@ def _check_compact(config: dict, path: str | Path) -> None:
                 f"--deepspeed {path}: with {COMPACT_ADAMW} the flag --bf16 decides; remove the block {block!r}, with "
                 "which DeepSpeed would keep fp32 weights"
             )
-    if unknown := set(config["optimizer"].get("params", {})) - set(_ADAM_PARAMS):
+    if unknown := set(config["optimizer"].get("params", {})) - {*_ADAM_PARAMS, "in_backward"}:
         raise UserError(f"--deepspeed {path}: {COMPACT_ADAMW} has no parameter {min(unknown)!r}; remove it")
 
 

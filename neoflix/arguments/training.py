@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from transformers import TrainingArguments
 
-from neoflix.arguments.deepspeed_file import follow_arguments, is_compact, is_json, read_ds_config
+from neoflix.arguments.deepspeed_file import follow_arguments, is_compact, is_json, read_ds_config, updates_in_backward
 from neoflix.arguments.train_flags import TrainFlags
 from neoflix.data.template import Template
 from neoflix.runtime.cache import default_cache_dir
@@ -35,6 +35,7 @@ class TrainArguments(TrainFlags, TrainingArguments):
     command = ""  # the command line; not a field
     recomputed_layers: ClassVar[int | None] = None  # None: all or none, by activation_checkpointing
     uses_compact_adamw: ClassVar[bool] = False  # by the DeepSpeed file
+    updates_in_backward: ClassVar[bool] = False
 
     def __post_init__(self):
         self.bf16, self.fp16, self.use_cpu = bool(self.bf16), bool(self.fp16), bool(self.use_cpu)
@@ -53,7 +54,7 @@ class TrainArguments(TrainFlags, TrainingArguments):
             super().__post_init__()
             return
         config = read_ds_config(self.deepspeed)
-        self.uses_compact_adamw = is_compact(config)
+        self.uses_compact_adamw, self.updates_in_backward = is_compact(config), updates_in_backward(config)
         source, self.deepspeed = self.deepspeed, follow_arguments(config)
         bf16 = self.bf16
         if self.uses_compact_adamw:  # the weights are in bf16, but mixed precision would mean fp32 copies of them

@@ -6,54 +6,10 @@ Notation: P = parameters, L = trainable parameters, N = processes, b = bytes per
 from dataclasses import replace
 
 from neoflix.model.shape import Shape
+from neoflix.planning.activations import activation_bytes, loss_bytes
 from neoflix.planning.settings import Settings
 
-# With LoRA on a CPU, models other than GPT-Neo: the adapters' temporary tensors leave holes in the memory. Two runs of
-# a Llama of 135 million parameters held 1.92 and 1.93 times the activations that autograd keeps (batches of 1,200
-# tokens, and of 32 texts).
-ADAPTERS_ON_CPU = 1.9
-
 EXCHANGED = 5 * 10**7  # elements of gradients that are exchanged at a time without ZeRO (training/deepspeed.py)
-LOSS_CHUNK = {"cuda": 2**26 * 4, "cpu": 2**20 * 4}  # bytes of the fp32 logits that `loss.py` reads at a time
-
-
-def activation_bytes(shape: Shape, settings: Settings, num_tokens: int, is_recomputing: bool = True) -> int:
-    """Bytes that the forward pass keeps for the backward pass, without the logits.
-
-    Each layer keeps for each token, in tensors of the width: the inputs of both layer norms and their results (4);
-    query, key, value and the attention's result (4; without CUDA texts are separated, which copies the result); and
-    five of the MLP's inner width (its input, three steps of the tanh form of GELU, and its result): 28 widths for
-    GPT-Neo. tests/planning/test_device_memory.py counts them with autograd's saved-tensor hooks. A recomputed layer
-    keeps one width, and one of them is in full while it is recomputed (Chen et al., 2016). The embedding and the last
-    norm come on top. With LoRA all of these are kept too, because every adapter keeps the input of its layer, and the
-    result of its first matrix. For other models the layers are counted when their shape is read.
-
-    Args:
-        is_recomputing: during the backward pass, if all layers are recomputed: the last one is in full then.
-    """
-    copies = 1.4 if settings.is_cpu else 0  # the copy, and padding to the longest text of a group
-    layer = (8 + copies) * shape.width + 5 * shape.inner
-    if counted := shape.kept_bytes[settings.weight_bytes // 4]:
-        layer = counted / settings.weight_bytes / shape.num_layers
-        layer *= ADAPTERS_ON_CPU if settings.is_cpu and settings.lora_rank else 1
-    layer += settings.lora_rank * shape.num_linear / max(shape.num_layers, 1)
-    recomputed = settings.recomputed_layers
-    kept = (shape.num_layers - recomputed) * layer + recomputed * shape.width
-    if is_recomputing and recomputed == shape.num_layers:
-        kept += layer
-    return int(num_tokens * settings.weight_bytes * (kept + 2 * shape.width))
-
-
-def loss_bytes(shape: Shape, settings: Settings, num_tokens: int, is_backward: bool = False) -> int:
-    """Bytes of the logits, which become their own gradient, and of two fp32 chunks of them (`loss.py`): forward a chunk
-    and its copy, backward the last two chunks. Models other than GPT-Neo have Hugging Face's loss: logits, fp32 copy,
-    log-softmax and the gradients of both."""
-    logits = num_tokens * shape.vocab_size
-    if not shape.is_gpt_neo:
-        return logits * (2 * settings.weight_bytes + 12)
-    chunk = min(logits * 4, LOSS_CHUNK["cpu" if settings.is_cpu else "cuda"])
-    second = min(chunk, logits * 4 - chunk) if is_backward else chunk
-    return logits * settings.weight_bytes + chunk + second
 
 
 def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]:
@@ -118,7 +74,9 @@ def _first_layer(shape: Shape, settings: Settings) -> dict[str, int]:
     """What the backward pass of the first layer holds beside the gradients if it is recomputed: that layer in full. No
     moment before is fuller than the beginning or this one, because all layers are alike."""
     one_layer = replace(shape, num_layers=1, kept_bytes=tuple(size // shape.num_layers for size in shape.kept_bytes))
-    return {"activations": activation_bytes(one_layer, replace(settings, recomputed_layers=1), settings.batch_tokens)}
+    activations = activation_bytes(one_layer, replace(settings, recomputed_layers=1), settings.batch_tokens)
+    waiting = shape.is_tied and settings.updates_in_backward and not settings.lora_rank
+    return {"activations": activations, "gradient of the head": waiting * settings.weight_bytes * shape.embedding}
 
 
 def _exchanged(shape: Shape, settings: Settings) -> int:
@@ -285,6 +243,8 @@ def _gradients(shape: Shape, settings: Settings) -> tuple[int, int]:
     """
     L, N, b, stage = settings.num_trainable(shape), settings.num_processes, settings.weight_bytes, settings.stage
     wide, on_device = settings.gradient_bytes, 1 - settings.offloaded_share
+    if stage == 0 and settings.updates_in_backward:
+        return 0, 0
     if stage == 0:
         return b * L, 8 * L if b == 2 and not settings.is_compact else 0
     if stage == 3:

@@ -15,7 +15,7 @@ from neoflix.model.shape import read_shape
 from neoflix.planning.choices import choose_auto
 from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import count_texts
-from neoflix.planning.preflight import check_machine, check_precision
+from neoflix.planning.preflight import check_compact, check_machine
 from neoflix.planning.remedies import explain
 from neoflix.planning.settings import read_settings
 from neoflix.planning.table import plan_table
@@ -59,7 +59,7 @@ def plan_run(flags: argparse.Namespace, decide: Callable = call) -> Plan | None:
     keep_texts_per_step(flags)
     machine = _replace_memory(read_machine(flags.output_dir, bool(flags.use_cpu)), flags)
     if flags.deepspeed != "auto":
-        check_precision(machine, read_ds_config(flags.deepspeed), flags.bf16, flags.fp16)
+        check_compact(machine, read_ds_config(flags.deepspeed), flags)
     shape = read_shape(flags.model_name_or_path)
     is_auto = "auto" in (flags.deepspeed, flags.tokens_per_device_batch, flags.activation_checkpointing)
     if shape is None and (flags.plan or is_auto):

@@ -9,7 +9,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from neoflix.arguments.deepspeed_file import COMPACT_ADAMW, is_compact
+from neoflix.arguments.deepspeed_file import COMPACT_ADAMW, is_compact, updates_in_backward
 from neoflix.runtime.driver import check_capability, check_driver, dotted, output_of, torch_cuda
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import Machine
@@ -39,10 +39,22 @@ def prebuilt_operators(accelerator: str) -> set[str]:
     return {name for name, is_installed in installed["installed_ops"].items() if is_installed}
 
 
-def check_precision(machine: Machine, ds_config: dict, bf16: bool | None, fp16: bool | None) -> None:
-    """Raises UserError if the run would not train in bf16, and its optimizer is `CompactAdamW`."""
+def check_compact(machine: Machine, ds_config: dict, flags) -> None:
+    """Raises UserError if the optimizer is `CompactAdamW` and cannot train this run: one that is not in bf16 or, with
+    updates in the backward pass, has several batches in a step or several processes."""
+    if updates_in_backward(ds_config):
+        if flags.gradient_accumulation_steps > 1:
+            raise UserError(
+                f"--gradient_accumulation_steps {flags.gradient_accumulation_steps}: {flags.deepspeed} updates weights "
+                "in the backward pass, so a step has one batch; use 1, or ds_configs/one_card.json"
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                f"--deepspeed {flags.deepspeed}: updates weights in the backward pass, which works in one process; use "
+                "--num_accelerators 1, or ds_configs/one_card.json"
+            )
     has_bf16 = machine.has_gpu and machine.capability >= (8, 0)
-    if not is_compact(ds_config) or bf16 or (has_bf16 and not fp16 and bf16 is None):
+    if not is_compact(ds_config) or flags.bf16 or (has_bf16 and not flags.fp16 and flags.bf16 is None):
         return
     name = f"{machine.device_name} (compute capability {dotted(machine.capability)})"
     way_out = "add --bf16 true" if has_bf16 or not machine.has_gpu else f"{name} has no bf16; use ds_config.json"

@@ -22,6 +22,13 @@ def find_presets(machine: Machine, num_processes: int, is_fp16: bool = False) ->
     return [*fast, *compact, "ds_config.json", "ds_configs/zero3_offload.json", "ds_configs/nvme.json"]
 
 
+def with_small_card(presets: list[str], num_processes: int, accumulation: int) -> list[str]:
+    """The files that a run may be changed to: `auto` leaves out the one that clips gradients in another way."""
+    if "ds_configs/one_card.json" not in presets or num_processes > 1 or accumulation > 1:
+        return presets
+    return [*presets, "ds_configs/one_small_card.json"]
+
+
 def missing_swap_folder(config: dict) -> str | None:
     """The `nvme_path` of a DeepSpeed file if it is not a folder of this machine, else None."""
     block = config["zero_optimization"].get("offload_optimizer", {})

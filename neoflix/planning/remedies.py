@@ -8,7 +8,7 @@ from neoflix.arguments.deepspeed_file import read_ds_config
 from neoflix.arguments.train_flags import TrainFlags
 from neoflix.model.shape import HUB_SHAPES, gpt_neo_shape
 from neoflix.planning.forecast import Plan, forecast
-from neoflix.planning.presets import find_presets, missing_swap_folder
+from neoflix.planning.presets import find_presets, missing_swap_folder, with_small_card
 from neoflix.planning.table import plan_table
 from neoflix.runtime.console import GIB
 from neoflix.runtime.files import ROOT
@@ -133,13 +133,13 @@ def _recomputing(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 
 def fewest_layers(planned: Callable[[int], Plan], num_layers: int) -> int | None:
-    """The fewest layers to recompute with which a run leaves SPARE of the device free, or else with which it fits; None
-    if it does not fit with all of them.
+    """The fewest layers to recompute with which a run leaves SPARE of the device free, or else half of it, or else with
+    which it fits; None if it does not fit with all of them.
 
     Args:
         planned: the plan with this many recomputed layers.
     """
-    for spare in (SPARE, 0):
+    for spare in (SPARE, SPARE // 2, 0):
         fitting = [not planned(layers).over_budget(spare) for layers in range(num_layers + 1)]
         if any(fitting):
             return fitting.index(True)
@@ -159,13 +159,15 @@ def _host_changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 
 def _preset_changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    for name in find_presets(plan.machine, plan.settings.num_processes, plan.settings.is_fp16):
+    settings = plan.settings
+    presets = find_presets(plan.machine, settings.num_processes, settings.is_fp16)
+    for name in with_small_card(presets, settings.num_processes, settings.accumulation):
         config = read_ds_config(ROOT / name)
-        if Path(name).name == plan.settings.ds_name or missing_swap_folder(config):
+        if Path(name).name == settings.ds_name or missing_swap_folder(config):
             continue
         changed = _with(plan, ds_config=config, ds_name=Path(name).name)
         yield f"--deepspeed {name}", changed
-        if not plan.settings.recomputed_layers:
+        if not settings.recomputed_layers:
             yield from ((f"--deepspeed {name} {flag}", both) for flag, both in _recomputing(changed))
 
 

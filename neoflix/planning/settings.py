@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from neoflix.arguments.deepspeed_file import is_compact, is_json
+from neoflix.arguments.deepspeed_file import is_compact, is_json, updates_in_backward
 from neoflix.model.shape import Shape
 from neoflix.planning.lengths import Texts
 from neoflix.runtime.driver import torch_version
@@ -55,6 +55,11 @@ class Settings:
     def is_compact(self) -> bool:
         """Whether `CompactAdamW` trains the model."""
         return is_compact(self.ds_config)
+
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether each gradient is freed as soon as it is there."""
+        return updates_in_backward(self.ds_config)
 
     @property
     def stage(self) -> int:

@@ -10,10 +10,10 @@ low-discrepancy sequence (Weyl, 1916) of the step's and the element's number, no
 continues bit for bit, all processes round alike, and the error is smaller. docs/speed.md has the figures.
 """
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -41,13 +41,50 @@ class CompactAdamW(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._norms: list[Tensor] = []  # of the gradients that this backward pass has freed
         if wrong := {p.dtype for group in self.param_groups for p in group["params"]} - {torch.bfloat16}:
             raise ValueError(f"CompactAdamW trains parameters in bf16, not in {wrong.pop()}")
 
     @classmethod
     def from_arguments(cls, groups: list[dict], args) -> "CompactAdamW":
-        """With the learning rate and the betas of Hugging Face's `TrainingArguments`."""
-        return cls(groups, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay)
+        """With the settings of `TrainArguments`."""
+        betas = (args.adam_beta1, args.adam_beta2)
+        optimizer = cls(groups, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+        if args.updates_in_backward:
+            optimizer.update_in_backward(args.max_grad_norm)
+        return optimizer
+
+    def update_in_backward(self, max_norm: float) -> None:
+        """From now on the backward pass updates each parameter once its gradient is there, and frees the gradient (as
+        LOMO does, Lv et al., 2023). `step` only ends the step.
+
+        The norm of all gradients is known when the last one has gone. So they are clipped by the norm of the step
+        before; those of the first step are not clipped.
+
+        Args:
+            max_norm: 0 for no clipping.
+        """
+        self._max_norm, self._norms = max_norm, []
+        for index, group in enumerate(self.param_groups):
+            group["clip_factor"] = torch.ones((), device=group["params"][0].device)
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(partial(self._update_and_free, index))
+
+    @torch.no_grad()
+    def _update_and_free(self, index: int, parameter: Tensor) -> None:
+        group = self.param_groups[index]  # loading a state replaces the groups
+        self._norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+        if self._max_norm:
+            parameter.grad.mul_(group["clip_factor"])
+        self._update(parameter, group)
+        parameter.grad = None
+
+    def _end_step(self) -> None:
+        self._global_grad_norm = torch.linalg.vector_norm(torch.stack(self._norms))  # DeepSpeed reads it, to be logged
+        self._norms.clear()
+        factor = (self._max_norm / (self._global_grad_norm + 1e-6)).clamp(max=1)
+        for group in self.param_groups:
+            group["clip_factor"] = factor
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -56,11 +93,12 @@ class CompactAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.allocate_states()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, group)
+        if self._norms:
+            self._end_step()
         return loss
 
     def allocate_states(self) -> None:
@@ -73,6 +111,8 @@ class CompactAdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
+        if not state:
+            state |= empty_state(parameter)
         state["step"] += 1
         step, (beta1, beta2) = state["step"], group["betas"]
         numbers = (
@@ -101,6 +141,9 @@ class CompactAdamW(torch.optim.Optimizer):
         """torch's own would cast every state to the parameter's dtype."""
         super().load_state_dict(state_dict | {"state": {}})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for group in self.param_groups:
+            if "clip_factor" in group:
+                group["clip_factor"] = group["clip_factor"].to(parameters[0].device)
         self.state = defaultdict(dict)
         for index, state in state_dict["state"].items():
             device = parameters[index].device
@@ -131,7 +174,7 @@ def empty_state(parameter: Tensor) -> dict:
     }
 
 
-@functools.cache
+@cache
 def compiled_update() -> Callable:
     return torch.compile(update, fullgraph=True)
 

@@ -112,6 +112,8 @@ def keep_gradient_norm(engine) -> None:
 
     def clip() -> None:
         gradients = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
+        if not gradients:  # the optimizer has freed them
+            return
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         engine._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms))
         factor = (engine.gradient_clipping() / (engine._global_grad_norm + 1e-6)).clamp(max=1)

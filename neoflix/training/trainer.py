@@ -130,7 +130,7 @@ class TokenTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         """Trainer's own with our groups, also where DeepSpeed makes it; or `CompactAdamW`."""
-        if self.args.uses_compact_adamw:
+        if self.args.uses_compact_adamw and self.optimizer is None:
             self.optimizer = CompactAdamW.from_arguments(self._group_parameters(), self.args)
         if isinstance(self.optimizer, DummyOptim):
             self.optimizer.params = self._group_parameters()

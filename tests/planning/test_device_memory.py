@@ -14,7 +14,7 @@ from neoflix.arguments.reader import read_train_flags
 from neoflix.data.packing import PackedCollator
 from neoflix.model.load import build_model
 from neoflix.model.lora import add_adapters
-from neoflix.planning.device_memory import activation_bytes
+from neoflix.planning.activations import activation_bytes
 from neoflix.planning.forecast import Plan, forecast
 from neoflix.planning.lengths import Texts
 from neoflix.planning.settings import Settings, read_settings

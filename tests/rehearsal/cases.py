@@ -25,6 +25,10 @@ SETUPS = {  # by name in the table: flags
     "no_offload, LoRA": ("--deepspeed", "ds_configs/no_offload.json", "--lora", "true"),
     "one_card": ("--deepspeed", "ds_configs/one_card.json"),
     "one_card, 6 layers recomputed": ("--deepspeed", "ds_configs/one_card.json", "--activation_checkpointing", "6"),
+    "one_small_card, recomputed": (
+        *("--deepspeed", "ds_configs/one_small_card.json"),
+        *("--activation_checkpointing", "true"),
+    ),
     "ds_config": ("--deepspeed", "ds_config.json"),
     "ds_config, recomputed": ("--deepspeed", "ds_config.json", "--activation_checkpointing", "true"),
     "ds_config, accumulated": ("--deepspeed", "ds_config.json", "--gradient_accumulation_steps", "2"),

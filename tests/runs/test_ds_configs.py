@@ -39,7 +39,10 @@ def check_known_keys(config: dict) -> None:
         ("optimizer", {"type", "params"}),
     ):
         assert set(config.get(block, {})) <= known, block
-    assert set(config["optimizer"]["params"]) <= {"lr", "betas", "eps", "weight_decay", "torch_adam", "fused"}
+    assert set(config["optimizer"]["params"]) <= {
+        *("lr", "betas", "eps", "weight_decay", "torch_adam", "fused"),
+        "in_backward",  # our own optimizer's
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

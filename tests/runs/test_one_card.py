@@ -68,6 +68,30 @@ def test_adapters_are_trained_too(run):
     assert (folder / "adapter_model.safetensors").is_file()
 
 
+SMALL = ("--deepspeed", "ds_configs/one_small_card.json", "--bf16", "true")
+
+
+def test_updates_in_the_backward_pass_change_nothing_else(run):
+    """Without clipping the same weights; with it a run that is resumed is the uninterrupted one."""
+    words = ["--max_steps", "4", "--eval_strategy", "no", "--max_grad_norm", "0"]
+    assert_same_weights(run("after", *ONE_CARD, *words), run("during", *SMALL, *words))
+    words = [*SMALL, *STEPS, *CONSTANT]
+    whole = run("whole", *words, "--max_steps", "6")
+    run("resumed", *words, "--max_steps", "3")
+    resumed = run("resumed", *words, "--max_steps", "6")
+    assert losses(resumed) == losses(whole)
+    assert losses(resumed, "grad_norm") == losses(whole, "grad_norm")
+    assert compare(fingerprint(resumed), fingerprint(whole)) == "losses"
+
+
+def test_a_step_in_several_parts_is_refused(train_words, processes):
+    with pytest.raises(ValueError, match="a step has one batch"):
+        train.main([*train_words, *SMALL, "--gradient_accumulation_steps", "2"])
+    processes(2)
+    with pytest.raises(ValueError, match="works in one process"):
+        train.main([*train_words, *SMALL])
+
+
 def test_two_processes_are_one_and_agree(train_words, tmp_path):
     words = [*train_words, *ONE_CARD, "--max_steps", "6", "--eval_strategy", "no"]
     for name, num_processes, batch in (("one", 1, "8"), ("two", 2, "4")):

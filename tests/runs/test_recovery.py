@@ -126,9 +126,9 @@ def disk_fills_up_in_save(small_disk, monkeypatch):
     def fill_up_in(*steps: int):
         steps, make_folder = list(steps), saving.make_folder
 
-        def make_folder_and_fill(unfinished, model):
+        def make_folder_and_fill(unfinished, *args):
             ballast.unlink(missing_ok=True)
-            make_folder(unfinished, model)
+            make_folder(unfinished, *args)
             step = int(re.match(r"checkpoint-(\d+)", unfinished.name)[1])
             if step in steps:
                 steps.remove(step)

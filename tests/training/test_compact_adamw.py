@@ -146,7 +146,7 @@ def test_a_parameter_without_gradient_stays():
     optimizer = optimizer_of(parameter)
     optimizer.step()
     assert torch.equal(parameter, before)
-    assert optimizer.state[parameter]["step"] == 0
+    assert not optimizer.state
 
 
 def test_rows_without_gradient_keep_their_variance():
@@ -162,6 +162,73 @@ def test_rows_without_gradient_keep_their_variance():
     variance = decode(state["exp_avg_sq"].view(2, 128), state["exp_avg_sq_max"], 255)
     expected = 0.001 * parameter.new_tensor(1e-3).float() ** 2 * 0.999**100
     assert torch.allclose(variance, expected.expand_as(variance), rtol=1e-3)
+
+
+def model_and_optimizer(max_norm: float | None):
+    """Two layers that share a weight, as embedding and head do. None: updates in `step`."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16)).bfloat16()
+    model[2].weight = model[0].weight
+    optimizer = CompactAdamW(model.parameters(), lr=1e-2, **ADAM)
+    if max_norm is not None:
+        optimizer.update_in_backward(max_norm)
+    return model, optimizer
+
+
+def take_steps(model, optimizer, numbers) -> list[float]:
+    """Norms of the gradients."""
+    norms = []
+    for number in numbers:
+        inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(number)).bfloat16()
+        model(inputs).square().sum().backward()
+        if not optimizer._norms:
+            norms.append(torch.stack([p.grad.float().norm() for p in model.parameters()]).norm().item())
+        optimizer.step()
+        if hasattr(optimizer, "_global_grad_norm"):
+            norms.append(optimizer._global_grad_norm.item())
+        optimizer.zero_grad()
+    return norms
+
+
+def states_of(model, optimizer) -> list[torch.Tensor]:
+    return [values_of(parameter, optimizer) for parameter in model.parameters()]
+
+
+def test_updates_in_the_backward_pass_are_those_after_it():
+    """Without clipping they are the same, also of a weight that has two gradients; no gradient is left."""
+    after, during = model_and_optimizer(None), model_and_optimizer(0)
+    assert take_steps(*during, range(4)) == pytest.approx(take_steps(*after, range(4)), rel=1e-5)
+    for ours, theirs in zip(states_of(*during), states_of(*after), strict=True):
+        assert torch.equal(ours, theirs)
+    during[0](torch.ones(1, 16).bfloat16()).sum().backward()
+    assert all(parameter.grad is None for parameter in during[0].parameters())
+
+
+def test_gradients_are_clipped_by_the_norm_of_the_step_before():
+    model, optimizer = model_and_optimizer(0.5)
+    (norm,) = take_steps(model, optimizer, [0])
+    assert norm > 1, "or nothing is clipped"
+    assert optimizer.param_groups[0]["clip_factor"].item() == pytest.approx(0.5 / norm, rel=1e-4)
+    before = [optimizer.state[p]["exp_avg_max"].max().item() for p in model.parameters()]
+    take_steps(model, optimizer, [1])
+    unclipped = model_and_optimizer(0)
+    take_steps(*unclipped, [0, 1])
+    for parameter, first, other in zip(model.parameters(), before, unclipped[0].parameters(), strict=True):
+        clipped, whole = (o.state[p]["exp_avg_max"].max() for o, p in ((optimizer, parameter), (unclipped[1], other)))
+        assert clipped < max(first, whole)
+
+
+def test_the_norm_of_the_step_before_is_saved():
+    whole = model_and_optimizer(0.5)
+    take_steps(*whole, range(4))
+    first = model_and_optimizer(0.5)
+    take_steps(*first, range(2))
+    second = model_and_optimizer(0.5)
+    second[0].load_state_dict(first[0].state_dict())
+    second[1].load_state_dict(first[1].state_dict())
+    take_steps(*second, range(2, 4))
+    for ours, theirs in zip(states_of(*second), states_of(*whole), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_weights_must_be_in_bf16():
