@@ -65,11 +65,14 @@ def find_resume_point(output_dir: str, resume_from_checkpoint: str | None, repor
     return None
 
 
+COMPACT_BYTES = 3 + 8 / 128  # of CompactAdamW's states, per parameter: three bytes, and two scales for each block
+
+
 def forecast_bytes(num_parameters: int, bytes_per_weight: int, is_compact: bool) -> int:
     """The size of a checkpoint: the model twice (safetensors, and DeepSpeed's own copy), and 12 bytes per parameter for
-    Adam (fp32 weights and two moments); or once, and 3 bytes and two scales per block of 128 for `CompactAdamW`."""
+    Adam (fp32 weights and two moments); with `CompactAdamW` once, and its states."""
     if is_compact:
-        return num_parameters * (bytes_per_weight + 3) + num_parameters * 8 // 128
+        return int(num_parameters * (bytes_per_weight + COMPACT_BYTES))
     return num_parameters * (12 + 2 * bytes_per_weight)
 
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neoflix.arguments.deepspeed_file import is_compact, is_json, updates_in_backward
+from neoflix.checkpoints.find import COMPACT_BYTES
 from neoflix.model.shape import Shape
 from neoflix.planning.lengths import Texts
 from neoflix.runtime.driver import torch_version
 from neoflix.runtime.hardware import Machine
 from neoflix.runtime.launcher import local_processes
-
-COMPACT_BYTES = 3 + 8 / 128  # of CompactAdamW's state, per parameter
 
 
 @dataclass(frozen=True)

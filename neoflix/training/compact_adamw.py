@@ -58,7 +58,7 @@ class CompactAdamW(torch.optim.Optimizer):
         """From now on the backward pass updates each parameter once its gradient is there, and frees the gradient (as
         LOMO does, Lv et al., 2023). `step` only ends the step.
 
-        The norm of all gradients is known when the last one has gone. So they are clipped by the norm of the step
+        The norm of all gradients is known only when all of them are freed. So they are clipped by the norm of the step
         before; those of the first step are not clipped.
 
         Args:
@@ -82,9 +82,10 @@ class CompactAdamW(torch.optim.Optimizer):
     def _end_step(self) -> None:
         self._global_grad_norm = torch.linalg.vector_norm(torch.stack(self._norms))  # DeepSpeed reads it, to be logged
         self._norms.clear()
-        factor = (self._max_norm / (self._global_grad_norm + 1e-6)).clamp(max=1)
-        for group in self.param_groups:
-            group["clip_factor"] = factor
+        if self._max_norm:
+            factor = (self._max_norm / (self._global_grad_norm + 1e-6)).clamp(max=1)
+            for group in self.param_groups:
+                group["clip_factor"] = factor
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):

@@ -13,8 +13,7 @@ from soak import train_words as train_words_of
 
 import generate
 import train
-from neoflix.checkpoints.find import list_checkpoints
-from neoflix.planning.settings import COMPACT_BYTES
+from neoflix.checkpoints.find import COMPACT_BYTES, list_checkpoints
 
 ONE_CARD = ("--deepspeed", "ds_configs/one_card.json", "--bf16", "true")
 STEPS = ("--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "3")

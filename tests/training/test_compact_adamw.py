@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from neoflix.planning.settings import COMPACT_BYTES
+from neoflix.checkpoints.find import COMPACT_BYTES
 from neoflix.training import compact_adamw
 from neoflix.training.compact_adamw import PERIOD, CompactAdamW, decode, encode, join_bits, phase_of, split_bits, update
 
