@@ -139,8 +139,9 @@ def fewest_layers(planned: Callable[[int], Plan], num_layers: int) -> int | None
     Args:
         planned: the plan with this many recomputed layers.
     """
+    plans = [planned(layers) for layers in range(num_layers + 1)]
     for spare in (SPARE, SPARE // 2, 0):
-        fitting = [not planned(layers).over_budget(spare) for layers in range(num_layers + 1)]
+        fitting = [not plan.over_budget(spare) for plan in plans]
         if any(fitting):
             return fitting.index(True)
     return None
