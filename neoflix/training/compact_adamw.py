@@ -80,10 +80,11 @@ class CompactAdamW(torch.optim.Optimizer):
         parameter.grad = None
 
     def _end_step(self) -> None:
-        self._global_grad_norm = torch.linalg.vector_norm(torch.stack(self._norms))  # DeepSpeed reads it, to be logged
+        self._global_grad_norm, factor = clip_factor(
+            self._norms, self._max_norm
+        )  # DeepSpeed reads the norm, to be logged
         self._norms.clear()
         if self._max_norm:
-            factor = (self._max_norm / (self._global_grad_norm + 1e-6)).clamp(max=1)
             for group in self.param_groups:
                 group["clip_factor"] = factor
 
@@ -152,6 +153,12 @@ class CompactAdamW(torch.optim.Optimizer):
                 name: value.to(device, copy=True) if isinstance(value, Tensor) else value
                 for name, value in state.items()
             }
+
+
+def clip_factor(norms: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """(the norm of all gradients, the factor that clips them to `max_norm`), by the norm of each, in fp32."""
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1)
 
 
 def block_of(parameter: Tensor) -> int:

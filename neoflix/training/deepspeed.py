@@ -15,7 +15,7 @@ from neoflix.planning.preflight import prebuilt_operators
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.redaction import redact
-from neoflix.training.compact_adamw import CompactAdamW
+from neoflix.training.compact_adamw import CompactAdamW, clip_factor
 
 
 def connect(flags) -> TrainArguments:
@@ -115,8 +115,7 @@ def keep_gradient_norm(engine) -> None:
         if not gradients:  # the optimizer has freed them
             return
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        engine._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms))
-        factor = (engine.gradient_clipping() / (engine._global_grad_norm + 1e-6)).clamp(max=1)
+        engine._global_grad_norm, factor = clip_factor(norms, engine.gradient_clipping())
         torch._foreach_mul_(gradients, factor)
 
     engine.clip_fp32_gradients = clip
