@@ -528,7 +528,7 @@ TWO_PROCESSES = """
 import os, sys, time
 import torch.distributed as dist
 from neoflix.runtime import watchdog
-from neoflix.runtime.processes import run_on_main_process, gather, main_process_first, run_and_exit
+from neoflix.runtime.processes import run_on_main_process, gather, main_process_first, run_and_exit, wait_for_others
 from neoflix.runtime.errors import StoppedEarly, UserError
 RANK = int(os.environ["RANK"])
 def connect_processes():

@@ -22,10 +22,11 @@ def open_run_folder(output_dir: str) -> Iterator[None]:
 
     UserError, in every process, where another run works there.
     """
-    from neoflix.runtime.processes import run_on_main_process  # imports torch, which `--plan` does without
+    from neoflix.runtime.processes import run_on_main_process, wait_for_others  # imports torch, unlike `--plan`
 
     run = Path(output_dir)
     is_new = not run.exists()
+    wait_for_others()  # they read their flags and check the folder, as it was before this run writes there
     run_on_main_process(_lock, run)
     try:
         run_on_main_process(claim, output_dir)

@@ -24,7 +24,7 @@ from neoflix.runtime.watchdog import Failure, end_for, end_process, get_watchdog
 LONGEST_WAIT = timedelta(hours=12)  # for the main process, which tokenizes the texts or converts a checkpoint
 
 
-_calls = itertools.count()  # of `run_on_main_process`
+_calls = itertools.count()  # of `run_on_main_process` and `wait_for_others`
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def _cpu_group() -> dist.ProcessGroup:
 
 @functools.cache
 def _store() -> dist.Store:
-    """The store of `run_on_main_process`. Unlike a process group it exists from the start, before devices are used."""
+    """The store of the functions below. Unlike a process group it exists from the start, before devices are used."""
     store = connect(serves=is_main_process())
     store.set_timeout(LONGEST_WAIT)
     return store
@@ -92,6 +92,18 @@ def run_on_main_process(function: Callable, *args) -> Any:
         raise
     finally:
         _store().set(key, pickle.dumps((answer, error)))
+
+
+def wait_for_others() -> None:
+    """Makes the main process wait until all others have come here; they do not wait. Collective; also works before
+    there is a process group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    arrived = f"arrived{next(_calls)}_"
+    if is_main_process():
+        _store().wait([f"{arrived}{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))])
+    else:
+        _store().set(f"{arrived}{os.environ['RANK']}", "")
 
 
 @contextmanager

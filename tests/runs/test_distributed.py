@@ -1,11 +1,13 @@
 """Two processes on the CPU: the same run as with one."""
 
 import json
+import signal
+import time
 
 import pytest
 import torch
-from conftest import DEEPSPEED, free_port, losses, results, run_program
-from forked import launch
+from conftest import DEEPSPEED, environment_without_launcher, free_port, losses, results, run_program
+from forked import launch, start_ranks
 from safetensors.torch import load_file
 
 from neoflix.checkpoints.names import LIVE_SAMPLES_FILE
@@ -94,6 +96,28 @@ def test_zero_3_shards_and_saves_whole_weights(deepspeed_run, tmp_path):
     assert not (three / LIVE_SAMPLES_FILE).exists()
     assert output.count("No samples during training") == 1
     assert Sampler.load(three, device="cpu").model.config.vocab_size == 512
+
+
+def test_the_main_process_writes_to_the_folder_after_the_others_have_checked_it(train_words, tmp_path):
+    """A process that starts late checks the folder as it was before the run."""
+    logs, folder = [tmp_path / "0", tmp_path / "1"], tmp_path / "run"
+    words = [*train_words, "--max_steps", "1", "--per_device_train_batch_size", "4", "--num_progress_samples", "0"]
+    programs = start_ranks(2, "train.py", *words, env=environment_without_launcher(), logs=logs)
+    try:
+        programs[1].send_signal(signal.SIGSTOP)
+        while "plan: " not in logs[0].read_text():
+            assert programs[0].poll() is None, logs[0].read_text()
+            time.sleep(0.05)
+        time.sleep(1)  # in which a main process that does not wait writes to the folder
+        assert not folder.exists()
+        programs[1].send_signal(signal.SIGCONT)
+        codes = [program.wait(300) for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+    assert codes == [0, 0], logs[1].read_text()
+    assert results(folder)["global_step"] == 1
 
 
 def test_zero_3_shards_the_demo_model(deepspeed_run):

@@ -19,8 +19,26 @@ assert run_on_main_process(lambda: RANK + 5) == 5
     assert (codes, said) == ([0, 0], ["now 0\n", "now 1\n"])
 
 
+def test_the_main_process_waits_for_the_others_and_they_do_not_wait(run_two, tmp_path):
+    codes, said = run_two(f"""
+from pathlib import Path
+if RANK == 0:
+    while not Path({str(tmp_path / "passed")!r}).exists():  # rank 1 passes although rank 0 is not there
+        time.sleep(0.01)
+for count in range(2):
+    wait_for_others()
+    Path({str(tmp_path)!r}, "passed" if RANK else f"waited {{count}}").touch()
+    while RANK and not Path({str(tmp_path)!r}, f"waited {{count}}").exists():
+        time.sleep(0.01)
+""")
+    assert (codes, said) == ([0, 0], ["", ""])
+
+
 @pytest.mark.parametrize("before", ["", "connect_processes()"], ids=["unconnected", "connected"])
-@pytest.mark.parametrize("others", ["connect_processes()", "run_on_main_process(time.sleep, 600)", "time.sleep(600)"])
+@pytest.mark.parametrize(
+    "others",
+    ["connect_processes()", "run_on_main_process(time.sleep, 600)", "wait_for_others()", "time.sleep(600)"],
+)
 def test_a_user_error_on_another_rank_is_printed_with_its_rank_and_ends_all(run_two, tmp_path, before, others):
     code = f'if RANK == 1: raise UserError("no such file")\n{others}'
     codes, said = run_two(f"{before}\n{code}", NEOFLIX_EXIT_CODE_FILE=str(tmp_path / "code"))
