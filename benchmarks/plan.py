@@ -68,13 +68,15 @@ class Configuration(NamedTuple):
 
 
 LORA = ("--lora", "true")
+BF16 = ("--bf16", "true")
+ONE_CARD = "ds_configs/one_card.json"
 SIZES = {"38M": (4, 512), "51M": (8, 512), "124M": (12, 768)}  # layers, width
 CONFIGURATIONS = {
     "38M-cpu": Configuration("38M", "ds_configs/cpu.json"),
     "38M-offload": Configuration("38M", "ds_config.json"),
     "38M-offload-accumulated": Configuration("38M", "ds_config.json", 1, ("--gradient_accumulation_steps", "2")),
-    "38M-offload-bf16": Configuration("38M", "ds_config.json", 1, ("--bf16", "true"), 2),
-    "38M-cpu-bf16": Configuration("38M", "ds_configs/cpu.json", 1, ("--bf16", "true"), 2),
+    "38M-offload-bf16": Configuration("38M", "ds_config.json", 1, BF16, 2),
+    "38M-cpu-bf16": Configuration("38M", "ds_configs/cpu.json", 1, BF16, 2),
     "38M-zero2": Configuration("38M", "ds_configs/no_offload.json"),
     "38M-zero1": Configuration("38M", "ds_configs/multi_gpu_zero1.json"),
     "38M-zero3-offload": Configuration("38M", "ds_configs/zero3_offload.json"),
@@ -91,13 +93,22 @@ CONFIGURATIONS = {
     "38M-offload-lora": Configuration("38M", "ds_config.json", 1, LORA),
     "51M-cpu-64-texts-lora": Configuration("51M", "ds_configs/cpu.json", 1, LORA, 32),
     "124M-cpu-lora": Configuration("124M", "ds_configs/cpu.json", 1, LORA),
-    "124M-cpu-bf16-lora": Configuration("124M", "ds_configs/cpu.json", 1, (*LORA, "--bf16", "true"), 2),
+    "124M-cpu-bf16-lora": Configuration("124M", "ds_configs/cpu.json", 1, (*LORA, *BF16), 2),
     "124M-cpu": Configuration("124M", "ds_configs/cpu.json"),
     "124M-offload": Configuration("124M", "ds_config.json"),
     "124M-zero2": Configuration("124M", "ds_configs/no_offload.json"),
     "124M-zero2-lora": Configuration("124M", "ds_configs/no_offload.json", 1, LORA),
     "38M-zero3-offload-lora": Configuration("38M", "ds_configs/zero3_offload.json", 1, LORA),
     "124M-zero3-offload": Configuration("124M", "ds_configs/zero3_offload.json"),
+    "38M-one-card": Configuration("38M", ONE_CARD, 1, BF16),
+    "38M-one-card-accumulated": Configuration("38M", ONE_CARD, 1, (*BF16, "--gradient_accumulation_steps", "2")),
+    "38M-one-card-2": Configuration("38M", ONE_CARD, 2, BF16),
+    "51M-one-card-64-texts": Configuration("51M", ONE_CARD, 1, BF16, 32),
+    "51M-one-card-64-texts-recomputed": Configuration(
+        "51M", ONE_CARD, 1, (*BF16, "--activation_checkpointing", "6"), 32
+    ),
+    "124M-one-card": Configuration("124M", ONE_CARD, 1, BF16),
+    "124M-one-small-card": Configuration("124M", "ds_configs/one_small_card.json", 1, BF16),
 }
 
 

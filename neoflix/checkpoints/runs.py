@@ -69,6 +69,9 @@ def describe_run(args, model, tokenizer, train_tokens, validation_tokens) -> dic
     backend = tokenizer.backend_tokenizer.to_str().encode()
     arguments = json.loads(args.to_json_string())
     deepspeed = getattr(args.hf_deepspeed_config, "config", {})
+    if args.uses_compact_adamw:  # DeepSpeed does not know its name
+        params = {"in_backward": args.updates_in_backward}
+        deepspeed = deepspeed | {"optimizer": {"type": "CompactAdamW", "params": params}}
     return {
         "model": args.model_name_or_path,
         "architecture": {key: getattr(model.config, key) for key in architecture if hasattr(model.config, key)},

@@ -1,13 +1,17 @@
 """AdamW for bf16 weights, with states of 3.06 bytes per parameter where fp32 states take 12.
 
 A small learning rate moves a bf16 weight by less than half of its last bit, so that plain bf16 training stands still.
-Here a weight has 24 bits: its bf16 value, with which the model computes, and 8 more bits of an fp32 mantissa. The first
+Here a weight has 23 bits: its bf16 value, with which the model computes, and 7 more bits of an fp32 mantissa. The first
 moment is a sign and a 7-bit logarithm, the second an 8-bit logarithm, both in eighths of an octave below the largest
 value of their block of 128, which is kept in fp32.
 
 Each of the three is rounded up or down such that the mean over many steps is exact. The choice follows a
 low-discrepancy sequence (Weyl, 1916) of the step's and the element's number, not a random generator: a resumed run
 continues bit for bit, all processes round alike, and the error is smaller. docs/speed.md has the figures.
+
+The 23 bits are not rounded to the nearest bf16 value either. A model that is loaded in bf16 would compute with the same
+weights until they have moved by half of their last bit. Each weight has its own threshold (ordered dithering), so that
+after a tenth of a bit a tenth of the weights has changed.
 """
 
 import math
@@ -127,17 +131,18 @@ class CompactAdamW(torch.optim.Optimizer):
         )
         # Tensors of the host are arguments of a kernel: new values neither compile it anew nor wait for a copy.
         numbers = [torch.tensor(number, dtype=torch.float32) for number in numbers]
+        phase = torch.tensor(phase_of(step))
         block = block_of(parameter)
         whole = [parameter, parameter.grad, state["low_bits"], state["exp_avg"], state["exp_avg_sq"]]
         tensors = [tensor.view(-1, block) for tensor in whole]
         tensors += [state["exp_avg_max"], state["exp_avg_sq_max"]]
         if parameter.is_cuda and has_triton():
-            compiled_update()(*tensors, *numbers, torch.tensor(phase_of(step, 0)))
+            compiled_update()(*tensors, *numbers, phase, torch.tensor(0))
             return
         rows = max(CHUNK[parameter.device.type] // block, 1)
         for first in range(0, len(tensors[0]), rows):
-            phase = torch.tensor(phase_of(step, first * block))
-            update(*(tensor[first : first + rows] for tensor in tensors), *numbers, phase)
+            place = torch.tensor(place_of(first * block))
+            update(*(tensor[first : first + rows] for tensor in tensors), *numbers, phase, place)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """torch's own would cast every state to the parameter's dtype."""
@@ -187,9 +192,14 @@ def compiled_update() -> Callable:
     return torch.compile(update, fullgraph=True)
 
 
-def phase_of(step: int, first_element: int) -> int:
-    """Where the sequence stands at an element: it advances by the golden ratio with each step, in units of 2^-24."""
-    return (step * 0x9E3779 + first_element * PER_ELEMENT) % PERIOD
+def phase_of(step: int) -> int:
+    """How far the sequence has advanced: by the golden ratio with each step, in units of 2^-24."""
+    return step * 0x9E3779 % PERIOD
+
+
+def place_of(element: int) -> int:
+    """Where the sequence stands at an element before the first step."""
+    return element * PER_ELEMENT % PERIOD
 
 
 def update(
@@ -207,6 +217,7 @@ def update(
     square_scale: Tensor,
     eps: Tensor,
     phase: Tensor,
+    place: Tensor,
 ) -> None:
     """One step of AdamW, in place.
 
@@ -216,10 +227,11 @@ def update(
         kept: what weight decay leaves of a weight.
         rate: learning rate, corrected for the bias of the first moment.
         square_scale: factor for the root of the second moment, against its bias.
-        phase: of the sequence that decides how to round, at the first element.
+        phase, place: of the step and of the first element, in the sequence that decides how to round.
     """
-    dither = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
-    dither = (dither * PER_ELEMENT + phase) & (PERIOD - 1)
+    places = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
+    places = (places * PER_ELEMENT + place) & (PERIOD - 1)
+    dither = (places + phase) & (PERIOD - 1)
     grad = grad.float()
     mean = decode(moment.abs(), moment_max, MOMENT_LEVELS) * moment.sign()
     mean = mean + (grad - mean) * one_minus_beta1
@@ -228,7 +240,7 @@ def update(
     value = join_bits(weight, low_bits) * kept
     value = value - rate * mean / (variance.sqrt() * square_scale + eps)
 
-    high, low = split_bits(value, dither)
+    high, low = split_bits(value, dither, places)
     weight.copy_(high)
     low_bits.copy_(low)
     codes, largest = encode(mean.abs(), dither, MOMENT_LEVELS)
@@ -240,17 +252,21 @@ def update(
 
 
 def join_bits(weight: Tensor, low_bits: Tensor) -> Tensor:
-    """bf16 values and 8 more bits of their mantissas -> fp32."""
+    """bf16 values, and what is to be added to them in units of 1/128 of their last bit -> fp32."""
     high = weight.view(torch.int16).int() << 16
-    return (high + (low_bits.int() << 8)).view(torch.float32)
+    return (high + (low_bits.int() << 9)).view(torch.float32)
 
 
-def split_bits(value: Tensor, dither: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 -> the nearest bf16 values, and the 8 bits that follow, rounded by `dither`."""
+def split_bits(value: Tensor, dither: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 -> bf16 values and the rest, which `dither` rounds to the 7 bits that follow.
+
+    The bf16 value is the lower neighbour, or the upper one if the rest reaches a threshold, which depends on the
+    element's place alone.
+    """
     bits = value.view(torch.int32)
-    bits = (bits + (dither >> 16).int()) & ~0xFF
-    high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), ((bits - (high << 16)) >> 8).to(torch.int8)
+    bits = (bits + (dither >> 15).int()) & ~0x1FF
+    high = (bits + ((places >> 17) << 9).int()) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), ((bits - (high << 16)) >> 9).to(torch.int8)
 
 
 def decode(codes: Tensor, largest: Tensor, num_levels: int) -> Tensor:

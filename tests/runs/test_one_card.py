@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from soak import train_words as train_words_of
 
 import generate
 import train
+from neoflix import export
 from neoflix.checkpoints.find import COMPACT_BYTES, list_checkpoints
+from neoflix.runtime.errors import UserError
 
 ONE_CARD = ("--deepspeed", "ds_configs/one_card.json", "--bf16", "true")
 STEPS = ("--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "3")
@@ -35,7 +38,7 @@ def test_it_learns_as_fp32_states_do(run):
     assert num_bytes < (2 + COMPACT_BYTES) * num_parameters + 150_000
 
 
-def test_resumed_as_never_interrupted_and_sampled_from(run, capsys):
+def test_resumed_as_never_interrupted(run, capsys):
     words = [*ONE_CARD, *STEPS, *CONSTANT]
     whole = run("whole", *words, "--max_steps", "6")
     run("resumed", *words, "--max_steps", "3")
@@ -43,8 +46,31 @@ def test_resumed_as_never_interrupted_and_sampled_from(run, capsys):
     assert "Resuming from" in capsys.readouterr().out
     assert losses(resumed) == losses(whole)
     assert compare(fingerprint(resumed), fingerprint(whole)) == "losses", "the run of three steps evaluated its model"
-    generate.main(generate_words(whole, "--num_samples", "3", "--output", str(whole / "samples.jsonl")))
-    assert len(read_jsonl(whole / "samples.jsonl")) == 3
+
+
+def test_its_model_is_sampled_from_exported_and_reported(run, tmp_path):
+    folder = run("run", *ONE_CARD, "--max_steps", "2")
+    export.main([str(folder), "--to", "gpt2", str(tmp_path / "gpt2")])
+    for model in (folder, tmp_path / "gpt2"):
+        assert load_file(model / "model.safetensors")["transformer.wte.weight"].dtype == torch.bfloat16
+        generate.main(generate_words(model, "--num_samples", "3", "--output", str(tmp_path / "samples.jsonl")))
+        assert len(read_jsonl(tmp_path / "samples.jsonl")) == 3
+        (tmp_path / "samples.jsonl").unlink()
+    for name in ("README.md", "report.html"):
+        assert "one_card.json" in (folder / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("ds_configs/one_small_card.json", "another deepspeed optimizer.params.in_backward (was False, is now True)"),
+        ("ds_configs/cpu.json", "another deepspeed optimizer.type (was CompactAdamW, is now AdamW)"),
+    ],
+)
+def test_a_run_keeps_its_optimizer(run, file, sentence):
+    run("run", *ONE_CARD, *STEPS, *CONSTANT, "--max_steps", "3")
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        run("run", "--deepspeed", file, "--bf16", "true", *STEPS, *CONSTANT, "--max_steps", "6")
 
 
 @pytest.mark.parametrize("layers", ["1", "2", "auto"])
@@ -91,13 +117,19 @@ def test_a_step_in_several_parts_is_refused(train_words, processes):
         train.main([*train_words, *SMALL])
 
 
-def test_two_processes_are_one_and_agree(train_words, tmp_path):
-    words = [*train_words, *ONE_CARD, "--max_steps", "6", "--eval_strategy", "no"]
-    for name, num_processes, batch in (("one", 1, "8"), ("two", 2, "4")):
-        launch(
-            num_processes, "train.py", *words, "--output_dir", tmp_path / name, "--per_device_train_batch_size", batch
-        )
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
+def test_two_processes_are_one_and_take_over_from_one(train_words, tmp_path):
+    """Each process holds all states, so that any number of them continues a run."""
+    words = [*train_words, *ONE_CARD, *STEPS, *CONSTANT]
+
+    def train_by(num_processes: int, name: str, max_steps: str) -> None:
+        batch = ["--per_device_train_batch_size", str(8 // num_processes)]
+        launch(num_processes, "train.py", *words, "--output_dir", tmp_path / name, *batch, "--max_steps", max_steps)
+
+    for num_processes, name, max_steps in ((1, "one", "6"), (2, "two", "6"), (1, "both", "3"), (2, "both", "6")):
+        train_by(num_processes, name, max_steps)
+    for name in ("two", "both"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
+    assert losses(tmp_path / "both")[:3] == losses(tmp_path / "one")[:3]
 
 
 COMPACT = argparse.Namespace(steps=24, deepspeed="ds_configs/one_card.json")

@@ -7,7 +7,17 @@ import torch
 
 from neoflix.checkpoints.find import COMPACT_BYTES
 from neoflix.training import compact_adamw
-from neoflix.training.compact_adamw import PERIOD, CompactAdamW, decode, encode, join_bits, phase_of, split_bits, update
+from neoflix.training.compact_adamw import (
+    PERIOD,
+    CompactAdamW,
+    decode,
+    encode,
+    join_bits,
+    phase_of,
+    place_of,
+    split_bits,
+    update,
+)
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
@@ -73,14 +83,30 @@ def test_bytes_per_parameter():
     assert per_parameter + parameter.element_size() < 5.1
 
 
-def test_bits_of_weights():
-    """Without dither the bits that follow are cut off, and the bf16 weight is nearest to the others."""
+@pytest.mark.parametrize("place", [0, PERIOD // 4, PERIOD // 2, PERIOD - 1])
+def test_bits_of_weights(place):
+    """Without dither the bits that follow are cut off. The bf16 weight is a neighbour, by the place's threshold."""
     values = torch.cat([torch.randn(1000), torch.tensor([0.0, 1.0, -1.0, 3e38, 255 / 256, -(2.0**-126)])])
-    high, low = split_bits(values, torch.zeros(len(values), dtype=torch.int64))
+    no_dither, places = torch.zeros(len(values), dtype=torch.int64), torch.full((len(values),), place)
+    high, low = split_bits(values, no_dither, places)
     joined = join_bits(high, low)
-    assert torch.equal((joined - joined.bfloat16().float()).abs(), (joined - high.float()).abs())  # ties may differ
-    assert ((joined - values).abs() <= values.abs() * 2**-15).all()
-    assert torch.equal(join_bits(*split_bits(joined, torch.zeros(len(values), dtype=torch.int64))), joined)
+    assert ((joined - values).abs() <= values.abs() * 2**-14).all()
+    assert all(map(torch.equal, split_bits(joined, no_dither, places), (high, low)))
+    below = (joined.view(torch.int32) & ~0xFFFF).view(torch.float32)  # next to zero
+    rest = (joined.view(torch.int32) & 0xFFFF) / 2**16  # of the last bit of a bf16 value
+    assert torch.equal(high.float().abs() > below.abs(), rest >= 1 - (place >> 17) / 128)
+
+
+def test_a_small_move_changes_its_share_of_the_weights():
+    """A weight in bf16 has no further bits, and a quarter of the last bit is less than rounding to nearest sees."""
+    parameter = torch.nn.Parameter(torch.full((16, 128), 1.0, dtype=torch.bfloat16))
+    optimizer = CompactAdamW([parameter], lr=2**-7 / 4, **ADAM | {"weight_decay": 0})
+    parameter.grad = torch.full_like(parameter, -1)
+    optimizer.step()
+    assert set(parameter.detach().flatten().tolist()) == {1.0, 1 + 2**-7}
+    assert (parameter.detach().float().mean() - 1).item() == pytest.approx(2**-7 / 4, rel=0.02)
+    changed = (parameter > 1).float()
+    assert changed.mean(dim=0).max() < 1, "not the same ones in each row"
 
 
 @pytest.mark.parametrize("num_levels", [127, 255])
@@ -89,7 +115,7 @@ def test_rounding_is_right_on_average(num_levels):
     values[:, 0] = 1
     total = torch.zeros(values.shape, dtype=torch.float64)
     for step in range(1, 1001):
-        dither = torch.full(values.shape, phase_of(step, 0))
+        dither = torch.full(values.shape, phase_of(step))
         codes, largest = encode(values, dither, num_levels)
         assert codes.min() >= 0
         assert codes.max() == num_levels
@@ -97,9 +123,11 @@ def test_rounding_is_right_on_average(num_levels):
     assert torch.allclose(total.float() / 1000, values, rtol=2e-3, atol=1e-7)
 
 
-def test_phases_differ_by_step_and_element():
-    assert len({phase_of(step, element) for step in range(100) for element in range(0, 12800, 128)}) == 10_000
-    assert 0 <= phase_of(10**6, 10**9) < PERIOD
+def test_dither_differs_by_step_and_element():
+    places = [place_of(element) for element in range(0, 12800, 128)]
+    assert len({(phase_of(step) + place) % PERIOD for step in range(100) for place in places}) == 10_000
+    assert 0 <= phase_of(10**6) < PERIOD
+    assert 0 <= place_of(10**9) < PERIOD
 
 
 def train(parameter, optimizer, num_steps: int, skip: int = 0) -> None:
