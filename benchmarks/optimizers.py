@@ -5,9 +5,9 @@
     python benchmarks/optimizers.py moves --model RUN --steps 200 --learning_rate 1e-5 --dataset ...
     python benchmarks/optimizers.py seconds
 
-`learning`: each side starts from the same weights and sees the same batches, with a cosine schedule and a warm-up, and
-gradients clipped at 1. The model computes in fp32, with weights that are rounded to bf16 for every side but the first,
-and their gradients are rounded to bf16. The figures are held-out perplexities.
+`learning`: each side starts from the same bf16 weights and sees the same batches, with a cosine schedule and a warm-up,
+and gradients clipped at 1. The model computes in fp32. For every side but `fp32` its weights and their gradients are
+rounded to bf16 in each step. The figures are held-out perplexities.
 
 `moves`: each side takes the gradients that the fp32 side has, rounded to bf16. The figures are the error of the total
 move of the weights, as a share of the move: of all together, and the largest of one weight, as a share of the root
@@ -94,7 +94,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def load(args) -> tuple[torch.nn.Module, list[dict], list[dict]]:
-    """(model, batches to train on, held-out batches)"""
+    """(model in fp32 with weights that are bf16 values, batches to train on, held-out batches)"""
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     if args.model == "40M":
         model = build_model(GPTNeoConfig(vocab_size=50304, max_position_embeddings=512, **SMALL), torch.float32)
@@ -102,7 +102,7 @@ def load(args) -> tuple[torch.nn.Module, list[dict], list[dict]]:
         model = load_model(args.model, tokenizer, torch.float32, {})
     texts = [example.whole for example in read_examples(Path(args.dataset))]
     ids = [[tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
-    return model, *make_batches(model, tokenizer, ids, args)
+    return model.bfloat16().float(), *make_batches(model, tokenizer, ids, args)
 
 
 def make_batches(model, tokenizer, ids: list[list[int]], args) -> tuple[list[dict], list[dict]]:

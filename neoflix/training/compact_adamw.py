@@ -28,6 +28,7 @@ PER_OCTAVE = 8  # levels of a logarithm
 MOMENT_LEVELS, SQUARE_LEVELS = 127, 255  # 16 and 32 octaves
 # Of the sequence that decides how to round. Triton computes positions with 32 bits, whose overflow 2^24 divides.
 PERIOD, PER_ELEMENT = 2**24, 0x5BD1E9
+MIX = 0xC13FA9  # makes another sequence of this one: thresholds that do not follow the dither
 
 # Elements that are updated at a time without a compiler: on a CPU intermediate results stay in its cache, on a GPU they
 # take 0.3 GiB.
@@ -265,7 +266,8 @@ def split_bits(value: Tensor, dither: Tensor, places: Tensor) -> tuple[Tensor, T
     """
     bits = value.view(torch.int32)
     bits = (bits + (dither >> 15).int()) & ~0x1FF
-    high = (bits + ((places >> 17) << 9).int()) >> 16
+    thresholds = (places * MIX & (PERIOD - 1)) >> 17 << 9
+    high = (bits + thresholds.int()) >> 16
     return high.to(torch.int16).view(torch.bfloat16), ((bits - (high << 16)) >> 9).to(torch.int8)
 
 
