@@ -85,9 +85,8 @@ class CompactAdamW(torch.optim.Optimizer):
         parameter.grad = None
 
     def _end_step(self) -> None:
-        self._global_grad_norm, factor = clip_factor(
-            self._norms, self._max_norm
-        )  # DeepSpeed reads the norm, to be logged
+        norm, factor = clip_factor(self._norms, self._max_norm)
+        self._global_grad_norm = norm  # DeepSpeed reads it, to be logged
         self._norms.clear()
         if self._max_norm:
             for group in self.param_groups:
@@ -113,13 +112,16 @@ class CompactAdamW(torch.optim.Optimizer):
         the holes would stay."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.requires_grad and not self.state[parameter]:
-                    self.state[parameter] |= empty_state(parameter)
+                if parameter.requires_grad:
+                    self._state_of(parameter)
+
+    def _state_of(self, parameter: Tensor) -> dict:
+        if not self.state[parameter]:
+            self.state[parameter] |= empty_state(parameter)
+        return self.state[parameter]
 
     def _update(self, parameter: Tensor, group: dict) -> None:
-        state = self.state[parameter]
-        if not state:
-            state |= empty_state(parameter)
+        state = self._state_of(parameter)
         state["step"] += 1
         step, (beta1, beta2) = state["step"], group["betas"]
         numbers = (
