@@ -102,7 +102,9 @@ def load(args) -> tuple[torch.nn.Module, list[dict], list[dict]]:
         model = load_model(args.model, tokenizer, torch.float32, {})
     texts = [example.whole for example in read_examples(Path(args.dataset))]
     ids = [[tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
-    return model.bfloat16().float(), *make_batches(model, tokenizer, ids, args)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return model, *make_batches(model, tokenizer, ids, args)
 
 
 def make_batches(model, tokenizer, ids: list[list[int]], args) -> tuple[list[dict], list[dict]]:

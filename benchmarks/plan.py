@@ -103,12 +103,10 @@ CONFIGURATIONS = {
     "38M-one-card": Configuration("38M", ONE_CARD, 1, BF16),
     "38M-one-card-accumulated": Configuration("38M", ONE_CARD, 1, (*BF16, "--gradient_accumulation_steps", "2")),
     "38M-one-card-2": Configuration("38M", ONE_CARD, 2, BF16),
-    "51M-one-card-64-texts": Configuration("51M", ONE_CARD, 1, BF16, 32),
-    "51M-one-card-64-texts-recomputed": Configuration(
-        "51M", ONE_CARD, 1, (*BF16, "--activation_checkpointing", "6"), 32
-    ),
+    "51M-one-card": Configuration("51M", ONE_CARD, 1, BF16),
+    "51M-one-card-recomputed": Configuration("51M", ONE_CARD, 1, (*BF16, "--activation_checkpointing", "6")),
     "124M-one-card": Configuration("124M", ONE_CARD, 1, BF16),
-    "124M-one-small-card": Configuration("124M", "ds_configs/one_small_card.json", 1, BF16),
+    "38M-one-small-card": Configuration("38M", "ds_configs/one_small_card.json", 1, BF16),
 }
 
 

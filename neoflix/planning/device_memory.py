@@ -198,15 +198,20 @@ def _kept_by_the_cpu(shape: Shape, settings: Settings) -> dict[str, int]:
 
     Without ZeRO, fp32 weights stay mapped from their file, and the embedding is there twice because it is resized; at
     stage 3 it is whole before and after. With LoRA it stays mapped at stages 1 and 2 too, where DeepSpeed copies only
-    trainable weights. Gloo copies what processes exchange. With offload in bf16 the largest gradient is cast twice, and
-    the buckets' memory is not reused (one configuration measured).
+    trainable weights. With `CompactAdamW`, whose states are small, the memory in which the embedding was converted to
+    bf16 is not reused. Gloo copies what processes exchange. With offload in bf16 the largest gradient is cast twice,
+    and the buckets' memory is not reused (one configuration measured).
     """
     kept, embedding = {}, settings.weight_bytes * shape.embedding
     if settings.stage == 3:
         kept["embedding, resized"] = 2 * embedding
     elif settings.weight_bytes == 4 and (settings.stage == 0 or settings.lora_rank):
         kept["embedding, resized"] = embedding
-    if settings.num_processes > 1 and settings.stage:
+    elif settings.is_compact:
+        kept["embedding, converted"] = 6 * shape.embedding
+    if settings.num_processes > 1 and settings.is_compact:
+        kept["exchange"] = 4 * min(settings.num_trainable(shape), EXCHANGED + settings.largest_trainable(shape))
+    elif settings.num_processes > 1 and settings.stage:
         bucket = min(settings.bucket("reduce_bucket_size"), settings.num_trainable(shape))
         kept["exchange"] = settings.weight_bytes * bucket
     if settings.weight_bytes == 2 and settings.stage in (1, 2) and settings.offload("offload_optimizer"):
