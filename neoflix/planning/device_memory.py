@@ -82,8 +82,11 @@ def _first_layer(shape: Shape, settings: Settings) -> dict[str, int]:
 def _exchanged(shape: Shape, settings: Settings) -> int:
     """Bytes of the gradients that processes exchange at a time without ZeRO (engine.py, `allreduce_no_retain`): copied
     into one tensor and, where DeepSpeed does not know that they are in half precision, cast to fp32."""
-    bucket = min(settings.num_trainable(shape), EXCHANGED + settings.largest_trainable(shape))
-    return bucket * (settings.weight_bytes + (4 if settings.is_compact else 0))
+    return _exchange_bucket(shape, settings) * (settings.weight_bytes + (4 if settings.is_compact else 0))
+
+
+def _exchange_bucket(shape: Shape, settings: Settings) -> int:
+    return min(settings.num_trainable(shape), EXCHANGED + settings.largest_trainable(shape))
 
 
 def _with_gathered(phases: dict, shape: Shape, settings: Settings) -> dict[str, dict[str, int]]:
@@ -210,7 +213,7 @@ def _kept_by_the_cpu(shape: Shape, settings: Settings) -> dict[str, int]:
     elif settings.is_compact:
         kept["embedding, converted"] = 6 * shape.embedding
     if settings.num_processes > 1 and settings.is_compact:
-        kept["exchange"] = 4 * min(settings.num_trainable(shape), EXCHANGED + settings.largest_trainable(shape))
+        kept["exchange"] = 4 * _exchange_bucket(shape, settings)
     elif settings.num_processes > 1 and settings.stage:
         bucket = min(settings.bucket("reduce_bucket_size"), settings.num_trainable(shape))
         kept["exchange"] = settings.weight_bytes * bucket

@@ -97,11 +97,12 @@ def run_on_main_process(function: Callable, *args) -> Any:
 def wait_for_others() -> None:
     """Makes the main process wait until all others have come here; they do not wait. Collective; also works before
     there is a process group."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
         return
     arrived = f"arrived{next(_calls)}_"
     if is_main_process():
-        _store().wait([f"{arrived}{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))])
+        _store().wait([f"{arrived}{rank}" for rank in range(1, world_size)])
     else:
         _store().set(f"{arrived}{os.environ['RANK']}", "")
 
