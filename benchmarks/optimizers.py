@@ -45,7 +45,8 @@ from neoflix.data.tokenizer import load_tokenizer
 from neoflix.model.load import build_model, load_model
 from neoflix.model.vocabulary import keeps_texts_apart
 from neoflix.training import compact_adamw
-from neoflix.training.compact_adamw import CompactAdamW, join_bits
+from neoflix.training.compact_adamw import CompactAdamW
+from neoflix.training.compact_update import join_bits
 
 SMALL = {"num_layers": 4, "hidden_size": 512, "num_heads": 8, "attention_types": [[["global", "local"], 2]]}
 GPT_NEO_125M = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "attention_types": [[["global", "local"], 6]]}

@@ -28,6 +28,7 @@ TOP_LEVEL_KEYS = frozenset(
 )
 
 COMPACT_ADAMW = "CompactAdamW"  # our own optimizer (training/compact_adamw.py), as the file's optimizer type
+TWO_PASSES = "two_passes"  # its parameter "in_backward": clips exactly, by the norm that a pass before has measured
 
 _ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
 _BATCH_KEYS = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
@@ -81,9 +82,9 @@ def is_compact(config: dict) -> bool:
     return config.get("optimizer", {}).get("type") == COMPACT_ADAMW
 
 
-def updates_in_backward(config: dict) -> bool:
-    """Whether it is to update parameters during the backward pass."""
-    return is_compact(config) and bool(config["optimizer"].get("params", {}).get("in_backward"))
+def updates_in_backward(config: dict) -> bool | str:
+    """Whether it is to update parameters during the backward pass: TWO_PASSES for the second of two."""
+    return is_compact(config) and config["optimizer"].get("params", {}).get("in_backward", False)
 
 
 def _check_compact(config: dict, path: str | Path) -> None:
@@ -102,6 +103,8 @@ def _check_compact(config: dict, path: str | Path) -> None:
             )
     if unknown := set(config["optimizer"].get("params", {})) - {*_ADAM_PARAMS, "in_backward"}:
         raise UserError(f"--deepspeed {path}: {COMPACT_ADAMW} has no parameter {min(unknown)!r}; remove it")
+    if (value := updates_in_backward(config)) not in (False, True, TWO_PASSES):
+        raise UserError(f'--deepspeed {path}: "in_backward" is {value!r}; it must be false, true or "{TWO_PASSES}"')
 
 
 def _check_keys(config: dict, path: str | Path) -> None:

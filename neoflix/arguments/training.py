@@ -35,7 +35,7 @@ class TrainArguments(TrainFlags, TrainingArguments):
     command = ""  # the command line; not a field
     recomputed_layers: ClassVar[int | None] = None  # None: all or none, by activation_checkpointing
     uses_compact_adamw: ClassVar[bool] = False  # by the DeepSpeed file
-    updates_in_backward: ClassVar[bool] = False
+    updates_in_backward: ClassVar[bool | str] = False
 
     def __post_init__(self):
         self.bf16, self.fp16, self.use_cpu = bool(self.bf16), bool(self.fp16), bool(self.use_cpu)

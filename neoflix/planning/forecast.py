@@ -8,6 +8,7 @@ fp16/fused_optimizer.py, bf16_optimizer.py), the ZeRO papers (Rajbhandari et al.
 
 from dataclasses import dataclass
 
+from neoflix.arguments.deepspeed_file import TWO_PASSES
 from neoflix.checkpoints.find import forecast_bytes
 from neoflix.model.shape import Shape
 from neoflix.planning.device_memory import device_memory
@@ -142,6 +143,7 @@ def forecast(shape: Shape, texts: Texts, settings: Settings, machine: Machine) -
     per_token = flops_per_token(*products, is_lora=settings.lora_rank > 0)
     recomputed = settings.recomputed_layers / max(shape.num_layers, 1)
     per_token += recomputed * recomputed_flops_per_token(*products)
+    per_token *= 2 if settings.updates_in_backward == TWO_PASSES else 1
     return Plan(
         shape,
         texts,

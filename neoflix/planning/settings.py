@@ -56,8 +56,8 @@ class Settings:
         return is_compact(self.ds_config)
 
     @property
-    def updates_in_backward(self) -> bool:
-        """Whether each gradient is freed as soon as it is there."""
+    def updates_in_backward(self) -> bool | str:
+        """Whether each gradient is freed as soon as it is there; TWO_PASSES if all are computed twice."""
         return updates_in_backward(self.ds_config)
 
     @property

@@ -3,6 +3,7 @@
 import shutil
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from accelerate.utils import DummyOptim
 from transformers import ProgressCallback, Trainer
 from transformers.utils import logging
 
+from neoflix.arguments.deepspeed_file import TWO_PASSES
 from neoflix.checkpoints.names import UNIVERSAL
 from neoflix.checkpoints.ownership import temporary
 from neoflix.checkpoints.start import Start, check_progress
@@ -184,6 +186,11 @@ class TokenTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.meters.count(inputs)
+        if self.args.updates_in_backward == TWO_PASSES:
+            inputs = self._prepare_inputs(inputs)
+            self.model.train()  # an evaluation may have come before
+            compute_loss = partial(self.compute_loss, self.model, dict(inputs), False, num_items_in_batch)
+            self.model_wrapped.optimizer.measure_norm(compute_loss)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses_are_finite = self._losses_are_finite & torch.isfinite(loss)  # on the device: no sync
         return loss

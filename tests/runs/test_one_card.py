@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,17 @@ def test_updates_in_the_backward_pass_change_nothing_else(run):
     assert compare(fingerprint(resumed), fingerprint(whole)) == "losses"
 
 
+def test_two_passes_clip_exactly(run):
+    """As without updates in the backward pass, bit for bit; with dropout, so that random numbers count."""
+    config = json.loads(Path("ds_configs/one_small_card.json").read_text())
+    config["optimizer"]["params"]["in_backward"] = "two_passes"
+    words = ["--max_steps", "4", "--eval_strategy", "no", "--max_grad_norm", "0.2", "--model_name_or_path", "demo"]
+    ours = run("ours", "--deepspeed", json.dumps(config), "--bf16", "true", *words)
+    theirs = run("theirs", *ONE_CARD, *words)
+    assert losses(ours) == losses(theirs)
+    assert_same_weights(ours, theirs)
+
+
 def test_a_step_in_several_parts_is_refused(train_words, processes):
     with pytest.raises(ValueError, match="a step has one batch"):
         train.main([*train_words, *SMALL, "--gradient_accumulation_steps", "2"])
@@ -155,6 +167,7 @@ def test_kills_change_nothing(tmp_path):
         ({"zero_optimization": {"stage": 1}}, "works without ZeRO only"),
         ({"bf16": {"enabled": "auto"}}, "remove the block 'bf16'"),
         ({"optimizer": {"type": "CompactAdamW", "params": {"fused": True}}}, "no parameter 'fused'"),
+        ({"optimizer": {"type": "CompactAdamW", "params": {"in_backward": "twice"}}}, 'true or "two_passes"'),
     ],
 )
 def test_settings_that_would_bring_fp32_weights_back_are_refused(train_words, changes, reason):

@@ -7,10 +7,10 @@ import torch
 
 from neoflix.checkpoints.find import COMPACT_BYTES
 from neoflix.training import compact_adamw
-from neoflix.training.compact_adamw import (
+from neoflix.training.compact_adamw import CompactAdamW
+from neoflix.training.compact_update import (
     MIX,
     PERIOD,
-    CompactAdamW,
     decode,
     encode,
     join_bits,
