@@ -27,8 +27,8 @@ from architectures import VOCAB_SIZE, draw_texts
 from machine import now, write_line
 
 from neoflix.data.packing import lay_out_texts
-from neoflix.model import attention
-from neoflix.model.attention import GPTNeoFastAttention, takes_varlen
+from neoflix.model import packed_attention
+from neoflix.model.attention import GPTNeoFastAttention
 from neoflix.model.loss import causal_lm_loss
 
 WINDOW = 256
@@ -116,7 +116,7 @@ def attentions(lengths: list[int], args: argparse.Namespace) -> dict[str, Callab
     layer = GPTNeoFastAttention(config, "local")
 
     def ours(with_varlen: bool):
-        with mock.patch.object(attention, "takes_varlen", return_value=with_varlen):
+        with mock.patch.object(packed_attention, "takes_varlen", return_value=with_varlen):
             return layer._attend_by_text(query, key, value, layout)
 
     functions = {
@@ -135,7 +135,7 @@ def attentions(lengths: list[int], args: argparse.Namespace) -> dict[str, Callab
             return compiled(q, k, v, block_mask=blocks, scale=1.0)[0].transpose(0, 1)
 
         functions["flex, compiled"] = flex
-    if takes_varlen(query):
+    if packed_attention.takes_varlen(query):
         functions["ours, variable-length kernel"] = lambda: ours(with_varlen=True)
     weight = torch.randn(*shape, dtype=args.dtype)  # so that no gradient is the same for all tokens
     return {

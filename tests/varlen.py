@@ -34,13 +34,14 @@ def reference_varlen_attn(
     Args:
         dtypes: those of the inputs. The kernel takes half precision only; fp32 shows errors that rounding would hide.
     """
-    assert (return_aux, enable_gqa, seqused_k, block_table, num_splits) == (None, False, None, None, None)
-    num_tokens, _, width = query.shape
+    assert (return_aux, seqused_k, block_table, num_splits) == (None, None, None, None)
+    num_tokens, num_heads, width = query.shape
+    assert enable_gqa or key.shape[1] == num_heads
     assert query.dtype in dtypes
     assert width % 8 == 0
     assert width <= 256
     for x in (query, key, value):
-        assert (x.shape, x.dtype, x.device) == (query.shape, query.dtype, query.device)
+        assert (x.shape[::2], x.dtype, x.device) == (query.shape[::2], query.dtype, query.device)
         assert x.stride(-1) == 1
     for bounds in (cu_seq_q, cu_seq_k):
         assert (bounds.dtype, bounds.device, bounds.dim()) == (torch.int32, query.device, 1)
@@ -51,6 +52,7 @@ def reference_varlen_attn(
     assert min(lengths) > 0
     assert max_q == max_k == max(lengths)
     assert type(window_size) is tuple  # torch compares it with (-1, 0)
+    key, value = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (key, value))
     texts = zip(*(x.float().split(lengths) for x in (query, key, value)), strict=True)
     scale = width**-0.5 if scale is None else scale
     return torch.cat([_attend(*text, scale, *window_size) for text in texts]).to(query.dtype)

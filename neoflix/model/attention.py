@@ -2,27 +2,22 @@
 
 It computes the same as transformers' eager attention (no 1/sqrt(d) scaling; every second layer sees only the last
 `window_size` tokens), without the [B, H, T, T] fp32 matrix and without the positions-squared `bias` buffer (4 MB per
-layer at 2,048 positions).
-
-In a packed row, each text attends only to itself. The cost is linear in the number of texts; with a block-diagonal mask
-it would be quadratic. On CUDA this is one kernel, torch's variable-length flash attention. Elsewhere texts are grouped
-by length, and each group goes through `scaled_dot_product_attention`.
+layer at 2,048 positions). In a packed row, each text attends only to itself (`packed_attention.py`).
 
 All masks of transformers work: two-dimensional, or four-dimensional as bool, float or integer, with any cache.
 
-Shapes: B rows, T tokens per row, Q queries, K keys, H heads, D dimensions per head, N texts, L tokens of the longest
-text (in a group).
+Shapes: B rows, T tokens per row, Q queries, K keys, H heads, D dimensions per head.
 """
 
 import torch
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES
 
 from neoflix.data.packing import TextLayout
+from neoflix.model.packed_attention import attend_by_text, attend_by_text_or_mask, band
 
 ATTENTION_NAME = "neoflix"  # not "sdpa", which transformers refuses for GPT-Neo
 
@@ -57,7 +52,7 @@ class GPTNeoFastAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if isinstance(attention_mask, TextLayout):
-            output = self._attend_by_text(query[0], key[0], value[0], attention_mask)
+            output = attend_by_text(query[0], key[0], value[0], attention_mask, 1.0, self._dropout, self.window)
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             if attention_mask is not None:  # before the update, which changes the offset of a static cache
@@ -69,6 +64,10 @@ class GPTNeoFastAttention(nn.Module):
                 key, value = layer_past.update(key, value, self.layer_id)
             output = self._attend(query, key, value, attention_mask).transpose(1, 2)
         return self.resid_dropout(self.out_proj(output.reshape(hidden_states.shape))), None
+
+    @property
+    def _dropout(self) -> float:
+        return self.attention_dropout if self.training else 0.0
 
     def _complete(self, mask, place_Q1, dtype):
         """The mask for `scaled_dot_product_attention`: causal, and limited to the layer's window.
@@ -94,23 +93,6 @@ class GPTNeoFastAttention(nn.Module):
             is_near &= keys_K > place_Q1 - self.window
         return mask & is_near if mask.dtype == torch.bool else mask.masked_fill(~is_near, -torch.inf)
 
-    @torch.compiler.disable  # the shapes change with every batch
-    def _attend_by_text(self, query_THD, key_THD, value_THD, layout_11NL):
-        dropout = self.attention_dropout if self.training else 0.0
-        if not dropout and takes_varlen(query_THD):
-            layout_NL = layout_11NL.as_subclass(torch.Tensor)[0, 0]
-            num_tokens, longest = len(query_THD), layout_NL.shape[1]
-            bounds = pad(layout_NL[:, 0], (0, 1), value=num_tokens).int()
-            window = (-1 if self.window is None else self.window - 1, 0)
-            return varlen_attn(
-                query_THD, key_THD, value_THD, bounds, bounds, longest, longest, scale=1.0, window_size=window
-            )
-        output_THD = torch.empty_like(query_THD)
-        for group_NL, places_M, cells_M in layout_11NL.groups:
-            query, key, value = (x[group_NL].transpose(1, 2) for x in (query_THD, key_THD, value_THD))
-            output_THD[places_M] = self._attend(query, key, value, None).transpose(1, 2).flatten(0, 1)[cells_M]
-        return output_THD
-
     def _attend(self, query_BHQD, key_BHKD, value_BHKD, mask):
         num_queries = query_BHQD.shape[2]
         if mask is None and num_queries == 1:  # one new token attends to the whole cache
@@ -119,13 +101,13 @@ class GPTNeoFastAttention(nn.Module):
         elif mask is None:  # a prefill: a static cache has empty positions after the queries
             key_BHKD, value_BHKD = key_BHKD[:, :, :num_queries], value_BHKD[:, :, :num_queries]
             if self.window is not None and num_queries > self.window:
-                mask = _band(num_queries, self.window, query_BHQD.device)
+                mask = band(num_queries, self.window, query_BHQD.device)
         return scaled_dot_product_attention(
             query_BHQD,
             key_BHKD,
             value_BHKD,
             attn_mask=mask,
-            dropout_p=self.attention_dropout if self.training else 0.0,
+            dropout_p=self._dropout,
             is_causal=mask is None and num_queries > 1,
             scale=1.0,
         )
@@ -139,24 +121,9 @@ def _find_start(cache, layer: int | None):
     return cache.get_query_offset(layer) if places_B is None else places_B[:, None, None, None]
 
 
-def takes_varlen(query: torch.Tensor) -> bool:
-    """Whether flash attention runs: in half precision, on NVIDIA's Ampere or later, with heads of 8, 16, ..., 256
-    dimensions."""
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    width = query.shape[-1]
-    return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
-
-
-def _band(length: int, window: int, device) -> torch.Tensor:
-    """bool [length, length]: each token attends to itself and the window - 1 tokens before it."""
-    full = torch.ones(length, length, dtype=torch.bool, device=device)
-    return full.tril().triu(1 - window)
-
-
 def register_attention() -> None:
     """Registers `attn_implementation="neoflix"` with transformers. Repeated calls have no effect."""
     GPT_NEO_ATTENTION_CLASSES[ATTENTION_NAME] = GPTNeoFastAttention
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
-    # Only for transformers' check of the name. GPT-Neo takes its layers from the table above.
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, scaled_dot_product_attention)
+    # For every architecture but GPT-Neo, which takes its layers from the table above.
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend_by_text_or_mask)

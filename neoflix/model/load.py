@@ -22,7 +22,7 @@ from neoflix.model.attention import ATTENTION_NAME, register_attention
 from neoflix.model.folder import holds_adapters
 from neoflix.model.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.model.loss import causal_lm_loss
-from neoflix.model.shape import pad_vocab_size
+from neoflix.model.shape import PACKED, pad_vocab_size
 from neoflix.model.source import check_architecture, check_reachable, explain_loading_errors, find_pickle
 from neoflix.model.vocabulary import resize_embeddings, set_token_ids
 from neoflix.runtime.errors import UserError
@@ -68,7 +68,7 @@ def _connect_for_sharding() -> None:
 
 
 def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pickle: bool = False) -> PreTrainedModel:
-    """Loads a causal language model from a folder or the hub; GPT-Neo comes with our attention and loss.
+    """Loads a causal language model from a folder or the hub, with our loss; those in PACKED with our attention.
 
     Weights are read from safetensors, and a model's own code never runs (docs/loading.md). For a folder with LoRA
     adapters, this loads the base model, resizes its embeddings to the folder's tokenizer and merges the adapters.
@@ -97,7 +97,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
             f"--model_name_or_path {model_name_or_path}: its weights are in {pickled}, a pickle, which can run code "
             "when it is read; use a model with safetensors or, if you trust its authors, set --allow_pickle true"
         )
-    options = {"attn_implementation": ATTENTION_NAME} if config.model_type == "gpt_neo" else {}
+    options = {"attn_implementation": ATTENTION_NAME} if config.model_type in PACKED else {}
     with explain_loading_errors(model_name_or_path):
         model, loading = AutoModelForCausalLM.from_pretrained(
             model_name_or_path,
@@ -112,8 +112,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
             f"--model_name_or_path {model_name_or_path}: {len(missing)} weights of config.json are missing, such as "
             f"{missing[0]}; the weights and config.json must belong to the same model"
         )
-    if config.model_type == "gpt_neo":
-        model.loss_function = causal_lm_loss
+    model.loss_function = causal_lm_loss
     return model
 
 

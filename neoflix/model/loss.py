@@ -54,12 +54,13 @@ def _chunks(logits_NV: torch.Tensor) -> list[slice]:
 
 
 @torch.compiler.disable  # a compiler cannot overwrite its inputs
-def causal_lm_loss(logits, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+def causal_lm_loss(logits, labels, vocab_size=None, num_items_in_batch=None, **kwargs) -> torch.Tensor:
     """Replaces Hugging Face's `ForCausalLMLoss` as a model's `loss_function`.
 
     Args:
         logits: [B, T, V]; the backward pass overwrites them with their gradient.
         labels: long [B, T]; the logits at token t predict label t + 1.
+        vocab_size: not used; some models give it by position.
         num_items_in_batch: the divisor of the sum: the number of labels in the whole step, over all ranks and
             accumulated batches. None for the mean over this batch.
     """

@@ -18,6 +18,13 @@ HUB_SHAPES = {
     for size, num_layers, width in (("125M", 12, 768), ("1.3B", 24, 2048), ("2.7B", 32, 2560))
 }
 
+# Architectures whose texts are packed, as `model_type` in config.json. tests/model/test_packing.py compares each with
+# texts that are read one by one.
+PACKED = {
+    *("cohere", "gemma", "gpt2", "gpt_neo", "gpt_neox", "granite", "llama", "mistral", "olmo", "olmo2", "phi", "phi3"),
+    *("qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+}
+
 VOCAB_MULTIPLE = 64  # tensor cores are fastest with multiples of it
 COUNTED_TEXTS, COUNTED_TOKENS = 2, 64  # the batch for which activations are counted
 
@@ -37,7 +44,7 @@ class Shape:
     vocab_size: int  # rows of the embedding, padded
     num_parameters: int
     window: int
-    is_gpt_neo: bool = True  # our attention and our loss
+    model_type: str = "gpt_neo"
     adapted: int = 0  # sum of in_features + out_features over all linear layers but the head
     num_linear: int = 0  # linear layers without the head
     is_tied: bool = True  # the output layer's weight is the embedding's
@@ -46,13 +53,18 @@ class Shape:
     kept_bytes: tuple[float, float] = (0, 0)
 
     @property
+    def is_packed(self) -> bool:
+        """Whether texts are packed into one row, without padding."""
+        return self.model_type in PACKED
+
+    @property
     def embedding(self) -> int:
         return self.vocab_size * self.width
 
     @property
     def layer_parameters(self) -> int:
         """Parameters of one layer's attention and MLP, without biases and norms."""
-        if self.is_gpt_neo:
+        if self.model_type == "gpt_neo":
             return 4 * self.width**2 + 2 * self.width * self.inner
         rest = self.num_parameters - self.embedding * (1 if self.is_tied else 2)
         return rest // self.num_layers
@@ -135,7 +147,7 @@ def _other_shape(folder: Path) -> Shape | None:
     head = model.get_output_embeddings()
     return Shape(
         *(config.num_hidden_layers, width, inner, vocab, model.num_parameters(), window),
-        is_gpt_neo=False,
+        model_type=config.model_type,
         adapted=sum(map(sum, adapted)),
         num_linear=len(adapted),
         is_tied=head is None or head.weight is model.get_input_embeddings().weight,

@@ -86,5 +86,5 @@ def get_window(model: PreTrainedModel) -> int:
 
 
 def keeps_texts_apart(model: PreTrainedModel) -> bool:
-    """Whether texts can be packed into one row. Only our attention, which is GPT-Neo's, keeps them apart."""
+    """Whether texts can be packed into one row: our attention keeps them apart."""
     return model.config._attn_implementation == ATTENTION_NAME

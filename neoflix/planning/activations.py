@@ -40,11 +40,8 @@ def activation_bytes(shape: Shape, settings: Settings, num_tokens: int, is_recom
 
 def loss_bytes(shape: Shape, settings: Settings, num_tokens: int, is_backward: bool = False) -> int:
     """Bytes of the logits, which become their own gradient, and of two fp32 chunks of them (`loss.py`): forward a chunk
-    and its copy, backward the last two chunks. Models other than GPT-Neo have Hugging Face's loss: logits, fp32 copy,
-    log-softmax and the gradients of both."""
+    and its copy, backward the last two chunks."""
     logits = num_tokens * shape.vocab_size
-    if not shape.is_gpt_neo:
-        return logits * (2 * settings.weight_bytes + 12)
     chunk = min(logits * 4, LOSS_CHUNK["cpu" if settings.is_cpu else "cuda"])
     second = min(chunk, logits * 4 - chunk) if is_backward else chunk
     return logits * settings.weight_bytes + chunk + second

@@ -29,10 +29,9 @@ def device_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]
     loss = _loss(shape, settings, tokens)
     in_backward = resident | ({} if settings.stage == 3 else {"buffers": _buffers(shape, settings)})
     embedding = 0 if settings.lora_rank else b * shape.embedding
-    # GPT-Neo's logits have become their gradient; it gives way to the head's, which waits for the embedding's own.
-    logits = tokens * shape.vocab_size * b if shape.is_gpt_neo else loss["loss"]
     arriving = {
-        "gradient of the head": max(logits, embedding),
+        # The logits have become their gradient; it gives way to the head's, which waits for the embedding's own.
+        "gradient of the head": max(tokens * shape.vocab_size * b, embedding),
         "gradients of a layer": _layer_gradients(shape, settings),
     }
     both_gradients = {"gradients of the embedding": (1 + shape.is_tied) * embedding}
@@ -162,7 +161,7 @@ def _cpu_memory(shape: Shape, settings: Settings) -> dict[str, dict[str, int]]:
     embedding = {"gradients of the embedding": 0 if settings.lora_rank else (1 + shape.is_tied) * b * shape.embedding}
     working = {"activations": activations} | loss
     if b == 4:
-        if shape.is_gpt_neo:  # padded batches differ too much in size
+        if shape.is_packed:  # padded batches differ too much in size
             # Freed memory is kept, in pieces: gradients reuse the memory of activations, if these were larger.
             grown = gradients + (0 if settings.lora_rank else b * shape.embedding)
             working["memory used twice"] = -min(grown, max(0, activations + loss["loss"] - grown))

@@ -112,7 +112,7 @@ def _batch_changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 def _smaller_batch(plan: Plan, divisor: int) -> dict:
     """Settings of batches that have a fraction of the texts or tokens, and of steps with as many of them as before."""
-    settings, texts, is_packed = plan.settings, plan.texts, plan.shape.is_gpt_neo
+    settings, texts, is_packed = plan.settings, plan.texts, plan.shape.is_packed
     smaller = {"accumulation": settings.accumulation * divisor}
     if settings.batch_texts is None:
         budget = settings.budget // divisor

@@ -109,7 +109,7 @@ def read_settings(flags, shape: Shape, texts: Texts, machine: Machine, ds_config
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation, batch = flags.gradient_accumulation_steps, flags.per_device_train_batch_size
     budget = flags.tokens_per_device_batch
-    is_packed = shape.is_gpt_neo
+    is_packed = shape.is_packed
     batch_tokens = texts.of_budget(budget, is_packed) if budget else texts.of_batch(batch, is_packed)
     mean_tokens = min(budget or batch * texts.mean, max(texts.num_train * texts.mean, 1))
     steps_per_epoch = math.ceil(texts.num_train * texts.mean / (mean_tokens * accumulation * num_processes))

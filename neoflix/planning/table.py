@@ -15,7 +15,7 @@ def plan_table(plan: Plan | None) -> str:
         f"plan: {_count(shape.num_parameters)} parameters, {trainable}{precision}, {settings.ds_name} (ZeRO "
         f"{settings.stage}), {settings.num_processes} process(es)",
         f"texts: {texts.num_train:,} to train on, {texts.mean:.1f} tokens each ({texts.source}); batches of at most "
-        f"{settings.batch_tokens:,} tokens{'' if shape.is_gpt_neo else ', padding included'}",
+        f"{settings.batch_tokens:,} tokens{'' if shape.is_packed else ', padding included'}",
     ]
     if machine.has_gpu:
         free = machine.device_memory - machine.device_taken

@@ -125,7 +125,7 @@ def find_decoder(model: PreTrainedModel) -> Callable[..., Decoder | GenerateDeco
     Raises:
         UserError: if no decoder is right.
     """
-    if model.config._attn_implementation == ATTENTION_NAME:
+    if model.config.model_type == "gpt_neo" and model.config._attn_implementation == ATTENTION_NAME:
         return Decoder
     with eval_mode(model), torch.no_grad():
         for decoder in (

@@ -13,8 +13,7 @@ from transformers import GPTNeoForCausalLM
 from varlen import HALF, reference_varlen_attn
 
 from neoflix.data.packing import IGNORE_INDEX, PackedCollator
-from neoflix.model import attention
-from neoflix.model.attention import takes_varlen
+from neoflix.model import packed_attention
 from neoflix.model.load import build_model
 from neoflix.model.lora import add_adapters
 
@@ -56,8 +55,8 @@ def as_on_cuda(monkeypatch):
             windows.append(options["window_size"])
             return reference_varlen_attn(*args, dtypes=dtypes, **options)
 
-        monkeypatch.setattr(attention, "takes_varlen", lambda query: True)
-        monkeypatch.setattr(attention, "varlen_attn", kernel)
+        monkeypatch.setattr(packed_attention, "takes_varlen", lambda query: True)
+        monkeypatch.setattr(packed_attention, "varlen_attn", kernel)
         return windows
 
     return switch
@@ -162,13 +161,13 @@ def test_attention_with_dropout_is_not_the_kernels(lora, as_on_cuda):
 )
 def test_which_attention_the_kernel_takes(capability, dtype, width, takes):
     with fake_cuda(capability):
-        assert takes_varlen(torch.empty(3, 2, width, dtype=dtype, device=CUDA)) is takes
-        assert not takes_varlen(torch.empty(3, 2, width, dtype=dtype))
+        assert packed_attention.takes_varlen(torch.empty(3, 2, width, dtype=dtype, device=CUDA)) is takes
+        assert not packed_attention.takes_varlen(torch.empty(3, 2, width, dtype=dtype))
 
 
 def test_the_cuda_path_never_waits_for_the_device(monkeypatch):
     """On the meta device no value can be read: a wait for one would raise. The real kernel's schema is checked."""
-    monkeypatch.setattr(attention, "takes_varlen", lambda query: True)
+    monkeypatch.setattr(packed_attention, "takes_varlen", lambda query: True)
     model = build_model(tiny_config(), torch.float32).to("meta")
     batch = PackedCollator()(make_texts([5, 40, 1]))
     batch = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}

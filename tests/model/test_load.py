@@ -1,11 +1,12 @@
 import pytest
 import torch
 from conftest import tiny_config
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.model.attention import ATTENTION_NAME
 from neoflix.model.load import build_demo_model, load_model, load_pretrained
+from neoflix.model.loss import causal_lm_loss
 from neoflix.model.vocabulary import get_window, keeps_texts_apart
 
 
@@ -29,14 +30,17 @@ def test_gpt_neo_takes_our_attention_by_default(model_dir, model):
 
 
 def test_any_causal_language_model_loads(tokenizer, tmp_path):
-    GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=32, n_layer=2, n_head=2, n_positions=64)).save_pretrained(
-        tmp_path
-    )
-    tokenizer.save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), tokenizer, torch.float32, SAMPLING_DEFAULTS)
-    assert not keeps_texts_apart(model)
-    assert get_window(model) == 64
-    assert model.config.vocab_size == 512
+    """Its texts are packed if our attention keeps them apart; BLOOM's has distances of its own (ALiBi)."""
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=500, hidden_size=32, n_layer=2, n_head=2))
+    for name, model, packed, window in (("gpt2", gpt2, True, 64), ("bloom", bloom, False, 2048)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        model = load_model(str(tmp_path / name), tokenizer, torch.float32, SAMPLING_DEFAULTS)
+        assert keeps_texts_apart(model) is packed
+        assert model.loss_function is causal_lm_loss
+        assert get_window(model) == window
+        assert model.config.vocab_size == 512
 
 
 def test_demo_is_small_and_ready():

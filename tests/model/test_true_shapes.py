@@ -17,7 +17,7 @@ from transformers import GPTNeoConfig
 from varlen import HALF
 
 from neoflix.data.packing import PackedCollator
-from neoflix.model import attention, loss
+from neoflix.model import attention, loss, packed_attention
 from neoflix.model.checkpointing import recompute_first_layers
 from neoflix.model.load import build_model
 from neoflix.model.lora import add_adapters
@@ -104,7 +104,7 @@ CASES = [  # dtype, LoRA, activation checkpointing
 
 @pytest.mark.parametrize(("size", "dtype", "lora", "recomputes"), CASES)
 def test_a_step(size, dtype, lora, recomputes, batch, monkeypatch):
-    monkeypatch.setattr(attention, "takes_varlen", lambda query: query.dtype in HALF)
+    monkeypatch.setattr(packed_attention, "takes_varlen", lambda query: query.dtype in HALF)
     monkeypatch.setattr(loss, "CPU_CHUNK", loss.CUDA_CHUNK)
     shape, num_tokens, gradients = shape_of(size), sum(LENGTHS), {}
 
@@ -141,7 +141,7 @@ def test_a_step(size, dtype, lora, recomputes, batch, monkeypatch):
 def test_gradients_grow_as_activations_vanish(name, layers, batch, monkeypatch):
     """Without offload all gradients stay, unless they are freed at once. The peak is that of the plan's fullest phase,
     not the sum of all parts."""
-    monkeypatch.setattr(attention, "takes_varlen", lambda query: query.dtype in HALF)
+    monkeypatch.setattr(packed_attention, "takes_varlen", lambda query: query.dtype in HALF)
     monkeypatch.setattr(loss, "CPU_CHUNK", loss.CUDA_CHUNK)
     shape, num_tokens = shape_of("125M"), sum(LENGTHS)
     with FakeTensorMode(allow_non_fake_inputs=True):
