@@ -118,37 +118,54 @@ mapfile -t gpus < <(grep . <<<"$gpu_lines")
 num_gpus=${#gpus[@]}
 num_processes=${NGPU:-$((num_gpus > 0 ? num_gpus : 1))}
 
-fits() {  # whether the plan of a recipe fits this machine; sets `said`
+fits() {  # whether the plan of a recipe, and of flags after it, fits this machine; sets `said`
   local code=0
   said=$(WORLD_SIZE=$((num_processes * ${SLURM_NNODES:-1})) LOCAL_SIZE=$num_processes \
-    python train.py --config "$1" --plan 2>&1) || code=$?
+    python train.py --config "$@" --plan 2>&1) || code=$?
   ((code == 0 || code == 2)) || fail "the plan of $1 failed: $said"
   return "$code"
 }
 
-choose_recipe() {  # sets `recipe`, and says why
+reason() {  # why a plan does not fit, by `said`
+  grep -m1 '^too large: ' <<<"$said" || head -1 <<<"${said#error: }"
+}
+
+choose_first_look() {  # without a GPU: sets `train_args`, and says why
+  local model=smollm2  # in a dry run, which downloads nothing
+  echo "No GPU found: looking for the best model within reach."
+  if [[ -z "${DRY_RUN:-}" ]]; then model=$(python -m neoflix.first_look results) || exit; fi
+  if [[ "$model" != demo ]]; then
+    train_args=(--config recipes/first-look.yaml)
+    if [[ "$model" != smollm2 ]]; then train_args+=(--model_name_or_path "$model"); fi
+    if fits "${train_args[@]:1}"; then
+      echo "Using recipes/first-look.yaml: $model, a pretrained model, with LoRA on the sample catalogue."
+      return
+    fi
+    echo "Passed over $model: $(reason)"
+  fi
+  train_args=(--config recipes/demo.yaml)
+  echo "Using recipes/demo.yaml: a small model from scratch on the sample catalogue. It will not write sentences;"
+  echo "a pretrained model does: ./launch.sh --config recipes/first-look.yaml (needs a network once)."
+}
+
+choose_recipe() {  # sets `train_args`, and says why
+  local recipe
   echo "$num_gpus GPU(s):"
   printf '  %s\n' "${gpus[@]}"
   for recipe in recipes/gpt-neo-{2.7b-one-card,2.7b,1.3b-one-card,2.7b-lora,1.3b,125m}.yaml; do
     if fits "$recipe"; then
       echo "Using $recipe: it fits, by its plan (python train.py --config $recipe --plan)."
+      train_args=(--config "$recipe")
       return
     fi
-    echo "Passed over $recipe: $(grep -m1 '^too large: ' <<<"$said" || head -1 <<<"${said#error: }")"
+    echo "Passed over $recipe: $(reason)"
   done
   fail "no recipe fits this machine; for the smallest: ${said#error: }"
 }
 
 train_args=("$@")
 if ((${#train_args[@]} == 0)); then
-  if ((num_gpus == 0)); then
-    recipe=recipes/demo.yaml
-    echo "No GPU found: using $recipe, a small model on the sample catalogue."
-    echo "For real English use ./launch.sh --config recipes/gpt-neo-125m.yaml (needs a network, takes longer)."
-  else
-    choose_recipe
-  fi
-  train_args=(--config "$recipe")
+  if ((num_gpus == 0)); then choose_first_look; else choose_recipe; fi
 fi
 
 # ---- 3. the run's folder: generate.py finds it by the same two flags -------------------------------------

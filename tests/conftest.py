@@ -351,7 +351,7 @@ def make_record(training: list[float], held_out: list[float], finished=True, max
     step = 10 * max(len(held_out) - 1, 0)
     state = {"log_history": log, "global_step": step, "max_steps": max_steps or step}
     best = min(log[1 : len(held_out)], key=lambda line: line["eval_loss"], default={"step": 0})["step"]
-    run = {"num_training_texts": facts.get("texts", 5000)}
+    run = {"num_training_texts": facts.get("texts", 5000), "model": facts.get("model", "EleutherAI/gpt-neo-125M")}
     starts = [{"num_validation_texts": facts.get("held", 500)}]
     return Record(Path("run"), run, starts, state, {"saved_step": best} if finished else {}, [])
 

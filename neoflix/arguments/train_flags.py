@@ -24,7 +24,9 @@ class TrainFlags:
 
     config: str | None = _option(None, "Recipe: a YAML file of flags. The command line wins over it.")
     model_name_or_path: str = _option(
-        "EleutherAI/gpt-neo-2.7B", "Hub name or folder of a causal language model, or 'demo' for a small new one."
+        "EleutherAI/gpt-neo-2.7B",
+        "Hub name or folder of a causal language model, 'smollm2' for a pretrained one of 135 million parameters, from "
+        "a Python package, or 'demo' for a small new one.",
     )
     dataset: str = _option(
         "netflix",

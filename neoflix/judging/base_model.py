@@ -11,6 +11,7 @@ from neoflix.checkpoints.runs import find_run
 from neoflix.data.packing import IGNORE_INDEX
 from neoflix.data.tokenizer import read_tokenizer
 from neoflix.model.load import DEMO, load_for_reading
+from neoflix.model.packaged import find_packaged
 from neoflix.model.vocabulary import get_window
 from neoflix.runtime.console import progress
 from neoflix.runtime.errors import UserError
@@ -52,7 +53,7 @@ class BaseModel:
             UserError: if there is no such model, or if its tokenizer has no end token.
         """
         model = load_for_reading(name, None, allow_pickle)
-        tokenizer = read_tokenizer(name, f"--base_model {name}")
+        tokenizer = read_tokenizer(find_packaged(name), f"--base_model {name}")
         if tokenizer.eos_token_id is None:
             raise UserError(f"--base_model {name}: its tokenizer has no end token, which must come before each text")
         return cls(model, tokenizer)

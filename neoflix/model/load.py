@@ -22,6 +22,7 @@ from neoflix.model.attention import ATTENTION_NAME, register_attention
 from neoflix.model.folder import holds_adapters
 from neoflix.model.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.model.loss import causal_lm_loss
+from neoflix.model.packaged import find_packaged
 from neoflix.model.shape import PACKED, pad_vocab_size
 from neoflix.model.source import check_architecture, check_reachable, explain_loading_errors, find_pickle
 from neoflix.model.vocabulary import resize_embeddings, set_token_ids
@@ -80,6 +81,7 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
     Raises:
         UserError: if the model or its weights are not found, or the weights are only in a pickle.
     """
+    model_name_or_path = find_packaged(model_name_or_path)
     if holds_adapters(model_name_or_path):
         return _load_adapted(Path(model_name_or_path), dtype, allow_pickle)
     check_reachable(model_name_or_path)
@@ -129,7 +131,7 @@ def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) ->
         model = load_pretrained(base, trained_dtype, allow_pickle)
     except ValueError as error:
         raise UserError(f"{folder}: holds LoRA adapters, and their base model cannot be loaded: {error}") from error
-    resize_embeddings(model, tokenizer, base, fills_spare_rows)
+    resize_embeddings(model, tokenizer, find_packaged(base), fills_spare_rows)
     set_token_ids(model, tokenizer, {})
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -180,7 +182,7 @@ def load_model(
         model = build_demo_model(pad_vocab_size(len(tokenizer))).to(dtype)
     else:
         model = load_pretrained(model_name_or_path, dtype, allow_pickle)
-        resize_embeddings(model, tokenizer, model_name_or_path)
+        resize_embeddings(model, tokenizer, find_packaged(model_name_or_path))
     set_token_ids(model, tokenizer, sampling)
     return add_adapters(model, base=model_name_or_path, **lora) if lora else model
 
@@ -195,6 +197,7 @@ def find_tokenizer(
     if model_name_or_path == DEMO:
         tokenizer = train_tokenizer([example.whole for example in examples], DEMO_VOCAB_SIZE, cache_dir)
     else:
+        model_name_or_path = find_packaged(model_name_or_path)
         check_reachable(model_name_or_path)
         tokenizer = load_tokenizer(model_name_or_path)
     attach_template(tokenizer, template)

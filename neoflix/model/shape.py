@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neoflix.model.folder import ADAPTERS_CONFIG_FILE
+from neoflix.model.packaged import SMOLLM2
 
 DEMO_SHAPE = {"num_layers": 4, "hidden_size": 256, "vocab_size": 4096, "max_position_embeddings": 512}
 
@@ -75,12 +76,23 @@ class Shape:
         return num_weights, self.num_layers, self.width, mean_length
 
 
+# As `_other_shape` counts it.
+SMOLLM2_SHAPE = Shape(
+    *(30, 576, 1536, 49152, 134515008, 8192, "llama"),
+    adapted=305280,
+    num_linear=210,
+    kept_bytes=(793268, 1444660),
+)
+
+
 def read_shape(model_name_or_path: str) -> Shape | None:
     """The shape from a folder's config.json, from the table above or from the hub's cache; None if none has it."""
     if model_name_or_path == "demo":
         return gpt_neo_shape(DEMO_SHAPE)
     if (adapters := Path(model_name_or_path, ADAPTERS_CONFIG_FILE)).is_file():  # the shape of their base
         return read_shape(json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+    if model_name_or_path == SMOLLM2:
+        return SMOLLM2_SHAPE
     path = Path(model_name_or_path, "config.json")
     if not path.is_file():
         if known := {name.lower(): shape for name, shape in HUB_SHAPES.items()}.get(model_name_or_path.lower()):

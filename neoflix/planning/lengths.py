@@ -11,6 +11,7 @@ from statistics import NormalDist
 from neoflix.data.sources import find_local_dataset, sample_examples
 from neoflix.data.tables import find_text_files
 from neoflix.data.template import Template
+from neoflix.model.packaged import SMOLLM2, packaged_folder
 from neoflix.model.shape import Shape
 from neoflix.runtime.cache import default_cache_dir, in_cache, new_path
 
@@ -128,7 +129,7 @@ def _load_tokenizer(model_name_or_path: str):
     """The tokenizer of a model's folder, without transformers; None if there is none."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-    folder = Path(model_name_or_path)
+    folder = packaged_folder() if model_name_or_path == SMOLLM2 else Path(model_name_or_path)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from neoflix.data.template import Template
+from neoflix.model.packaged import HUB_NAME, SMOLLM2
 from neoflix.reporting.facts import describe_setup, list_figures
 from neoflix.reporting.history import Record
 from neoflix.reporting.render import escape_markdown, render
@@ -28,6 +29,7 @@ def model_card(record: Record) -> str:
         pipeline_tag="text-generation",
         tags=["neoflix", "text-generation"],
         base_model=hub_name(run.get("model", "")),
+        license="apache-2.0" if run.get("model") == SMOLLM2 else None,
         model_name=record.name,
         eval_results=[
             EvalResult("text-generation", "text", dataset, metric, round(best[key], 4), dataset_split="held out")
@@ -50,6 +52,7 @@ def model_card(record: Record) -> str:
         example_fields=" ".join(f"{shlex.quote(name)}=..." for name in fields),
         beginning=json.dumps(template.prompt(fields) if template else "A young")[1:-1],
         is_adapted=bool(run.get("lora")),
+        is_packaged=run.get("model") == SMOLLM2,
         base=escape_markdown(without_folders(run.get("model", ""))),
         sentence=judge_run(record)[1],
         remarks=list_remarks(record),
@@ -62,6 +65,8 @@ def model_card(record: Record) -> str:
 
 def hub_name(model: str) -> str | None:
     """The model's name on the hub; None for a folder."""
+    if model == SMOLLM2:
+        return HUB_NAME
     return model if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not Path(model).exists() else None
 
 

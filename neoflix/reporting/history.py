@@ -95,6 +95,15 @@ class Record:
             return saved[-1] if saved else None
         return min(self.trained, key=lambda line: line["eval_loss"], default=None)
 
+    def before_and_after(self) -> list[tuple[str, str]]:
+        """What the model wrote before the first step, and the best model from the same prompt and seed."""
+        if self.best is None:
+            return []
+        steps = (0, self.best["step"])
+        return list(
+            zip(*([row["text"] for row in self.samples if row["step"] == step] for step in steps), strict=False)
+        )
+
     @property
     def improved(self) -> bool:
         return bool(self.best and self.baseline and self.best["eval_loss"] < self.baseline["eval_loss"])

@@ -29,7 +29,7 @@ def judge_run(record: Record) -> tuple[str, str]:
 
 def list_remarks(record: Record) -> list[str]:
     """What else a reader should know, one or two sentences each."""
-    remarks = (_unfinished, _not_improved, _overfits, _still_improves, _skipped_steps, _few_texts)
+    remarks = (_unfinished, _not_improved, _from_scratch, _overfits, _still_improves, _skipped_steps, _few_texts)
     return [sentence for remark in remarks if (sentence := remark(record))]
 
 
@@ -49,6 +49,15 @@ def _not_improved(record: Record) -> str | None:
     if record.best is None or record.baseline is None or record.improved:
         return None
     return "Try a lower --learning_rate, check that the texts are the right ones, or train for longer."
+
+
+def _from_scratch(record: Record) -> str | None:
+    if record.run.get("model") != "demo":
+        return None
+    return (
+        "This model started from random weights: it learns what the texts look like, but it writes no sentences. Those "
+        "come with a pretrained model, such as --model_name_or_path smollm2."
+    )
 
 
 def _overfits(record: Record) -> str | None:

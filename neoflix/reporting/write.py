@@ -1,6 +1,7 @@
 """Writes reports and model cards, never over a file that neoflix did not write."""
 
 import os
+import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from neoflix.checkpoints.runs import save_results
 from neoflix.reporting.card import CARD_FILE, CARD_MARK, model_card
+from neoflix.reporting.formats import side_by_side
 from neoflix.reporting.history import Record
 from neoflix.reporting.pages import PAGE_MARK, REPORT_FILE, report_page
 from neoflix.runtime.console import say
@@ -58,12 +60,21 @@ def _errors_as_warnings() -> Iterator[None]:
         say(f"warning: no report: {' '.join(str(error).split()) or type(error).__name__}")
 
 
+def show_change(output_dir: str) -> None:
+    """Prints what the model wrote before and after training, side by side."""
+    with _errors_as_warnings():
+        record = Record.read(output_dir)
+        if pairs := record.before_and_after():
+            say(side_by_side(("before training", "after"), pairs, shutil.get_terminal_size().columns))
+
+
 def finish_run(output_dir: str, results: dict) -> None:
     """Writes a run's results and report, and prints where the best model is and how good. To be called in one
     process."""
     save_results(output_dir, results)
     path = write_report(output_dir)
     perplexity = results.get("perplexity")
+    show_change(output_dir)
     say(f"Best model in {output_dir}" + ("" if perplexity is None else f", perplexity {perplexity:,.2f}"))
     if path:
         say(f"Report: {path} (open it in a browser)")

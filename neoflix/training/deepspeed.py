@@ -3,12 +3,13 @@
 import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from neoflix.arguments.deepspeed_file import is_json, read_ds_config
+from neoflix.arguments.deepspeed_file import TWO_PASSES, is_json, read_ds_config
 from neoflix.arguments.training import TrainArguments
 from neoflix.planning.device_memory import EXCHANGED
 from neoflix.planning.preflight import prebuilt_operators
@@ -119,6 +120,18 @@ def keep_gradient_norm(engine) -> None:
         torch._foreach_mul_(gradients, factor)
 
     engine.clip_fp32_gradients = clip
+
+
+def measure_norm_first(trainer, inputs: dict, num_items_in_batch) -> dict:
+    """With TWO_PASSES, runs a first pass over a batch, by whose norm the optimizer clips in the second one. Returns the
+    batch on the device."""
+    if trainer.args.updates_in_backward != TWO_PASSES:
+        return inputs
+    inputs = trainer._prepare_inputs(inputs)
+    trainer.model.train()  # an evaluation may have come before
+    compute_loss = partial(trainer.compute_loss, trainer.model, dict(inputs), False, num_items_in_batch)
+    trainer.model_wrapped.optimizer.measure_norm(compute_loss)
+    return inputs
 
 
 def exchange_small_buckets(engine) -> None:

@@ -3,7 +3,6 @@
 import shutil
 import time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +10,6 @@ from accelerate.utils import DummyOptim
 from transformers import ProgressCallback, Trainer
 from transformers.utils import logging
 
-from neoflix.arguments.deepspeed_file import TWO_PASSES
 from neoflix.checkpoints.names import UNIVERSAL
 from neoflix.checkpoints.ownership import temporary
 from neoflix.checkpoints.start import Start, check_progress
@@ -32,7 +30,12 @@ from neoflix.training import saving
 from neoflix.training.batches import data_seed, load_token_batches, shuffled_order, token_batches, with_own_generator
 from neoflix.training.callbacks import RecordStart, StopOnRequest, describe_start, run_callbacks
 from neoflix.training.compact_adamw import CompactAdamW
-from neoflix.training.deepspeed import adjust_engine, gather_weights_on_save, naming_refused_values
+from neoflix.training.deepspeed import (
+    adjust_engine,
+    gather_weights_on_save,
+    measure_norm_first,
+    naming_refused_values,
+)
 from neoflix.training.divergence import check_finite
 from neoflix.training.live_samples import ShowSamples
 from neoflix.training.meters import Meters, explaining_full_memory
@@ -186,11 +189,7 @@ class TokenTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.meters.count(inputs)
-        if self.args.updates_in_backward == TWO_PASSES:
-            inputs = self._prepare_inputs(inputs)
-            self.model.train()  # an evaluation may have come before
-            compute_loss = partial(self.compute_loss, self.model, dict(inputs), False, num_items_in_batch)
-            self.model_wrapped.optimizer.measure_norm(compute_loss)
+        inputs = measure_norm_first(self, inputs, num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses_are_finite = self._losses_are_finite & torch.isfinite(loss)  # on the device: no sync
         return loss

@@ -2,7 +2,7 @@
 
 import pytest
 
-from neoflix.reporting.formats import format_duration, format_number, format_size
+from neoflix.reporting.formats import format_duration, format_number, format_size, side_by_side
 
 
 def test_numbers():
@@ -22,3 +22,16 @@ def test_sizes(num_bytes, words):
 )
 def test_durations(seconds, words):
     assert format_duration(seconds) == words
+
+
+def test_texts_side_by_side():
+    lines = side_by_side(("before", "after"), [("one two three four five", "six\x1b"), ("a", "")], 40).splitlines()
+    assert lines == [
+        "before               after",
+        "------------------   ------------------",
+        "one two three four   six",
+        "five",
+        "",
+        "a",
+    ]
+    assert max(map(len, side_by_side(("", ""), [("x " * 300, "y " * 300)], 500).splitlines())) <= 120

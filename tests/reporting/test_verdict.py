@@ -15,6 +15,7 @@ VERDICTS = {
     "early": (make_record([6, 5], [8, 5, 5], max_steps=90), "yes", ["--early_stopping_patience"]),
     "few": (make_record([6, 5], [8, 6, 6], texts=200), "yes", ["only 200 training texts"]),
     "few held out": (make_record([6, 5], [8, 6, 6], held=20), "yes", ["Only 20 texts were held out"]),
+    "from scratch": (make_record([6, 5], [8, 6, 6], model="demo"), "yes", ["writes no sentences"]),
     "skipped": (make_record([6, 5], [8, 6, 6], skipped=4), "yes", ["4 of 20 steps were skipped"]),
     "not measured": (make_record([6], []), "unknown", []),
     "untouched alone": (make_record([6], [5]), "unknown", []),

@@ -50,7 +50,8 @@ def dry_run(machine_of, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("gpus", "host", "recipe", "processes"),
     [
-        ([], 64, "demo", 1),
+        ([], 64, "first-look", 1),
+        ([], 2, "demo", 1),
         ([24576], 64, "gpt-neo-2.7b-one-card", 1),  # RTX 3090, RTX 4090
         ([23028], 64, "gpt-neo-2.7b-one-card", 1),  # A10, L4
         ([24576], 9, "gpt-neo-2.7b-one-card", 1),
