@@ -6,7 +6,7 @@ import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 GIB = 2**30
 
