@@ -100,9 +100,8 @@ class Record:
         if self.best is None:
             return []
         steps = (0, self.best["step"])
-        return list(
-            zip(*([row["text"] for row in self.samples if row["step"] == step] for step in steps), strict=False)
-        )
+        texts = [[row["text"] for row in self.samples if row["step"] == step] for step in steps]
+        return list(zip(*texts, strict=False))
 
     @property
     def improved(self) -> bool:

@@ -1,4 +1,4 @@
-"""`smollm2`, a model in a Python package. The index here is a folder with a package of the same form and a tiny model."""
+"""`smollm2`, a model in a Python package. The index here is a folder, with a package of the same form."""
 
 import hashlib
 import json
