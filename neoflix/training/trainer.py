@@ -189,8 +189,7 @@ class TokenTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.meters.count(inputs)
-        inputs = measure_norm_first(self, inputs, num_items_in_batch)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, measure_norm_first(self, inputs, num_items_in_batch), num_items_in_batch)
         self._losses_are_finite = self._losses_are_finite & torch.isfinite(loss)  # on the device: no sync
         return loss
 
