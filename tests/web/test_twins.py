@@ -7,7 +7,7 @@ TEXT = "A retired pilot finds one last letter under the ice, and flies."
 
 
 def test_a_copy_and_the_nearest_of_near_duplicates():
-    further = TEXT.replace("last", "late")
+    further = TEXT.replace("flies", "flew")
     twins = Twins([further, TEXT])
     assert twins.find(TEXT.upper()) == Twin(True, TEXT)
     assert twins.find(TEXT + " Home.") == Twin(False, TEXT)
