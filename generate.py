@@ -11,7 +11,7 @@ if __name__ == "__main__":
     answer_early(parse_generate_args)  # --help and wrong flags: before the imports below, which take seconds
 
 from neoflix.checkpoints.find import find_model
-from neoflix.judging.judge import Judge, read_samples
+from neoflix.judging.judge import Judge, judge_file, read_samples
 from neoflix.judging.novel_samples import keep_novel
 from neoflix.judging.sweep import compare_settings
 from neoflix.runtime.environment import tune_malloc
@@ -28,14 +28,15 @@ def main(argv: list[str] | None = None) -> None:
         return judge_file(args)
     model_dir = find_model(args.model_dir)
     prompts = read_prompts(args, model_dir)
-    job = sweep if args.sweep else sample_novel if args.novel else sample
+    job = open_page if args.web else sweep if args.sweep else sample_novel if args.novel else sample
     job(args, model_dir, prompts)
 
 
-def judge_file(args) -> None:
-    """`--judge FILE`: judges the samples in a file."""
-    rows = read_samples(args.judged_file)
-    Judge(args).report(rows, args.judged_file)
+def open_page(args, model_dir: Path, prompts: list) -> None:
+    """`--web`: a page in the browser to try the model on."""
+    from neoflix.web.server import serve  # needs Gradio, which is optional
+
+    serve(args, model_dir, load_sampler(args, model_dir, prompts), prompts[0])
 
 
 def sweep(args, model_dir: Path, prompts: list) -> None:

@@ -13,7 +13,7 @@ ENTRY_POINTS = [ROOT / "train.py", ROOT / "generate.py"]
 
 # A package imports only from those listed before it. The front doors `doctor`, `export` and `report` come last.
 PACKAGES = (
-    *("runtime", "data", "model", "checkpoints", "arguments", "planning", "sampling", "judging", "reporting"),
+    *("runtime", "data", "model", "checkpoints", "arguments", "planning", "sampling", "judging", "web", "reporting"),
     "training",
 )
 # Imported before torch is needed: `train.py --plan` answers in less time than torch takes to load.

@@ -1,7 +1,10 @@
 """The command line of `generate.py`."""
 
 import argparse
+import importlib.util
 import itertools
+import os
+import sys
 from collections.abc import Iterable
 from dataclasses import fields
 
@@ -13,6 +16,9 @@ from neoflix.arguments.train_flags import TrainFlags
 from neoflix.runtime.errors import UserError
 
 DEFAULT_SWEEP_FOLDER = "samples-sweep"
+WEB_NUM_SAMPLES = 3
+# Without a meaning on a page that writes, judges and streams one prompt's texts by itself.
+NOT_WITH_WEB = ("sweep", "novel", "output", "judge", "judged_file", "stream", "fields_file", "base_model")
 
 
 def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,6 +31,7 @@ def parse_generate_args(argv: list[str] | None = None) -> argparse.Namespace:
         judged_file: the samples to judge instead of new ones (`--judge FILE`), or None.
         sweep: the settings to compare, or None.
         output: the file for the samples, or None to print them; with `sweep`, the folder for its files.
+        seed: with `web` None if it was not given: the page takes a new one each time.
 
     Raises:
         UserError: if a value is not valid, or if two flags contradict each other.
@@ -57,15 +64,18 @@ def make_parser() -> Parser:
     add("--fields", nargs="+", metavar="NAME=VALUE", help=fields_help)
     add("--num_samples", type=int, metavar="N", help="texts for each prompt (20; with --fields_file 1)")
     add("--output", metavar="FILE", help="JSONL file to write, one text per line; the same command continues it")
-    add("--seed", type=int, metavar="N", default=42, help="a seed gives the same texts for any batch size (42)")
+    add("--seed", type=int, metavar="N", help="a seed gives the same texts for any batch size (42)")
     for name, default in SAMPLING_DEFAULTS.items():
         kind = {int: "N", float: "X"}[type(default)]
         add(f"--{name}", type=type(default), metavar=kind, help="by default as saved with the model")
+    web_help = "open a page in the browser to try the model on; the other flags are its first settings"
+    add("--web", **SWITCH, default=False, metavar="true|false", help=web_help)
     add = parser.add_argument_group("input and output").add_argument
     add("--config", metavar="FILE", help="a recipe: samples its run with the settings of its 'generation' section")
     add("--fields_file", metavar="FILE", help="a table with a prompt in each row (CSV, TSV, JSONL or Parquet)")
     add("--batch_size", type=int, metavar="N", default=20, help="texts that are sampled at the same time (20)")
     add("--stream", **SWITCH, default=False, metavar="true|false", help="print each text while it is written")
+    add("--web_port", type=int, metavar="N", help="port of the page, on this machine only (7860 or the next free one)")
     pickle_help = "load weights from a pickle (pytorch_model.bin) if there is no safetensors file"
     add("--allow_pickle", **SWITCH, default=False, metavar="true|false", help=pickle_help)
     add = parser.add_argument_group("judging").add_argument
@@ -86,7 +96,8 @@ def make_parser() -> Parser:
 def _fill_in_defaults(args: argparse.Namespace) -> None:
     """The recipe's values, then the defaults, for flags that were not given."""
     recipe, generation = _read_recipe(args.config) if args.config else ({}, {})
-    defaults = {"num_samples": 20, "model_dir": recipe.get("output_dir", "results")} | generation
+    num_samples, seed = (WEB_NUM_SAMPLES, None) if args.web else (20, 42)
+    defaults = {"num_samples": num_samples, "seed": seed, "model_dir": recipe.get("output_dir", "results")} | generation
     if args.fields_file:
         defaults["num_samples"] = 1
     for name, value in defaults.items():
@@ -153,10 +164,28 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--judge {args.judged_file}: judges that file and samples nothing; leave out {other} or the file"
         )
+    _check_web(args)
     if args.sweep and args.novel:
         raise UserError("--sweep compares settings as they are; leave out --novel")
     if args.stream and (other := _first_given(args, ("sweep", "novel"))):
         raise UserError(f"--stream prints each text before it can be judged; leave out --stream or {other}")
+
+
+def _check_web(args: argparse.Namespace) -> None:
+    if not args.web:
+        if args.web_port is not None:
+            raise UserError(f"--web_port {args.web_port}: is the port of the page; use --web too")
+        return
+    if other := _first_given(args, NOT_WITH_WEB):
+        raise UserError(
+            f"--web: the page writes and marks texts by itself; leave out {other.replace('judged_file', 'judge')}"
+        )
+    if os.path.isfile(args.prompt):
+        raise UserError(f"--web: the page has one prompt; give its words instead of the file --prompt {args.prompt}")
+    if args.web_port is not None and not 1 <= args.web_port <= 65535:
+        raise UserError(f"--web_port {args.web_port}: must be 1 to 65535")
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError(f"--web: needs Gradio; install it with {sys.executable} -m pip install -r requirements-web.txt")
 
 
 def _first_given(args: argparse.Namespace, names: Iterable[str]) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from neoflix.arguments.training import TrainArguments
 from neoflix.checkpoints.runs import find_run
-from neoflix.data.sources import find_dataset, read_examples
+from neoflix.data.sources import find_dataset, find_local_dataset, read_examples
 from neoflix.data.split import split_texts
 from neoflix.data.tables import read_table
 from neoflix.data.template import Template
@@ -15,16 +15,20 @@ from neoflix.judging.base_model import PERPLEXITY_TEXTS, BaseModel, find_base_mo
 from neoflix.judging.figures import Judgement, judge, judgement_table
 from neoflix.judging.novelty import TrainingTexts
 from neoflix.judging.variety import choose_texts
+from neoflix.runtime.cache import default_cache_dir
 from neoflix.runtime.console import printable, say
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import read_json, write_json
 
 
-def read_training_texts(args) -> list[str]:
+def read_training_texts(args, download: bool = True) -> list[str]:
     """The texts that a run was trained on, without those it held out; or those of `--dataset`.
 
+    Args:
+        download: whether a data set that is not on this machine may be downloaded.
+
     Raises:
-        UserError: if there is no record of the data set, or if it has changed.
+        UserError: if there is no record of the data set, it has changed, or it is not here and may not be downloaded.
     """
     run = find_run(args.model_dir) or {}
     recorded = run.get("texts", {})
@@ -39,7 +43,10 @@ def read_training_texts(args) -> list[str]:
     if fraction is None:
         fraction = recorded.get("validation_fraction", TrainArguments.validation_fraction)
     template = recorded.get("template") if args.dataset is None and args.text_column is None else None
-    examples = read_examples(find_dataset(dataset), column, Template(template) if template else None)
+    path = find_dataset(dataset) if download else find_local_dataset(dataset, default_cache_dir())
+    if path is None:
+        raise UserError(f"{dataset}: is not on this machine; name the training texts with --dataset")
+    examples = read_examples(path, column, Template(template) if template else None)
     texts = [example.completion.strip() for example in split_texts(examples, fraction).train]
     is_as_recorded = (args.dataset, args.text_column, args.validation_fraction) == (None, None, None)
     # A run with a template leaves out the texts for which the prompt leaves no room.
@@ -101,6 +108,12 @@ class Judge:
             write_figures(judged, {"base_model": self.base_name, **asdict(judgement)})
             say(f"Figures in {judged}")
         return judgement
+
+
+def judge_file(args) -> None:
+    """`--judge FILE`: judges the samples in a file."""
+    rows = read_samples(args.judged_file)
+    Judge(args).report(rows, args.judged_file)
 
 
 def read_samples(path: str) -> list[dict]:

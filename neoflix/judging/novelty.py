@@ -55,37 +55,44 @@ class TrainingTexts:
         self.vocabulary: dict[str, int] = {}
         self._index = RMinHashLSH(threshold=NEAR_DUPLICATE, num_perm=NUM_HASHES, num_bands=NUM_BANDS)
         ids, lengths = array("i"), array("i")
+        self._first_with: dict[str, int] = {}  # whole text -> its index
         for number, text in enumerate(texts):
             words = split_words(text)
             self.texts.append(" ".join(words))
+            self._first_with.setdefault(self.texts[-1], number)
             ids.extend([self.vocabulary.setdefault(word, len(self.vocabulary)) for word in words])
             lengths.append(len(words))
             if trigrams := word_trigrams(words):
                 self._index.insert(number, _sketch(trigrams))
         if not self.texts:
             raise UserError("there is no training text to judge samples against")
-        self._whole_texts = set(self.texts)
         self._arrays = WordArrays(ids, lengths)
         is_counted_alone = np.array([is_character(word) for word in self.vocabulary], dtype=bool)
         num_characters = int(is_counted_alone[self._arrays.ids_W].sum())
         self.unit = "characters" if 2 * num_characters > len(ids) else "words"
 
+    def find_copied(self, text: str) -> int | None:
+        """Index of the first training text with the same words in the same order; or None."""
+        return self._first_with.get(" ".join(split_words(text)))
+
     def is_copy(self, text: str) -> bool:
         """Whether a training text has the same words in the same order."""
-        return " ".join(split_words(text)) in self._whole_texts
+        return self.find_copied(text) is not None
 
     def find_near_duplicate(self, text: str) -> int | None:
-        """Index of a training text whose word trigrams have a Jaccard index of 0.7 or more with this text's; or None.
+        """Index of the training text whose word trigrams have the highest Jaccard index with this text's, the first of
+        several; None if that is below 0.7.
 
         Candidates share a band of MinHash values (Broder 1997, "On the resemblance and containment of documents") and
         are then compared trigram by trigram. So every hit is right; 4 in 1,000 at exactly 0.7 are missed, fewer above.
         """
         trigrams = word_trigrams(split_words(text))
-        if trigrams:
-            for number in sorted(self._index.query(_sketch(trigrams))):
-                if jaccard(trigrams, word_trigrams(self.texts[number].split())) >= NEAR_DUPLICATE:
-                    return number
-        return None
+        if not trigrams:
+            return None
+        candidates = sorted(self._index.query(_sketch(trigrams)))
+        overlaps = [jaccard(trigrams, word_trigrams(self.texts[number].split())) for number in candidates]
+        highest = max(overlaps, default=0.0)
+        return candidates[overlaps.index(highest)] if highest >= NEAR_DUPLICATE else None
 
     def is_novel(self, text: str) -> bool:
         """Whether a text is neither a copy nor a near duplicate of a training text."""

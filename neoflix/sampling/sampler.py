@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS, check_sampling
@@ -28,6 +27,7 @@ from neoflix.runtime.errors import UserError
 from neoflix.sampling.architectures import GenerateDecoder, find_decoder, makes_slots
 from neoflix.sampling.decoder import Decoder, DecoderSettings, Text
 from neoflix.sampling.draw import Draw
+from neoflix.sampling.growth import finish_in_order, look_in
 from neoflix.sampling.inference import eval_mode, optimize_for_inference
 from neoflix.sampling.slot_cache import num_rows
 from neoflix.sampling.training_fields import read_field_pool
@@ -44,7 +44,7 @@ class Sample:
             prompt that the template made of `fields` is not part of it.
         prompt: what the model was given.
         num_tokens: number of new tokens, without the end token.
-        finish_reason: "eos" or "length".
+        finish_reason: "eos" or "length"; None while the text grows.
         fields: the template's fields; None if the prompt was given in words.
     """
 
@@ -52,7 +52,7 @@ class Sample:
     prompt: str
     seed: int
     num_tokens: int
-    finish_reason: str
+    finish_reason: str | None
     fields: dict[str, str] | None = None
 
     @property
@@ -159,6 +159,34 @@ class Sampler:
         Raises:
             UserError: if a setting is not valid, a prompt leaves no room in the model's window, or memory is too small.
         """
+        jobs, fields, settings = self._plan(prompts, num_samples, seed, batch_size, first_index, settings)
+        steps, texts = self._begin(jobs, seed, batch_size, settings, skip)
+        finished = finish_in_order(self.model, steps, texts, streamer)
+        return (self._to_sample(text, jobs[text.index], fields.get(text.index), seed) for text in finished)
+
+    def watch(
+        self,
+        prompts: str | dict | list[str | dict] | None = None,
+        num_samples: int = 1,
+        seed: int = 42,
+        batch_size: int = 20,
+        every: float = 0.1,
+        **settings,
+    ) -> Iterator[list[Sample]]:
+        """Writes the texts that `sample` writes, and yields all of them while they grow. Arguments and errors as there.
+
+        Args:
+            every: seconds between two looks at the texts. The last look is at the finished texts.
+        """
+        jobs, fields, settings = self._plan(prompts, num_samples, seed, batch_size, 0, settings)
+        steps, texts = self._begin(jobs, seed, batch_size, settings)
+        for _ in look_in(self.model, steps, every):
+            yield [self._to_sample(text, jobs[text.index], fields.get(text.index), seed) for text in texts]
+
+    def _plan(
+        self, prompts, num_samples: int, seed: int, batch_size: int, first_index: int, settings: dict
+    ) -> tuple[dict[int, str], dict[int, dict], dict]:
+        """(the prompt of each text, the fields of those that have some, both by the text's index; all settings)"""
         settings = self.settings(**settings)
         for name, value in {**settings, "num_samples": num_samples, "batch_size": batch_size}.items():
             check_sampling(f"{name}={value}", name, value)
@@ -167,28 +195,22 @@ class Sampler:
         fields = {index: prompt for index, prompt in jobs.items() if isinstance(prompt, dict)}
         fields = self._fill_in(fields, seed, batch_size, settings)
         jobs |= {index: self.template.prompt(each) for index, each in fields.items()}
-        jobs = {index: prompt.rstrip() for index, prompt in jobs.items()}
-        texts = self._grow(jobs, seed, batch_size, settings, skip, streamer)
-        return (self._to_sample(text, jobs[text.index], fields.get(text.index), seed) for text in texts)
+        return {index: prompt.rstrip() for index, prompt in jobs.items()}, fields, settings
 
-    def _grow(
-        self,
-        prompts: dict[int, str],
-        seed: int,
-        batch_size: int,
-        settings: dict,
-        skip: int = 0,
-        streamer: TextStreamer | None = None,
-    ) -> Iterator[Text]:
-        """Grows a text for each prompt, both by the text's index."""
+    def _begin(
+        self, prompts: dict[int, str], seed: int, batch_size: int, settings: dict, skip: int = 0
+    ) -> tuple[Iterator[None], list[Text]]:
+        """(the steps that grow a text for each prompt, these texts), without the first `skip` ones. Prompts are by the
+        text's index."""
         encoded = {prompt: self._encode(prompt) for prompt in dict.fromkeys(prompts.values())}
         texts = []
         for index, prompt in prompts.items():
             limit = min(settings["max_new_tokens"], self.window - len(encoded[prompt]))
             texts.append(Text(index, encoded[prompt], limit))
         if not texts:
-            return iter(())
-        return self._finish(self._decoder(texts, seed, batch_size, settings), texts[skip:], streamer)
+            return iter(()), texts
+        decoder = self._decoder(texts, seed, batch_size, settings)
+        return decoder.grow(texts[skip:]), texts[skip:]
 
     def _fill_in(self, fields: dict[int, dict], seed: int, batch_size: int, settings: dict) -> dict[int, dict]:
         """All of the template's fields for each text, by its index. Fields that were not given are written by the model
@@ -205,7 +227,8 @@ class Sampler:
         settings = settings | {"max_new_tokens": FIELD_TOKENS}
         for number, name in enumerate(self.template.fields, start=1):
             jobs = {index: self.template.prompt(given, name) for index, given in fields.items() if name not in given}
-            for text in self._grow(jobs, seed + number * 1_000_003, batch_size, settings):  # streams of their own
+            steps, texts = self._begin(jobs, seed + number * 1_000_003, batch_size, settings)  # streams of their own
+            for text in finish_in_order(self.model, steps, texts):
                 fields[text.index][name] = self.template.cut(name, self._decode(text.new_ids))
         return fields
 
@@ -230,25 +253,6 @@ class Sampler:
         )
         with eval_mode(self.model):
             return self._make_decoder(self.model, settings)
-
-    def _finish(self, decoder: Decoder | GenerateDecoder, texts: list[Text], streamer) -> Iterator[Text]:
-        """Yields the texts in their order, each when it is finished."""
-        with eval_mode(self.model):
-            steps = decoder.grow(texts)
-            for text in texts:
-                shown = 0
-                if streamer and text.prompt_ids[1:]:
-                    streamer.put(torch.tensor(text.prompt_ids[1:]))
-                while True:
-                    if streamer and text.new_ids[shown:]:
-                        streamer.put(torch.tensor(text.new_ids[shown:]))
-                        shown = len(text.new_ids)
-                    if text.finish_reason:
-                        break
-                    next(steps)
-                if streamer:
-                    streamer.end()
-                yield text
 
     def _to_sample(self, text: Text, prompt: str, fields: dict | None, seed: int) -> Sample:
         ids = text.prompt_ids[1:] + text.new_ids if fields is None else text.new_ids

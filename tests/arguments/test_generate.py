@@ -5,7 +5,13 @@ import re
 import pytest
 from conftest import PYTHON, ROOT, run_program
 
-from neoflix.arguments.generate import DEFAULT_SWEEP_FOLDER, parse_fields, parse_generate_args, parse_sweep
+from neoflix.arguments.generate import (
+    DEFAULT_SWEEP_FOLDER,
+    WEB_NUM_SAMPLES,
+    parse_fields,
+    parse_generate_args,
+    parse_sweep,
+)
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.runtime.errors import UserError
 
@@ -105,6 +111,45 @@ def test_number_of_samples():
     assert parse_generate_args([]).num_samples == 20
     assert parse_generate_args(["--fields_file", "x.csv"]).num_samples == 1
     assert parse_generate_args(["--fields_file", "x.csv", "--num_samples", "3"]).num_samples == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sweep", "top_p=0.5"],
+        ["--novel"],
+        ["--output", "x.jsonl"],
+        ["--judge"],
+        ["--judge", "x.jsonl"],
+        ["--stream"],
+        ["--fields_file", "x.csv"],
+        ["--base_model", "gpt2"],
+        ["--prompt", __file__],
+    ],
+)
+def test_the_page_refuses_what_it_does_not_do(words):
+    with pytest.raises(UserError, match=f"--web: .*{words[0]}"):
+        parse_generate_args(["--web", *words])
+
+
+@pytest.mark.parametrize("words", [["--web_port", "7860"], ["--web", "--web_port", "70000"]])
+def test_the_port_is_that_of_a_page(words):
+    with pytest.raises(UserError, match="--web_port"):
+        parse_generate_args(words)
+
+
+def test_the_page_without_gradio(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"-m pip install -r requirements-web\.txt"):
+        parse_generate_args(["--web"])
+
+
+def test_the_page_begins_with_the_flags(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    args = parse_generate_args(["--web", "--temperature", "1.5"])
+    assert (args.seed, args.num_samples, args.temperature) == (None, WEB_NUM_SAMPLES, 1.5)
+    args = parse_generate_args(["--web", "--seed", "7", "--num_samples", "9"])
+    assert (args.seed, args.num_samples) == (7, 9)
 
 
 def test_fields():

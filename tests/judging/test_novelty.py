@@ -34,6 +34,15 @@ def test_near_duplicates_begin_at_seven_tenths():
     assert not training.is_novel(" ".join(words[:9]))
 
 
+def test_the_training_text_that_a_sample_repeats_is_named():
+    changed = TWELVE.replace("retired", "tired")
+    training = TrainingTexts(["something else", changed, TWELVE, TWELVE.upper()])
+    assert training.find_copied(TWELVE) == 2, "the first of two"
+    assert training.find_copied(TWELVE + " on") is None
+    assert training.find_near_duplicate(TWELVE + " on") == 2, "nearer than the one before it"
+    assert training.find_near_duplicate(changed + " on") == 1
+
+
 # Two texts that differ at their end, and one about something else: Chinese, Japanese, Thai, Hindi, Khmer, Arabic.
 OTHER_LANGUAGES = [
     (
