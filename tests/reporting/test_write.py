@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from neoflix.report import main
+from neoflix.reporting.formats import side_by_side
+from neoflix.reporting.history import Record
 from neoflix.reporting.pages import REPORT_FILE
 from neoflix.reporting.write import finish_run, write_report
 
@@ -44,3 +46,14 @@ def test_a_card_of_ours_is_replaced(run):
     (run / "README.md").write_text(f"{mark}\n\nby an earlier version")
     write_report(str(run))
     assert "earlier version" not in (run / "README.md").read_text()
+
+
+def test_a_run_ends_with_samples_before_and_after(run, capsys):
+    finish_run(str(run), json.loads((run / "all_results.json").read_text()))
+    record = Record.read(run)
+    texts = {row["step"]: row["text"] for row in reversed(record.samples)}  # the first text of each step
+    pairs = record.before_and_after()
+    assert pairs[0] == (texts[0], texts[record.best["step"]])
+    assert len(pairs) == 4
+    columns = shutil.get_terminal_size().columns
+    assert side_by_side(("before training", "after"), pairs, columns) in capsys.readouterr().out
