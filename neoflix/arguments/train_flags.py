@@ -126,10 +126,11 @@ class TrainFlags:
 # How --help groups them. The first group has what most runs need.
 GROUPS = {
     "most used": """config model_name_or_path dataset text_column template validation_fraction output_dir
-        num_train_epochs learning_rate per_device_train_batch_size deepspeed lora plan tune eval_only""",
+        num_train_epochs learning_rate per_device_train_batch_size deepspeed lora plan eval_only""",
     "texts": "loss_on_prompt max_length cache_dir",
     "training": """max_steps lr_scheduler_type warmup_steps weight_decay early_stopping_patience seed lora_rank
-        lora_alpha gradient_accumulation_steps tune_rates tune_steps""",
+        lora_alpha gradient_accumulation_steps""",
+    "learning rate": "tune tune_rates tune_steps",
     "memory and speed": """tokens_per_device_batch per_device_eval_batch_size bf16 fp16 activation_checkpointing use_cpu
         dataloader_num_workers plan_must_fit plan_device_memory plan_host_memory""",
     "evaluation, checkpoints, logs": """eval_strategy eval_on_start save_strategy save_total_limit

@@ -61,7 +61,6 @@ def draw(
         return None
     from matplotlib import rc_context  # takes half a second
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9}):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
@@ -82,27 +81,34 @@ def draw(
         if best:
             axis.plot(*best, "o", markersize=9, markerfacecolor="none", markeredgecolor=INK, label=f"best {over}")
             axis.axvline(best[0], color=INK, linewidth=0.6, linestyle=":")
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        if over != "step":
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        if log:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-        for one in (axis.xaxis, axis.yaxis):
-            one.set_minor_locator(NullLocator())
-        axis.set_xlabel(over, color=INK)
-        axis.tick_params(which="both", colors=INK)
-        axis.grid(color=GRID, linewidth=0.6)
-        for side, spine in axis.spines.items():
-            spine.set_color(INK)
-            spine.set_visible(side in ("left", "bottom"))
+        _style(axis, log, over)
         figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
         image = StringIO()
         figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
     return Plot(title, caption, _for_page(image.getvalue(), title))
+
+
+def _style(axis, log: bool, over: str) -> None:
+    """Scales, ticks and colours. Numbers on a logarithmic axis are written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if over != "step":
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+    if log:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_xlabel(over, color=INK)
+    axis.tick_params(which="both", colors=INK)
+    axis.grid(color=GRID, linewidth=0.6)
+    for side, spine in axis.spines.items():
+        spine.set_color(INK)
+        spine.set_visible(side in ("left", "bottom"))
 
 
 def _finite(curve: Curve) -> Curve:

@@ -26,7 +26,7 @@ class Stops:
     def __init__(self):
         self.reason, self.num_interrupts = "", 0
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, self._note)
 
     def _note(self, number, frame) -> None:

@@ -1,5 +1,6 @@
 """The ladder, on losses that are given."""
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,7 @@ def test_the_grid_surrounds_the_default():
     rates = make_rates(5e-5)
     assert rates[0] < 5e-5 < rates[-1]
     assert 5e-5 in rates
-    assert all(larger == pytest.approx(2 * rate) for rate, larger in zip(rates, rates[1:], strict=False))
+    assert all(larger == pytest.approx(2 * rate) for rate, larger in itertools.pairwise(rates))
 
 
 @pytest.mark.parametrize("steps", [4, 5, 7, 40, 400])
