@@ -33,6 +33,11 @@ class Stops:
         self.reason = self.reason or signal.Signals(number).name
         self.num_interrupts += number == signal.SIGINT
 
+    def check(self) -> None:
+        """StoppedEarly if there is a request."""
+        if self.reason:
+            raise StoppedEarly(f"Stopped ({self.reason}); the same command continues the search")
+
 
 def train_to(steps: int, recipe: Path, num_processes: int, stops: Stops) -> float:
     """Trains the trial of a recipe until it has taken `steps` steps, from its checkpoint if there is one. Its folder
@@ -43,7 +48,7 @@ def train_to(steps: int, recipe: Path, num_processes: int, stops: Stops) -> floa
 
     Raises:
         UserError: the trial's own.
-        StoppedEarly: the trial was asked to stop, and has saved a checkpoint.
+        StoppedEarly: the trial was asked to stop, and has saved a checkpoint, or a second Ctrl-C ended it.
         RuntimeError: the trial failed in any other way.
     """
     run, log, code_file = (recipe.with_suffix(suffix) for suffix in ("", ".log", ".code"))
@@ -63,8 +68,10 @@ def train_to(steps: int, recipe: Path, num_processes: int, stops: Stops) -> floa
     if code_file.is_file():  # DeepSpeed's launcher does not always return it
         code = int(code_file.read_text() or code)
         code_file.unlink()
-    if code == RUN_ME_AGAIN or (code and stops.reason):
-        raise StoppedEarly(f"Stopped ({stops.reason or 'on request'}); the same command continues the search")
+    if code == RUN_ME_AGAIN:  # also where somebody else asked the trial
+        stops.reason = stops.reason or "on request"
+    if code:
+        stops.check()
     if code == DivergedError.exit_code:
         return math.inf
     if code:

@@ -107,15 +107,15 @@ def choose_steps(plan: Plan | None) -> int:
 
 def climb(search: Search, num_processes: int, plan: Plan | None) -> None:
     """Trains what the ladder still lacks. A SLURM array's trials are left to SLURM."""
-    missing = [trial.number for trial in search.trials if search.rungs[-1] not in trial.losses]
     if search.is_array:
-        if missing:
+        if missing := [trial.number for trial in search.trials if search.rungs[-1] not in trial.losses]:
             say(f"Trials without a result (exit code 3 of a job: it diverged): {array_command(search, missing)}")
         return
     stops = Stops()
-    if missing:
+    if find_next(search.trials, search.rungs):
         say(f"Trials: {_list_trials(search)}; {_forecast(search, plan)}")
     while job := _find_job(search):
+        stops.check()
         trial, steps = job
         began = time.monotonic()
         try:
