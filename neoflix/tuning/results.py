@@ -116,7 +116,6 @@ def _draw(search: Search, best: Trial) -> Plot | None:
         "By learning rate, a line for each rung. Lower is better. Rates that diverged, or with ten times the best "
         "perplexity, are left out.",
         curves,
-        log=True,
         best=(best.learning_rate, math.exp(best.losses[search.rungs[-1]])),
         over="learning rate",
     )

@@ -32,7 +32,9 @@ from neoflix.tuning.start import Stops, train_to
 
 LOCK = "_tune.lock"
 BUDGET = 2.0  # epochs that all trials of the default grid train for, together
-FEWEST_STEPS, MOST_STEPS = 40, 400  # of the longest trials
+# Of the longest trials. In fewer than 40 steps even the warm-up decides; the demo's 40 find the best of its six rates
+# (docs/tuning.md). More than 400 would cost a large data set more than a search is worth.
+FEWEST_STEPS, MOST_STEPS = 40, 400
 UNPLANNED_STEPS = 100  # where the model's shape is not known before it is downloaded
 
 
