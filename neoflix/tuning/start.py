@@ -103,7 +103,7 @@ def _stop_with_parent() -> None:
 
 def _wait(child: subprocess.Popen, run: Path, stops: Stops) -> int:
     """Waits for a trial. It is asked to stop by its STOP file, which works with every launcher; repeatedly, because a
-    run that has not begun to train removes the file."""
+    run removes the file when it begins to train."""
     is_said = False
     while child.poll() is None:
         if stops.num_interrupts > 1:
@@ -114,7 +114,6 @@ def _wait(child: subprocess.Popen, run: Path, stops: Stops) -> int:
             is_said = True
             say(f"{stops.reason}: waiting until the trial has saved a checkpoint (Ctrl-C again: not waiting)")
         time.sleep(0.1)
-    (run / STOP_FILE).unlink(missing_ok=True)
     return child.returncode
 
 
