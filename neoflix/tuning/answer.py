@@ -8,8 +8,8 @@ from neoflix.planning.plan_run import plan_run
 from neoflix.runtime.console import say
 from neoflix.runtime.early import answer_early, run_without_torch
 from neoflix.runtime.errors import RUN_ME_AGAIN, StoppedEarly
-from neoflix.tuning.recipes import without_search
-from neoflix.tuning.tune import tune
+from neoflix.tuning.trial_recipes import without_search
+from neoflix.tuning.tuner import tune
 
 
 def answer_without_training() -> None:

@@ -9,8 +9,8 @@ from neoflix.reporting.render import render
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import write_text
 from neoflix.tuning.ladder import Trial, find_equals
-from neoflix.tuning.recipes import write_recipe
 from neoflix.tuning.search import Search
+from neoflix.tuning.trial_recipes import write_recipe
 
 PAGE, RECIPE = "tune.html", "best.yaml"
 FAR_OFF = 10  # times the best perplexity: not drawn

@@ -11,8 +11,8 @@ from neoflix.checkpoints.storage import delete
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.files import read_json, write_json
 from neoflix.tuning.ladder import Trial, find_dropped
-from neoflix.tuning.recipes import trial_settings, write_recipe
-from neoflix.tuning.start import read_losses
+from neoflix.tuning.trial_recipes import trial_settings, write_recipe
+from neoflix.tuning.trials import read_losses
 
 STATE = "tune.json"
 

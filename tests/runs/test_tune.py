@@ -15,7 +15,7 @@ from neoflix.checkpoints.find import list_numbered
 from neoflix.runtime.errors import RUN_ME_AGAIN
 from neoflix.runtime.files import read_json
 from neoflix.tuning.search import read_search
-from neoflix.tuning.tune import new_search, tune
+from neoflix.tuning.tuner import new_search, tune
 
 USELESS, GOOD, DIVERGES = 1e-9, 3e-3, 1e30
 
@@ -103,7 +103,7 @@ def test_an_array_is_written_trained_and_read(tune_words, train_words, tmp_path,
 
     trials = tmp_path / "run" / "tune" / "trials"
     assert f"sbatch --array=0-2 launch.sh --config {trials}/%a.yaml" in search("--tune", "array")
-    monkeypatch.setattr("neoflix.tuning.tune.train_to", lambda *_: pytest.fail("only SLURM trains an array's trials"))
+    monkeypatch.setattr("neoflix.tuning.tuner.train_to", lambda *_: pytest.fail("only SLURM trains an array's trials"))
     for number in (0, 1):
         train.main(["--config", str(trials / f"{number}.yaml"), "--output_dir", str(trials / str(number))])
     said = search()

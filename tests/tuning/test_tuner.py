@@ -5,7 +5,7 @@ from conftest import NETFLIX, card, forecast_of
 
 from neoflix.arguments.reader import read_train_flags
 from neoflix.runtime.errors import UserError
-from neoflix.tuning.tune import choose_steps, count_processes, new_search
+from neoflix.tuning.tuner import choose_steps, count_processes, new_search
 
 
 def search_of(tmp_path, *words: str, plan=None):

@@ -25,10 +25,10 @@ from neoflix.tuning.ladder import (
     make_rates,
     make_rungs,
 )
-from neoflix.tuning.recipes import read_settings
 from neoflix.tuning.results import array_command, format_perplexity, name_trial, write_results
 from neoflix.tuning.search import Search, open_search
-from neoflix.tuning.start import Stops, train_to
+from neoflix.tuning.trial_recipes import read_settings
+from neoflix.tuning.trials import Stops, train_to
 
 LOCK = "_tune.lock"
 BUDGET = 2.0  # epochs that all trials of the default grid train for, together

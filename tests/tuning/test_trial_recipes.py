@@ -6,7 +6,7 @@ import yaml
 from neoflix.arguments.reader import read_train_flags
 from neoflix.arguments.recipes import read_recipe
 from neoflix.runtime.errors import UserError
-from neoflix.tuning.recipes import group_words, read_settings, trial_settings, without_search, write_recipe
+from neoflix.tuning.trial_recipes import group_words, read_settings, trial_settings, without_search, write_recipe
 
 
 def test_a_command_line_becomes_a_recipe():

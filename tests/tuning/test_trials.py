@@ -11,8 +11,8 @@ import pytest
 
 from neoflix.runtime.errors import StoppedEarly, UserError
 from neoflix.runtime.files import STOP_FILE
-from neoflix.tuning import start
-from neoflix.tuning.start import Stops, launcher, train_to
+from neoflix.tuning import trials
+from neoflix.tuning.trials import Stops, launcher, train_to
 
 PROGRAM = """
 import json, os, pathlib, sys, time
@@ -24,7 +24,7 @@ run, steps = pathlib.Path(words[words.index("--output_dir") + 1]), int(words[wor
 @pytest.fixture
 def stops():
     """Requests to stop; the handlers of before come back."""
-    before = {number: signal.getsignal(number) for number in start.SIGNALS}
+    before = {number: signal.getsignal(number) for number in trials.SIGNALS}
     yield Stops()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -36,7 +36,7 @@ def train_by(tmp_path, monkeypatch, stops):
 
     def train(code: str) -> float:
         (tmp_path / "train.py").write_text(PROGRAM + code)
-        monkeypatch.setattr(start, "ROOT", tmp_path)
+        monkeypatch.setattr(trials, "ROOT", tmp_path)
         return train_to(4, tmp_path / "0.yaml", 1, stops)
 
     return train
@@ -119,9 +119,9 @@ time.sleep(600)
     (tmp_path / "train.py").write_text(PROGRAM + code)
     search = f"""
 import pathlib
-from neoflix.tuning import start
-start.ROOT = pathlib.Path({str(tmp_path)!r})
-start.train_to(4, start.ROOT / "0.yaml", 1, start.Stops())
+from neoflix.tuning import trials
+trials.ROOT = pathlib.Path({str(tmp_path)!r})
+trials.train_to(4, trials.ROOT / "0.yaml", 1, trials.Stops())
 """
     program = subprocess.Popen([sys.executable, "-c", search])
     while not (tmp_path / "begun").exists():
