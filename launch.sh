@@ -4,6 +4,7 @@
 #   ./launch.sh                                   chooses a recipe for this machine, trains, samples
 #   ./launch.sh --config recipes/demo.yaml ...    arguments go to train.py
 #   ./launch.sh --setup-only                      makes .venv and exits
+#   ./launch.sh --tune --config ...               finds the learning rate (docs/tuning.md)
 #   ./launch.sh --doctor                          shows what this machine has and lacks, and exits
 #   sbatch launch.sh --config ...                 the same as a SLURM job, on one node or more (docs/clusters.md)
 #
@@ -171,7 +172,7 @@ fi
 # ---- 3. the run's folder: generate.py finds it by the same two flags -------------------------------------
 
 # As the parser reads flags: --output_dir X, --output-dir X or either with =X; the last one wins.
-config='' output_dir='' plan=false eval_only=false
+config='' output_dir='' plan=false eval_only=false tune=false
 for ((i = 0; i < ${#train_args[@]}; i++)); do
   word=${train_args[i]} value=${train_args[i + 1]:-}
   if [[ "$word" == *=* ]]; then value=${word#*=} word=${word%%=*}; fi
@@ -180,6 +181,7 @@ for ((i = 0; i < ${#train_args[@]}; i++)); do
     __output_dir) output_dir=$value ;;
     __plan) plan=$value ;;
     __eval_only) eval_only=$value ;;
+    __tune) tune=$value ;;
   esac
 done
 
@@ -243,9 +245,6 @@ start_on_node() {  # srun runs this once on each node
 }
 
 launch_by_srun() {
-  # The last task of an array has the array's own number as its job number, which would mean all tasks.
-  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-  job=${job:-$SLURM_JOB_ID}
   export NEOFLIX_LOG_DIR=${NEOFLIX_LOG_DIR:-.}/slurm-$job  # rank 0 writes to the job's output, the other ranks here
   local nodes address hostfile=$NEOFLIX_LOG_DIR/hosts
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -266,7 +265,12 @@ launch_by_srun() {
 }
 
 ((num_gpus > 0)) || export DS_ACCELERATOR=cpu
-if on_slurm; then
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-${SLURM_JOB_ID:-}}  # the last task of an array has the array's own number, which would mean all tasks
+if ! is_no "$tune"; then  # starts its runs itself, on this machine
+  ((${SLURM_NNODES:-1} == 1)) || fail "--tune runs on one node; use --nodes=1, or --tune array (docs/tuning.md)"
+  launcher=(python)
+elif on_slurm; then
   launch_by_srun
 elif [[ -n "${HOSTFILE:-}" ]]; then
   launch_by_ssh
@@ -341,7 +345,7 @@ if ((code == RUN_ME_AGAIN)) && on_slurm; then queue_again; fi
 
 # ---- 6. sample --------------------------------------------------------------------------------------------
 
-if ! is_no "$plan" || ! is_no "$eval_only"; then exit; fi  # nothing was trained
+if ! is_no "$plan" || ! is_no "$eval_only" || ! is_no "$tune"; then exit; fi  # no model was made
 
 run python generate.py "${generate_args[@]}"
 

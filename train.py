@@ -1,9 +1,9 @@
 """Fine-tune GPT-Neo on short texts: `deepspeed train.py`, or by a recipe, `deepspeed train.py --config FILE`."""
 
-from neoflix.planning.plan_run import answer_plan, plan_run
+from neoflix.tuning.answer import answer_without_training
 
 if __name__ == "__main__":
-    answer_plan()  # --plan, --help and wrong flags: before the imports below, which take seconds
+    answer_without_training()  # --plan, --tune, --help and wrong flags: before the imports below, which take seconds
 
 from transformers import set_seed
 
@@ -18,6 +18,7 @@ from neoflix.data.tokens import count_tokens, fill_up, tokenize_split
 from neoflix.model.load import find_tokenizer, load_model
 from neoflix.model.vocabulary import get_window
 from neoflix.planning.lengths import remember_counts
+from neoflix.planning.plan_run import plan_run
 from neoflix.reporting.write import finish_run
 from neoflix.runtime.environment import prepare_environment
 from neoflix.runtime.processes import main_process_first, run_and_exit, run_on_main_process
@@ -47,7 +48,6 @@ def train(args, plan) -> None:
         texts = split_texts(read_dataset(args), args.validation_fraction)
         tokenizer = find_tokenizer(args.model_name_or_path, texts.train, args.cache, args.text_template)
     check_same_everywhere(args, texts)
-
     model = load_model(args.model_name_or_path, tokenizer, args.weight_dtype, args.generation, **args.model_options)
     check_can_be_sampled(model)
     with main_process_first():

@@ -17,6 +17,7 @@ from torch.distributed.run import parse_args as parse_torchrun_args
 import generate
 import train
 from neoflix.arguments.generate import parse_generate_args
+from neoflix.arguments.reader import read_train_flags
 from neoflix.arguments.training import TrainArguments
 from neoflix.export import parse_export_args
 from neoflix.report import main, parse_report_args
@@ -132,6 +133,8 @@ def read_command(line: str, env: dict, words: list[str]) -> None:
     match without_launcher(words):
         case _ if "..." in words:
             pass
+        case ["python", "train.py", *rest] if "--tune" in rest:
+            read_train_flags(rest)
         case ["python", "train.py", *rest]:
             parse_train_args([*rest, "--use_cpu", "true", "--deepspeed", "ds_configs/cpu.json"])
         case ["python", "generate.py", *rest]:
@@ -149,6 +152,8 @@ def run_command(line: str, env: dict, words: list[str]) -> None:
     match without_launcher(words):
         case _ if "..." in words:
             pass
+        case ["python", "train.py", *rest] if "--tune" in rest:  # tests/runs/test_tune.py runs it
+            read_train_flags(rest)
         case ["python", "train.py", *rest]:
             if "--eval_only" not in rest:  # each example is a run of its own
                 shutil.rmtree("results", ignore_errors=True)

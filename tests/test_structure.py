@@ -14,13 +14,13 @@ ENTRY_POINTS = [ROOT / "train.py", ROOT / "generate.py"]
 # A package imports only from those listed before it. The front doors `doctor`, `export` and `report` come last.
 PACKAGES = (
     *("runtime", "data", "model", "checkpoints", "arguments", "planning", "sampling", "judging", "web", "reporting"),
-    "training",
+    *("training", "tuning"),
 )
 # Imported before torch is needed: `train.py --plan` answers in less time than torch takes to load.
 WITHOUT_TORCH = (
     *("neoflix.arguments.reader", "neoflix.arguments.generate", "neoflix.runtime.early"),
     *("neoflix.planning.plan_run", "neoflix.planning.table", "neoflix.data.sources", "neoflix.data.split"),
-    *("neoflix.doctor", "neoflix.runtime.driver"),
+    *("neoflix.doctor", "neoflix.runtime.driver", "neoflix.tuning.answer"),
 )
 MOST_LINES, MOST_CLASS_LINES, MOST_FUNCTION_LINES = 300, 220, 60
 

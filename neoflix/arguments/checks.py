@@ -1,6 +1,7 @@
 """Checks of train.py's flags that need no torch. Nothing is written."""
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def check_train_flags(flags: argparse.Namespace) -> None:
     if flags.lora and flags.model_name_or_path == "demo":
         raise UserError("--lora true: must have a pretrained model, and 'demo' starts from random weights")
     check_flags(flags, TrainFlags)
+    if flags.tune:
+        check_tune(flags)
     if not (flags.output_dir or "").strip():
         raise UserError("--output_dir is empty; name the run's folder")
     check_writable(flags.output_dir)
@@ -54,6 +57,23 @@ def check_template(flags: argparse.Namespace) -> None:
         )
 
 
+def check_tune(flags: argparse.Namespace) -> None:
+    """Raises UserError if --tune has nothing to compare, or is given rates that are none."""
+    if flags.plan:
+        raise UserError("--tune prints the plan too; leave --plan out, or --tune for the plan alone")
+    if flags.validation_fraction == 0:
+        raise UserError("--validation_fraction 0: no text is held out, and --tune compares held-out losses")
+    if flags.save_strategy == "no":
+        raise UserError("--save_strategy no: --tune continues its runs from checkpoints; leave it out")
+    for rate in flags.tune_rates or []:
+        try:
+            is_valid = 0 < float(rate) < math.inf
+        except ValueError:
+            is_valid = False
+        if not is_valid:
+            raise UserError(f"--tune_rates {rate}: must be a number above 0")
+
+
 def check_writable(folder: str) -> None:
     """Raises UserError unless `folder`, or the nearest folder above it that exists, can be written to."""
     existing = Path(folder).absolute()
@@ -71,8 +91,9 @@ def check_evaluation(flags: argparse.Namespace) -> None:
     """Raises UserError if --eval_only has no texts, or would write to a run's folder."""
     if flags.validation_fraction == 0:
         raise UserError("--validation_fraction 0: no text is held out, and --eval_only has nothing to evaluate on")
-    if flags.plan:
-        raise UserError("--plan is for training; with --eval_only, leave it out")
+    for name in ("plan", "tune"):
+        if getattr(flags, name):
+            raise UserError(f"--{name} is for training; with --eval_only, leave it out")
     if not flags.output_dir:
         return
     check_writable(flags.output_dir)

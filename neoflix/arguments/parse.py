@@ -57,6 +57,8 @@ def read_all_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check_all(flags: argparse.Namespace) -> None:
     check_numbers(flags)
+    if flags.tune:
+        raise UserError("--tune starts its runs itself: use python train.py --tune, without a launcher")
     check_words(flags)
     check_report_to(flags.report_to)
     if flags.eval_only:

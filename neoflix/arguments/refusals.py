@@ -75,6 +75,7 @@ _RECOMPUTING = (
 )
 _EVALUATION = (lambda flags: flags.eval_strategy != "no", "with --eval_strategy no")
 _LORA = (lambda flags: flags.lora, "without --lora true")
+_TUNE = (lambda flags: flags.tune, "without --tune")
 _PLAN = (lambda flags: flags.plan, "without --plan")
 
 NEEDS = {
@@ -94,6 +95,8 @@ NEEDS = {
     "trackio_static_space_id": _TRACKIO,
     "lora_rank": _LORA,
     "lora_alpha": _LORA,
+    "tune_rates": _TUNE,
+    "tune_steps": _TUNE,
     "plan_device_memory": _PLAN,
     "plan_host_memory": _PLAN,
 }

@@ -6,10 +6,11 @@ adds Hugging Face's other flags.
 
 from dataclasses import dataclass, field
 
-from neoflix.arguments.values import layers_or_auto, tokens_or_auto
+from neoflix.arguments.values import layers_or_auto, tokens_or_auto, yes_or_array
 from neoflix.runtime.files import ROOT
 
 TOKENS = {"type": tokens_or_auto, "metavar": "N|auto"}
+TUNE = {"type": yes_or_array, "metavar": "true|false|array", "nargs": "?", "const": True}
 LAYERS = {"type": layers_or_auto, "metavar": "true|false|auto|N", "nargs": "?", "const": True}
 
 
@@ -108,6 +109,17 @@ class TrainFlags:
     plan_must_fit: bool = _option(True, "Refuse a run that does not fit by its plan; false: warn and try.")
     plan_device_memory: str | None = _option(None, "With --plan: plan for a GPU of this size, such as 24GiB.")
     plan_host_memory: str | None = _option(None, "With --plan: plan for a host with this much free memory.")
+    tune: str | None = _option(
+        None,
+        "Find the learning rate, and with --lora the rank, by short runs; 'array': write them for a SLURM array.",
+        **TUNE,
+    )
+    tune_rates: list[str] | None = _option(
+        None, "With --tune: learning rates to try. By default six from a quarter to eight times --learning_rate."
+    )
+    tune_steps: int | None = _option(
+        None, "With --tune: steps of the longest runs. By default all runs together train for about two epochs."
+    )
     eval_only: bool = _option(
         False, "Evaluate the model on held-out texts and exit. By default on those of the run that trained it."
     )
@@ -120,6 +132,7 @@ GROUPS = {
     "texts": "loss_on_prompt max_length cache_dir",
     "training": """max_steps lr_scheduler_type warmup_steps weight_decay early_stopping_patience seed lora_rank
         lora_alpha gradient_accumulation_steps""",
+    "learning rate": "tune tune_rates tune_steps",
     "memory and speed": """tokens_per_device_batch per_device_eval_batch_size bf16 fp16 activation_checkpointing use_cpu
         dataloader_num_workers plan_must_fit plan_device_memory plan_host_memory""",
     "evaluation, checkpoints, logs": """eval_strategy eval_on_start save_strategy save_total_limit

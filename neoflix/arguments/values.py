@@ -23,6 +23,11 @@ def tokens_or_auto(word: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{word!r} must be a number of tokens, or auto") from None
 
 
+def yes_or_array(word: str) -> bool | str:
+    """The type of --tune."""
+    return word if word == "array" else yes_or_no(word)
+
+
 def layers_or_auto(word: str) -> bool | int | str:
     """The type of a flag that is true (all layers), false, a number of layers from 2 on, or 'auto'."""
     if word.lower() in YES + NO:
@@ -51,6 +56,7 @@ NUMBER_RULES = {
     "num_train_epochs": _POSITIVE,
     "max_steps": (lambda v: v == -1 or v >= 1, "1 or more (or -1: as many as --num_train_epochs takes)"),
     "learning_rate": _POSITIVE,
+    "tune_steps": (lambda v: v >= 4, "4 or more"),
     "warmup_steps": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
     "adam_beta1": _FRACTION,

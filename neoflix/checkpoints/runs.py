@@ -18,6 +18,7 @@ from neoflix.runtime.files import write_json
 NOT_COMPARED = frozenset(
     """
     output_dir config cache_dir command plan plan_must_fit plan_device_memory plan_host_memory allow_pickle
+    tune tune_rates tune_steps
     eval_only do_train do_eval do_predict resume_from_checkpoint override_resumed overwrite_output_dir local_rank
     logging_dir logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica
     log_on_each_node include_num_input_tokens_seen include_tokens_per_second include_for_metrics disable_tqdm debug

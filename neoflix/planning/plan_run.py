@@ -5,12 +5,11 @@ Torch is not imported, because that takes longer than `--plan` may; the plan of 
 
 import argparse
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 from neoflix.arguments.deepspeed_file import check_agreement, find_ds_config, read_ds_config
-from neoflix.arguments.reader import is_complete, keep_texts_per_step, read_train_flags
+from neoflix.arguments.reader import keep_texts_per_step
 from neoflix.model.shape import read_shape
 from neoflix.planning.choices import choose_auto
 from neoflix.planning.forecast import Plan, forecast
@@ -20,23 +19,9 @@ from neoflix.planning.remedies import explain
 from neoflix.planning.settings import read_settings
 from neoflix.planning.table import plan_table
 from neoflix.runtime.console import GIB, say
-from neoflix.runtime.early import answer_early
 from neoflix.runtime.errors import UserError
 from neoflix.runtime.hardware import Machine, read_machine
 from neoflix.runtime.launcher import local_processes
-
-
-def answer_plan() -> None:
-    """Answers `train.py --plan`, `train.py --help` and wrong flags, and exits. Returns if the program has something
-    else to do, or if only transformers can check the flags."""
-
-    def answer() -> None:
-        flags = read_train_flags()
-        if flags.plan and is_complete(flags):
-            plan_run(flags)
-            sys.exit()
-
-    answer_early(answer)
 
 
 def call(function: Callable, *args):

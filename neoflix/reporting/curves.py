@@ -21,10 +21,10 @@ CSS_VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)"} | {c: f"var(--c{n})" fo
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over steps. `points` draws marks; `colour` is an index of COLOURS."""
+    """Values over steps, or over what `draw` is told. `points` draws marks; `colour` is an index of COLOURS."""
 
     label: str
-    steps: list[int]
+    steps: list[float]
     values: list[float]
     colour: int = 0
     points: bool = False
@@ -46,11 +46,13 @@ def draw(
     curves: Iterable[Curve],
     log: bool = False,
     levels: Iterable[tuple[str, float]] = (),
-    best: tuple[int, float] | None = None,
+    best: tuple[float, float] | None = None,
+    over: str = "step",
 ) -> Plot | None:
     """Draws curves over steps as SVG; None if they have no points.
 
     Args:
+        over: what they are over, if not steps: a number on a logarithmic axis.
         levels: (label, value) of horizontal lines.
         best: the point to mark.
     """
@@ -59,7 +61,6 @@ def draw(
         return None
     from matplotlib import rc_context  # takes half a second
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9}):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
@@ -78,24 +79,36 @@ def draw(
         for number, (label, value) in enumerate(levels):
             axis.axhline(value, color=INK, linestyle=("--", ":")[number % 2], linewidth=0.9, label=label)
         if best:
-            axis.plot(*best, "o", markersize=9, markerfacecolor="none", markeredgecolor=INK, label="best step")
+            axis.plot(*best, "o", markersize=9, markerfacecolor="none", markeredgecolor=INK, label=f"best {over}")
             axis.axvline(best[0], color=INK, linewidth=0.6, linestyle=":")
-        if log:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            axis.yaxis.set_minor_locator(NullLocator())
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-        axis.set_xlabel("step", color=INK)
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axis.tick_params(which="both", colors=INK)
-        axis.grid(color=GRID, linewidth=0.6)
-        for side, spine in axis.spines.items():
-            spine.set_color(INK)
-            spine.set_visible(side in ("left", "bottom"))
+        _style(axis, log, over)
         figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
         image = StringIO()
         figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
     return Plot(title, caption, _for_page(image.getvalue(), title))
+
+
+def _style(axis, log: bool, over: str) -> None:
+    """Scales, ticks and colours. Numbers on a logarithmic axis are written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if over != "step":
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+    if log:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_xlabel(over, color=INK)
+    axis.tick_params(which="both", colors=INK)
+    axis.grid(color=GRID, linewidth=0.6)
+    for side, spine in axis.spines.items():
+        spine.set_color(INK)
+        spine.set_visible(side in ("left", "bottom"))
 
 
 def _finite(curve: Curve) -> Curve:

@@ -14,9 +14,10 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError):
-    """The losses or weights are no longer finite numbers. The input was valid, so the exit code is 1."""
+    """The losses or weights are no longer finite numbers. The input was valid, and the program did not fail: the exit
+    code is its own."""
 
-    exit_code = 1
+    exit_code = 3
 
 
 class StoppedEarly(Exception):  # noqa: N818 - not an error

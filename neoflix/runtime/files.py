@@ -16,6 +16,8 @@ import xxhash
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # the project's folder
 
+STOP_FILE = "STOP"  # in a run's folder: a request to stop
+
 BLOCK = 1 << 20  # bytes hashed and written at a time: for the second, they are still in the processor's cache
 
 

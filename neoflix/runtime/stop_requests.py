@@ -12,10 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from neoflix.runtime.files import STOP_FILE
 from neoflix.runtime.launcher import find_deepspeed, find_torchrun
-
-STOP_FILE = "STOP"  # in the run's folder
-
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

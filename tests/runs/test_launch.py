@@ -153,12 +153,21 @@ def test_output_dir_is_seen_in_each_of_its_spellings(dry_run, words):
         (["--plan", "false"], True),
         (["--plan", "--plan", "no"], True),
         (["--eval_only"], False),
+        (["--tune"], False),
+        (["--tune", "array"], False),
+        (["--tune", "false"], True),
         (["--eval-only", "--plan", "false"], False),
         (["--eval-only=False"], True),
     ],
 )
 def test_only_a_run_that_trains_is_sampled_from(dry_run, words, samples):
     assert ("generate.py" in dry_run("--config", "recipes/demo.yaml", *words)) == samples
+
+
+def test_a_search_starts_its_own_launchers_on_one_node(dry_run):
+    words = ["--config", "recipes/demo.yaml", "--tune"]
+    assert "\npython train.py --config recipes/demo.yaml --tune \n" in "\n" + dry_run(*words)
+    assert "--nodes=1" in dry_run(*words, SLURM_NNODES="2", expect=2)
 
 
 @pytest.mark.parametrize("content", ["output_dir:", "seed: 3", "- x", "a: [", None])

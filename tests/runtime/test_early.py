@@ -13,7 +13,7 @@ def refuse(error: Exception):
     return answer
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError("--seed x"), 2), (DivergedError("--seed x"), 1)])
+@pytest.mark.parametrize(("error", "code"), [(UserError("--seed x"), 2), (DivergedError("--seed x"), 3)])
 @pytest.mark.parametrize("run", [answer_early, run_without_torch])
 def test_a_user_error_ends_the_program(run, error, code, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)

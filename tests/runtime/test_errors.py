@@ -5,7 +5,7 @@ from neoflix.runtime.processes import exit_code_of
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(UserError("x"), 2), (DivergedError("x"), 1), (StoppedEarly("x"), RUN_ME_AGAIN)]
+    ("error", "code"), [(UserError("x"), 2), (DivergedError("x"), 3), (StoppedEarly("x"), RUN_ME_AGAIN)]
 )
 def test_exit_codes(error, code, monkeypatch, capsys):
     def fail():

@@ -74,7 +74,7 @@ def fail():
     raise DivergedError("the loss is nan")
 run_on_main_process(fail)
 """)
-    assert (codes, said) == ([1, 1], ["error: the loss is nan\n", ""])
+    assert (codes, said) == ([3, 3], ["error: the loss is nan\n", ""])
 
 
 @pytest.mark.parametrize("error", ["OSError(28, 'No space left')", "RuntimeError('x')", "ValueError('x')"])

@@ -45,7 +45,7 @@ def read_strictly(path: Path):
 @pytest.mark.process
 def test_a_diverged_model_is_never_promoted(train_words, tmp_path, capfd, name):
     words = [*train_words, *EXPLODES, *SPARSE[name]]
-    assert exit_code_of(lambda: train.main(words)) == 1
+    assert exit_code_of(lambda: train.main(words)) == 3
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "use a lower --learning_rate than 1e+39" in errors[0]
