@@ -134,7 +134,7 @@ reason() {  # why a plan does not fit, by `said`
 choose_first_look() {  # without a GPU: sets `train_args`, and says why
   local model=smollm2  # in a dry run, which downloads nothing
   echo "No GPU found: looking for the best model within reach."
-  if [[ -z "${DRY_RUN:-}" ]]; then model=$(python -m neoflix.first_look results) || exit; fi
+  if [[ -z "${DRY_RUN:-}" ]]; then model=$(DS_ACCELERATOR=cpu python -m neoflix.first_look results) || exit; fi
   if [[ "$model" != demo ]]; then
     train_args=(--config recipes/first-look.yaml)
     if [[ "$model" != smollm2 ]]; then train_args+=(--model_name_or_path "$model"); fi

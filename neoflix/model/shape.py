@@ -19,8 +19,8 @@ HUB_SHAPES = {
     for size, num_layers, width in (("125M", 12, 768), ("1.3B", 24, 2048), ("2.7B", 32, 2560))
 }
 
-# Architectures whose texts are packed, as `model_type` in config.json. tests/model/test_packed_attention.py compares each
-# with texts that are read one by one.
+# Architectures whose texts are packed, as `model_type` in config.json. tests/model/test_packed_attention.py compares
+# each with texts that are read one by one.
 PACKED = {
     *("cohere", "gemma", "gpt2", "gpt_neo", "gpt_neox", "granite", "llama", "mistral", "olmo", "olmo2", "phi", "phi3"),
     *("qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
