@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
-from transformers import GPTNeoConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +27,6 @@ from machine import now, write_line
 
 from neoflix.data.packing import lay_out_texts
 from neoflix.model import packed_attention
-from neoflix.model.attention import GPTNeoFastAttention
 from neoflix.model.loss import causal_lm_loss
 
 WINDOW = 256
@@ -112,12 +110,9 @@ def attentions(lengths: list[int], args: argparse.Namespace) -> dict[str, Callab
         scores = torch.einsum("qhd,khd->hqk", query.float(), key.float()).masked_fill(~mask_TT, -torch.inf)
         return torch.einsum("hqk,khd->qhd", scores.softmax(-1).to(value.dtype), value)
 
-    config = GPTNeoConfig(hidden_size=args.width, num_heads=args.num_heads, window_size=WINDOW)
-    layer = GPTNeoFastAttention(config, "local")
-
     def ours(with_varlen: bool):
         with mock.patch.object(packed_attention, "takes_varlen", return_value=with_varlen):
-            return layer._attend_by_text(query, key, value, layout)
+            return packed_attention.attend_by_text(query, key, value, layout, 1.0, 0.0, WINDOW)
 
     functions = {
         "one row, dense mask": lambda: dense(mask_TT),
