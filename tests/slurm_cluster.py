@@ -115,7 +115,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=100000,bf_interval=2
-KillWait=10
+KillWait=30
 ReturnToService=2
 # launch.sh takes a port by the job's number: two such clusters on one host should not count alike
 FirstJobId={1 + secrets.randbelow(9000)}
