@@ -94,3 +94,15 @@ def test_packed_texts_are_texts_read_one_by_one(kind, on_cuda, monkeypatch):
         torch.testing.assert_close(
             gradients[name], gradient, atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_torchs_kernel_takes_fewer_heads_of_keys(monkeypatch):
+    """Llama's keys and values have fewer heads than its queries. The real kernel's schema, on the meta device, where a
+    wait for a value would raise."""
+    monkeypatch.setattr(packed_attention, "takes_varlen", lambda query: True)
+    _, model = make_models("llama")
+    model.to("meta")
+    batch = PackedCollator()(make_texts())
+    batch = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in batch.items()}
+    model(**batch, num_items_in_batch=torch.tensor(50, device="meta")).loss.backward()
+    assert all(weight.grad.shape == weight.shape for weight in model.parameters())
