@@ -58,7 +58,7 @@ def check_template(flags: argparse.Namespace) -> None:
 
 
 def check_tune(flags: argparse.Namespace) -> None:
-    """Raises UserError if --tune has nothing to compare, or is given rates that are none."""
+    """Raises UserError if --tune has nothing to compare, or a rate is not a number above 0."""
     if flags.plan:
         raise UserError("--tune prints the plan too; leave --plan out, or --tune for the plan alone")
     if flags.validation_fraction == 0:

@@ -131,7 +131,7 @@ def _load_adapted(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) ->
         model = load_pretrained(base, trained_dtype, allow_pickle)
     except ValueError as error:
         raise UserError(f"{folder}: holds LoRA adapters, and their base model cannot be loaded: {error}") from error
-    resize_embeddings(model, tokenizer, find_packaged(base), fills_spare_rows)
+    resize_embeddings(model, tokenizer, base, fills_spare_rows)
     set_token_ids(model, tokenizer, {})
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -182,7 +182,7 @@ def load_model(
         model = build_demo_model(pad_vocab_size(len(tokenizer))).to(dtype)
     else:
         model = load_pretrained(model_name_or_path, dtype, allow_pickle)
-        resize_embeddings(model, tokenizer, find_packaged(model_name_or_path))
+        resize_embeddings(model, tokenizer, model_name_or_path)
     set_token_ids(model, tokenizer, sampling)
     return add_adapters(model, base=model_name_or_path, **lora) if lora else model
 

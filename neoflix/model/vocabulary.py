@@ -8,6 +8,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from neoflix.data.tokenizer import find_added_ids
 from neoflix.model.attention import ATTENTION_NAME
+from neoflix.model.packaged import find_packaged
 from neoflix.model.shape import pad_vocab_size
 
 # Names of the longest text in configs. Configs with n_positions have max_position_embeddings as well.
@@ -36,7 +37,7 @@ def resize_embeddings(
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = [layer.weight for layer in layers]
     if fills_spare_rows:
-        new |= find_added_ids(tokenizer, base)
+        new |= find_added_ids(tokenizer, find_packaged(base))
         model.filled_spare_rows = min(new, default=old_size) < old_size
         weights += [layer.bias for layer in layers if getattr(layer, "bias", None) is not None]
     if not new:

@@ -80,7 +80,7 @@ def _plan(flags: argparse.Namespace, folder: Path, num_processes: int) -> Plan |
     """The plan of the whole run, as its launcher would start it."""
     if num_processes > 1:
         os.environ["WORLD_SIZE"] = os.environ["LOCAL_SIZE"] = str(num_processes)
-    flags.output_dir = str(folder)  # a run beside the search is none of its business
+    flags.output_dir = str(folder)  # a run beside the search does not count
     return plan_run(flags)
 
 

@@ -65,7 +65,7 @@ def _busy(port: int | None) -> str:
 
 
 def keep_to_this_machine() -> None:
-    """Gradio counts users, asks for its newest version, and may reach its own page through a proxy: none of that."""
+    """Stops Gradio from counting users, asking for its newest version and reaching its own page through a proxy."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
