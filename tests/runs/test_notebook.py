@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, environment_without_launcher, run_program
+from conftest import PYTHON, ROOT, environment_without_launcher, run_program
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -130,7 +130,7 @@ def test_settings_fit_a_t4(machine_of):
     exec(source.replace('os.path.exists("/dev/nvidia0")', "True"), settings)
     words = ["--config", settings["RECIPE"], "--dataset", settings["DATASET"], "--template", settings["TEMPLATE"]]
     machine = machine_of(T4, driver="550.54.15", torch="2.13.0+cu126", cuda="12.6", host_gib=11, disk_gib=60)
-    plan = run_program("python", "train.py", "--plan", *words, "--output_dir", "no-run", env=machine)
+    plan = run_program(PYTHON, "train.py", "--plan", *words, "--output_dir", "no-run", env=machine)
     assert "no_offload.json" in plan
     assert "half precision" in plan
 
