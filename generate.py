@@ -66,7 +66,7 @@ def sample(args, model_dir: Path, prompts: list) -> None:
 
 
 def load_sampler(args, model_dir: Path, prompts: list) -> Sampler:
-    batch_size = min(args.batch_size, len(prompts) * args.num_samples)
+    batch_size = min(filter(None, (args.batch_size, len(prompts) * args.num_samples)))
     return Sampler.load(model_dir, allow_pickle=args.allow_pickle, batch_size=batch_size)
 
 

@@ -73,7 +73,8 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("input and output").add_argument
     add("--config", metavar="FILE", help="a recipe: samples its run with the settings of its 'generation' section")
     add("--fields_file", metavar="FILE", help="a table with a prompt in each row (CSV, TSV, JSONL or Parquet)")
-    add("--batch_size", type=int, metavar="N", default=20, help="texts that are sampled at the same time (20)")
+    slots_help = "texts that are sampled at the same time; auto (the default): as many as make the device faster"
+    add("--batch_size", type=_number_or_auto, metavar="N|auto", help=slots_help)
     add("--stream", **SWITCH, default=False, metavar="true|false", help="print each text while it is written")
     add("--web_port", type=int, metavar="N", help="port of the page, on this machine only (7860 or the next free one)")
     pickle_help = "load weights from a pickle (pytorch_model.bin) if there is no safetensors file"
@@ -91,6 +92,14 @@ def make_parser() -> Parser:
     add("--base_model", metavar="MODEL", help=base_help)
     parser.add_argument_group("help").add_argument("-h", "--help", action="help", help="show these flags and exit")
     return parser
+
+
+def _number_or_auto(word: str) -> int | None:
+    """'8' -> 8, 'auto' -> None"""
+    try:
+        return None if word == "auto" else int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word} is neither a number nor auto") from None
 
 
 def _fill_in_defaults(args: argparse.Namespace) -> None:

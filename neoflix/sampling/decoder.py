@@ -119,6 +119,8 @@ class Decoder:
             free = [slot for slot, text in enumerate(self.slots) if text is None or text.finish_reason]
             if waiting and (len(free) >= refill_at or len(free) >= len(waiting)):
                 self._fill([(slot, waiting.popleft()) for slot in free[: len(waiting)]])
+            elif not waiting and not self.has_graphs and 2 * len(free) >= len(self.slots):
+                self._leave(free)
             self._step()
             unread.append(([(text, text.new_ids) if text else None for text in self.slots], self._send_tokens()))
             if len(unread) > self.lag:
@@ -145,6 +147,16 @@ class Decoder:
         }
         for column_B, values_N in columns.items():
             column_B[slots_N] = values_N.to(self.device, non_blocking=True)
+
+    def _leave(self, free: list[int]) -> None:
+        """Goes on without the free slots. On a CPU each slot costs time; on a GPU another size needs new graphs."""
+        kept = [slot for slot in range(len(self.slots)) if slot not in free]
+        kept_N = torch.tensor(kept, device=self.device)
+        self.slots, self.reached = ([values[slot] for slot in kept] for values in (self.slots, self.reached))
+        for name in ("ids_B", "places_B", "begins_B", "keys_B", "drawn_B", "has_BV"):
+            if (column := getattr(self, name)) is not None:
+                setattr(self, name, column[kept_N])
+        self.cache.keep(kept_N, self.places_B)
 
     def _prefill(self, prompts: set[tuple]) -> None:
         """Computes the keys and values of prompts in one pass. Padding is on the right, where no real token sees it."""

@@ -10,7 +10,7 @@ generator: the noise at each step is a hash of (s, i, step, token). How texts gr
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from neoflix.sampling.draw import Draw
 from neoflix.sampling.growth import finish_in_order, look_in
 from neoflix.sampling.inference import eval_mode, optimize_for_inference
 from neoflix.sampling.slot_cache import num_rows
+from neoflix.sampling.slots import FEWEST, choose_num_slots
 from neoflix.sampling.training_fields import read_field_pool
 
 FIELD_TOKENS = 32  # most tokens of a field that the model writes
@@ -105,12 +106,12 @@ class Sampler:
         Args:
             device: by default CUDA, in bf16 (fp16 before Ampere), if there is a GPU; otherwise the CPU, in fp32.
             allow_pickle: load weights from pytorch_model.bin if there is no safetensors file (docs/loading.md).
-            batch_size: number of texts that will be written at once; any other is possible too, but slower.
+            batch_size: most texts that will be written at once; any other is possible too, but slower.
         """
         model = load_for_reading(str(folder), device, allow_pickle)
         sampler = cls(model, read_tokenizer(folder, f"--model_dir {folder}"), model_dir=Path(folder))
         if makes_slots(sampler._make_decoder):
-            optimize_for_inference(model, batch_size)
+            optimize_for_inference(model, min(batch_size, FEWEST))
         else:
             kind = model.config.model_type
             say(f"note: transformers' generate samples {kind} models, which is slower than this project's decoder")
@@ -136,7 +137,7 @@ class Sampler:
         prompts: str | dict | list[str | dict] | None = None,
         num_samples: int = 1,
         seed: int = 42,
-        batch_size: int = 20,
+        batch_size: int | None = None,
         first_index: int = 0,
         skip: int = 0,
         streamer: TextStreamer | None = None,
@@ -149,7 +150,7 @@ class Sampler:
                 no training text ends there, and the name of a control token is plain text. For a model with a template
                 a prompt can be its fields, such as {"title": "The Last Ferry"}. Fields that are left out are written
                 by the model if it was trained to, and otherwise drawn from its training texts. None leaves out all.
-            batch_size: number of texts that grow at once.
+            batch_size: number of texts that grow at once; None: as many as this device writes fastest (`slots.py`).
             first_index: index of the first text within the seed's texts.
             skip: number of texts to leave out at the beginning; the others are the same as without `skip`.
             streamer: is given the tokens of each text in turn, as they come.
@@ -169,7 +170,7 @@ class Sampler:
         prompts: str | dict | list[str | dict] | None = None,
         num_samples: int = 1,
         seed: int = 42,
-        batch_size: int = 20,
+        batch_size: int | None = None,
         every: float = 0.1,
         **settings,
     ) -> Iterator[list[Sample]]:
@@ -184,11 +185,12 @@ class Sampler:
             yield [self._to_sample(text, jobs[text.index], fields.get(text.index), seed) for text in texts]
 
     def _plan(
-        self, prompts, num_samples: int, seed: int, batch_size: int, first_index: int, settings: dict
+        self, prompts, num_samples: int, seed: int, batch_size: int | None, first_index: int, settings: dict
     ) -> tuple[dict[int, str], dict[int, dict], dict]:
         """(the prompt of each text, the fields of those that have some, both by the text's index; all settings)"""
         settings = self.settings(**settings)
-        for name, value in {**settings, "num_samples": num_samples, "batch_size": batch_size}.items():
+        checked = settings | {"num_samples": num_samples} | ({} if batch_size is None else {"batch_size": batch_size})
+        for name, value in checked.items():
             check_sampling(f"{name}={value}", name, value)
         given = [prompts] if isinstance(prompts, str | dict) else prompts or [{} if self.template else ""]
         jobs = dict(enumerate((prompt for prompt in given for _ in range(num_samples)), first_index))
@@ -198,7 +200,7 @@ class Sampler:
         return {index: prompt.rstrip() for index, prompt in jobs.items()}, fields, settings
 
     def _begin(
-        self, prompts: dict[int, str], seed: int, batch_size: int, settings: dict, skip: int = 0
+        self, prompts: dict[int, str], seed: int, batch_size: int | None, settings: dict, skip: int = 0
     ) -> tuple[Iterator[None], list[Text]]:
         """(the steps that grow a text for each prompt, these texts), without the first `skip` ones. Prompts are by the
         text's index."""
@@ -212,7 +214,7 @@ class Sampler:
         decoder = self._decoder(texts, seed, batch_size, settings)
         return decoder.grow(texts[skip:]), texts[skip:]
 
-    def _fill_in(self, fields: dict[int, dict], seed: int, batch_size: int, settings: dict) -> dict[int, dict]:
+    def _fill_in(self, fields: dict[int, dict], seed: int, batch_size: int | None, settings: dict) -> dict[int, dict]:
         """All of the template's fields for each text, by its index. Fields that were not given are written by the model
         in the template's order, each after the fields before it, or drawn from the training texts."""
         if not fields:
@@ -240,9 +242,9 @@ class Sampler:
             self._field_pool = read_field_pool(self._model_dir, self.template, missing)
         return self._field_pool.draw(given, seed, index)
 
-    def _decoder(self, texts: list[Text], seed: int, batch_size: int, settings: dict) -> Decoder | GenerateDecoder:
+    def _decoder(self, texts: list[Text], seed: int, batch_size: int | None, settings: dict) -> Decoder | GenerateDecoder:
         settings = DecoderSettings(
-            num_slots=min(batch_size, len(texts)),
+            num_slots=min(batch_size or FEWEST, len(texts)),
             num_places=max(len(text.prompt_ids) + text.limit for text in texts),
             seed=seed,
             draw=Draw(settings["temperature"], settings["top_k"], settings["top_p"]),
@@ -252,6 +254,9 @@ class Sampler:
             in_training=self.in_training,
         )
         with eval_mode(self.model):
+            if batch_size is None:
+                num_slots = choose_num_slots(self._make_decoder, self.model, settings, len(texts))
+                settings = replace(settings, num_slots=num_slots)
             return self._make_decoder(self.model, settings)
 
     def _to_sample(self, text: Text, prompt: str, fields: dict | None, seed: int) -> Sample:

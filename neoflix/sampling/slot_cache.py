@@ -47,6 +47,13 @@ class SlotCache(Cache):
         values[self.slots_B, :, self.places_B] = value_states[:, :, 0]
         return keys[:, :, : self.length], values[:, :, : self.length]
 
+    def keep(self, slots_N: torch.Tensor, places_N: torch.Tensor) -> None:
+        """Keeps some slots, which get new numbers in this order, and from now on have these places."""
+        self.places_B, self.slots_B = places_N, self.slots_B[: len(slots_N)]
+        for room in (self.keys, self.values):
+            for layer in room:
+                room[layer] = room[layer][slots_N]
+
     def fill(self, slot: int, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Sets the first T tokens of a slot: keys and values [1, H, T, D] of each layer."""
         for layer, (key, value) in enumerate(layers):
@@ -128,15 +135,27 @@ def place_bytes(model: PreTrainedModel) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
+def count_fitting(model: PreTrainedModel, num_places: int) -> int:
+    """How many texts of so many tokens fit into the free memory: keys, values and logits."""
+    return free_memory(model.device) // text_bytes(model, num_places)
+
+
+def text_bytes(model: PreTrainedModel, num_places: int) -> int:
+    logits = 16 * num_rows(model)  # four copies in fp32: raw, scaled, probabilities, spare
+    return place_bytes(model) * num_places + logits
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of the model's device."""
+    if device.type != "cuda":
+        return read_host_memory()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def check_memory(model: PreTrainedModel, num_slots: int, num_places: int) -> None:
     """Raises UserError if keys, values and logits of so many texts need more memory than is free."""
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = read_host_memory()
-    logits = 16 * num_rows(model)  # four copies in fp32: raw, scaled, probabilities, spare
-    need = place_bytes(model) * num_places + logits
+    free, need = free_memory(model.device), text_bytes(model, num_places)
     if num_slots * need <= free:
         return
     raise UserError(

@@ -104,7 +104,9 @@ def test_output_is_a_file_or_for_a_sweep_a_folder():
 
 def test_sampling_settings_are_the_samplers_keyword_arguments():
     args = parse_generate_args(["--seed", "3", "--top_k", "5"])
-    assert args.sampling == dict.fromkeys(SAMPLING_DEFAULTS) | {"seed": 3, "batch_size": 20, "top_k": 5}
+    assert args.sampling == dict.fromkeys(SAMPLING_DEFAULTS) | {"seed": 3, "batch_size": None, "top_k": 5}
+    assert parse_generate_args(["--batch_size", "7"]).sampling["batch_size"] == 7
+    assert parse_generate_args(["--batch_size", "auto"]).sampling["batch_size"] is None
 
 
 def test_number_of_samples():

@@ -86,6 +86,23 @@ def test_greedy_is_transformers_greedy(model_dir, prompts, greedy, num_slots, as
     assert ours(load(model_dir), prompts, num_slots, as_on_cuda=as_on_cuda) == greedy
 
 
+def test_slots_without_a_text_are_left(model_dir, prompts):
+    """Where each slot costs time, the longest texts grow by themselves."""
+    limits, widths = (3, 5, 20, 20, 6, 32), []
+    texts = [Text(i, prompts[i], limit) for i, limit in enumerate(limits)]
+    settings = DecoderSettings(num_slots=4, num_places=96, seed=1, draw=Draw(1.0, 0, 1.0), repetition_penalty=1.2)
+    decoder = Decoder(load(model_dir), settings)
+    for _ in decoder.grow(texts):
+        widths.append(len(decoder.slots))
+    assert [len(text.new_ids) for text in texts] == list(limits)
+    # The fifth text follows the first at step 4, and the sixth the second at step 6.
+    assert widths == [4] * 20 + [1] * 17
+    alone = Text(5, prompts[5], 32)
+    for _ in Decoder(load(model_dir), settings).grow([alone]):
+        pass
+    assert texts[5].new_ids == alone.new_ids
+
+
 @pytest.mark.parametrize("as_on_cuda", [False, True])
 def test_penalty_is_transformers_penalty(model_dir, prompts, greedy, as_on_cuda):
     expected = theirs(model_dir, prompts, repetition_penalty=1.4)
