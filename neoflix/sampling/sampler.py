@@ -242,7 +242,9 @@ class Sampler:
             self._field_pool = read_field_pool(self._model_dir, self.template, missing)
         return self._field_pool.draw(given, seed, index)
 
-    def _decoder(self, texts: list[Text], seed: int, batch_size: int | None, settings: dict) -> Decoder | GenerateDecoder:
+    def _decoder(
+        self, texts: list[Text], seed: int, batch_size: int | None, settings: dict
+    ) -> Decoder | GenerateDecoder:
         settings = DecoderSettings(
             num_slots=min(batch_size or FEWEST, len(texts)),
             num_places=max(len(text.prompt_ids) + text.limit for text in texts),

@@ -1,8 +1,8 @@
 """How many texts are written at once, if nobody says: as many as make the device faster, and no more.
 
 A step reads every weight once, however many texts share it, so more texts cost almost nothing until the products take
-longer than reading the weights (the roofline's ridge: Williams et al., "Roofline: An Insightful Visual Performance Model
-for Multicore Architectures", CACM 2009). On a GPU that point is known; on a CPU it is measured.
+longer than reading the weights (the ridge of the roofline: Williams et al., "Roofline: An Insightful Visual Performance
+Model for Multicore Architectures", CACM 2009). On a GPU that point is known; on a CPU it is measured.
 """
 
 import math
