@@ -122,17 +122,30 @@ def test_notebook_stops_at_an_address_that_cannot_be_cloned(execute, tmp_path):
         execute("REPOSITORY = 'no-such-address'\n", "project", "machine", folder=tmp_path)
 
 
-def test_settings_fit_a_t4(machine_of):
-    """In fp16, without offload, with the small memory of Colab's hosts, and with the driver that its torch needs."""
+def plan_settings(machine: dict, has_gpu: bool) -> str:
+    """The plan of a run with the first cell's settings."""
     settings = {}
     source = code_cells()["settings"].source
     assert 'os.path.exists("/dev/nvidia0")' in source
-    exec(source.replace('os.path.exists("/dev/nvidia0")', "True"), settings)
+    exec(source.replace('os.path.exists("/dev/nvidia0")', str(has_gpu)), settings)
     words = ["--config", settings["RECIPE"], "--dataset", settings["DATASET"], "--template", settings["TEMPLATE"]]
+    words += ["--num_train_epochs", str(settings["EPOCHS"]), "--output_dir", "no-run"]
+    return run_program(PYTHON, "train.py", "--plan", *words, env=machine)
+
+
+def test_settings_fit_a_t4(machine_of):
+    """In fp16, without offload, with the small memory of Colab's hosts, and with the driver that its torch needs."""
     machine = machine_of(T4, driver="550.54.15", torch="2.13.0+cu126", cuda="12.6", host_gib=11, disk_gib=60)
-    plan = run_program(PYTHON, "train.py", "--plan", *words, "--output_dir", "no-run", env=machine)
+    plan = plan_settings(machine, has_gpu=True)
     assert "no_offload.json" in plan
     assert "half precision" in plan
+
+
+def test_settings_fit_a_laptop():
+    """Without a GPU: a pretrained model all the same."""
+    plan = plan_settings({"CUDA_VISIBLE_DEVICES": ""}, has_gpu=False)
+    assert "4.9 million trainable (LoRA)" in plan
+    assert "cpu.json" in plan
 
 
 def test_progress_is_printed_in_a_notebook(execute):
