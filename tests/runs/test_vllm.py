@@ -1,5 +1,5 @@
-"""docs/export.md's example in a real vLLM. Its packages do not fit beside this project's, so it has an environment of its
-own: `VLLM_PYTHON=/path/to/venv/bin/python make test`."""
+"""docs/export.md's example in a real vLLM. Its packages do not fit beside this project's, so it has its own environment:
+`VLLM_PYTHON=/path/to/venv/bin/python make test`."""
 
 import os
 import re
