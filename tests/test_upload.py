@@ -112,7 +112,7 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
 
 def test_offline_is_said_before_anything_is_asked(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         check_upload(flags_of("my-run"))
     assert not hub.requests
 
