@@ -28,6 +28,7 @@ from neoflix.training.agreement import check_same_everywhere
 from neoflix.training.deepspeed import connect
 from neoflix.training.evaluation import evaluate_only
 from neoflix.training.trainer import TokenTrainer
+from neoflix.upload import uploading
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,14 +38,13 @@ def main(argv: list[str] | None = None) -> None:
         return evaluate_only(flags)
     plan = plan_run(flags, decide=run_on_main_process)  # UserError if the run does not fit
     if not flags.plan:
-        with open_run_folder(flags.output_dir):
+        with open_run_folder(flags.output_dir), uploading(flags):
             train(connect(flags), plan)
 
 
 def train(args, plan) -> None:
     set_seed(args.seed)
-    # Texts and tokenizer. The main process comes first and fills the caches that the others read.
-    with main_process_first():
+    with main_process_first():  # it fills the caches that the others read
         texts = split_texts(read_dataset(args), args.validation_fraction)
         tokenizer = find_tokenizer(args.model_name_or_path, texts.train, args.cache, args.text_template)
     check_same_everywhere(args, texts)

@@ -21,6 +21,7 @@ from neoflix.arguments.reader import read_train_flags
 from neoflix.arguments.training import TrainArguments
 from neoflix.export import parse_export_args
 from neoflix.report import main, parse_report_args
+from neoflix.upload import parse_upload_args
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))  # tests/runs/test_notebook.py runs them
@@ -143,6 +144,8 @@ def read_command(line: str, env: dict, words: list[str]) -> None:
             parse_export_args(rest)
         case ["python", "-m", "neoflix.report", *rest]:
             parse_report_args(rest)
+        case ["python", "-m", "neoflix.upload", *rest]:
+            parse_upload_args(rest)
         case _:
             run_command(line, env, words)
 

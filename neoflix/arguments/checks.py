@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from neoflix.arguments.deepspeed_file import read_ds_config
+from neoflix.arguments.hub import check_push
 from neoflix.arguments.refusals import check_flags
 from neoflix.arguments.train_flags import TrainFlags
 from neoflix.arguments.values import check_numbers
@@ -27,6 +28,7 @@ def check_train_flags(flags: argparse.Namespace) -> None:
     if flags.bf16 and flags.fp16:
         raise UserError("--bf16 true and --fp16 true: use one of them")
     check_overrides(flags.override_resumed)
+    check_push(flags)
     if flags.eval_only:
         check_evaluation(flags)
         return

@@ -13,10 +13,7 @@ _NO_PREDICTIONS = "evaluation computes the loss and keeps no predictions; leave 
 
 _NOT_DDP = "DeepSpeed replaces DistributedDataParallel; leave it out"
 
-_HUB = (
-    "a run is not uploaded while it trains, because a failed upload would end it; upload the finished run with "
-    "`hf upload NAME {output_dir} --exclude 'checkpoint-*'`"
-)
+_HUB = "the run is uploaded once, at its end, to the main branch; leave it out"
 
 REFUSED = {
     # Data
@@ -58,10 +55,7 @@ REFUSED = {
     "ddp_static_graph": _NOT_DDP,
     "ddp_backend": "DeepSpeed chooses the backend for the device; leave it out",
     # The hub
-    "push_to_hub": _HUB,
-    "hub_model_id": _HUB,
     "hub_strategy": _HUB,
-    "hub_private_repo": _HUB,
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
 }
@@ -75,6 +69,7 @@ _RECOMPUTING = (
 )
 _EVALUATION = (lambda flags: flags.eval_strategy != "no", "with --eval_strategy no")
 _LORA = (lambda flags: flags.lora, "without --lora true")
+_PUSH = (lambda flags: flags.push_to_hub, "without --push_to_hub true")
 _TUNE = (lambda flags: flags.tune, "without --tune")
 _PLAN = (lambda flags: flags.plan, "without --plan")
 
@@ -95,6 +90,8 @@ NEEDS = {
     "trackio_static_space_id": _TRACKIO,
     "lora_rank": _LORA,
     "lora_alpha": _LORA,
+    "hub_model_id": _PUSH,
+    "hub_private_repo": _PUSH,
     "tune_rates": _TUNE,
     "tune_steps": _TUNE,
     "plan_device_memory": _PLAN,
@@ -114,7 +111,7 @@ def check_flags(flags, flags_class: type) -> None:
     for name, value in changed_flags(flags, flags_class).items():
         typed = as_typed(name, value)
         if name in REFUSED:
-            raise UserError(f"{typed}: {REFUSED[name].format(output_dir=flags.output_dir)}")
+            raise UserError(f"{typed}: {REFUSED[name]}")
         has_effect, missing = NEEDS.get(name, (None, None))
         if has_effect and not has_effect(flags):
             raise UserError(f"{typed}: has no effect {missing}; change that, or leave the flag out")

@@ -105,6 +105,15 @@ class TrainFlags:
         False, "Load weights from a pickle (pytorch_model.bin) if there is no safetensors file."
     )
 
+    push_to_hub: bool = _option(False, "Upload the best model to the Hugging Face hub at the end of the run.")
+    hub_model_id: str | None = _option(
+        None, "With --push_to_hub: the repository, OWNER/NAME. By default the name of --output_dir, under your user."
+    )
+    hub_private_repo: bool | None = _option(
+        None, "With --push_to_hub: make a new repository private. By default as your account or organization has it."
+    )
+    hub_token: str | None = _option(None, "With --push_to_hub: a token that may write. HF_TOKEN or a login is safer.")
+
     plan: bool = _option(False, "Show what the run needs and whether it fits, and exit.")
     plan_must_fit: bool = _option(True, "Refuse a run that does not fit by its plan; false: warn and try.")
     plan_device_memory: str | None = _option(None, "With --plan: plan for a GPU of this size, such as 24GiB.")
@@ -135,6 +144,7 @@ GROUPS = {
     "learning rate": "tune tune_rates tune_steps",
     "memory and speed": """tokens_per_device_batch per_device_eval_batch_size bf16 fp16 activation_checkpointing use_cpu
         dataloader_num_workers plan_must_fit plan_device_memory plan_host_memory""",
+    "publishing": "push_to_hub hub_model_id hub_private_repo hub_token",
     "evaluation, checkpoints, logs": """eval_strategy eval_on_start save_strategy save_total_limit
         resume_from_checkpoint override_resumed logging_steps report_to disable_tqdm sample_prompts num_progress_samples
         allow_pickle""",

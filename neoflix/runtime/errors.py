@@ -20,6 +20,13 @@ class DivergedError(UserError):
     exit_code = 3
 
 
+class UploadError(UserError):
+    """The run is trained and saved, but could not be uploaded. Nothing has to be trained again, so the exit code is its
+    own."""
+
+    exit_code = 4
+
+
 class StoppedEarly(Exception):  # noqa: N818 - not an error
     """The run stopped on request; the message tells where its checkpoint is. Exit code `RUN_ME_AGAIN`."""
 

@@ -17,7 +17,10 @@ NOT_KEPT = (
 )
 
 # A trial does without these: they have no effect on it, and would be refused.
-NOT_IN_TRIALS = ("lr_scheduler_kwargs", "eval_steps", "eval_delay", "load_best_model_at_end", "max_steps")
+NOT_IN_TRIALS = (
+    *("lr_scheduler_kwargs", "eval_steps", "eval_delay", "load_best_model_at_end", "max_steps"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+)
 
 # Of all trials. The held-out loss is measured once, at a rung, and the newest checkpoint is the only one.
 OF_TRIALS = {

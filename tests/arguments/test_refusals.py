@@ -48,7 +48,7 @@ WORKS = {
     "arguments/test_argument_words.py": "torch_compile_mode torch_compile_backend optim_args optim_target_modules",
     "NEEDS: only with trackio": "project trackio_space_id trackio_bucket_id trackio_static_space_id",
     "tests/runs/test_recovery.py": "restore_callback_states_from_checkpoint",
-    "tests/runtime/test_redaction.py: a secret, for whoever asks the hub": "hub_token",
+    "tests/test_upload.py, tests/runs/test_push_to_hub.py": "push_to_hub hub_model_id hub_private_repo hub_token",
     "the launcher's": "local_rank ddp_timeout",
 }
 PROVEN = [name for names in WORKS.values() for name in names.split()]
@@ -85,8 +85,8 @@ def test_refused_flags_are_named(demo_flags, name):
 
 @pytest.mark.process
 def test_a_refused_flag_ends_the_program_with_code_2(train_words):
-    output = launch(0, "train.py", *train_words, "--push_to_hub", "true", expect=2)
-    assert "error: --push_to_hub true" in output
+    output = launch(0, "train.py", *train_words, "--hub_always_push", "true", expect=2)
+    assert "error: --hub_always_push true" in output
     assert "Traceback" not in output
 
 
