@@ -1,4 +1,4 @@
-"""docs/export.md's example in a real vLLM. Its packages do not fit beside this project's, so it has its own environment:
+"""docs/export.md's example in a real vLLM, whose packages need an environment of their own:
 `VLLM_PYTHON=/path/to/venv/bin/python make test`."""
 
 import os
