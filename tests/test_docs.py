@@ -122,6 +122,15 @@ def test_commands_on_a_page_work(page, desk, monkeypatch):
         (run_command if page in RUN else read_command)(line, env, words)
 
 
+@pytest.mark.process
+def test_the_example_for_other_programs_runs(desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    page = (ROOT / "docs" / "loading.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block.replace("EleutherAI/gpt-neo-125m", "tiny"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
 def without_launcher(words: list[str]) -> list[str]:
     """`deepspeed --num_accelerators 2 train.py ...` as `python train.py ...`; torchrun's flags are parsed."""
     if words[0] == "torchrun":

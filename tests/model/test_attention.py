@@ -6,12 +6,13 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from conftest import tiny_config
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import DynamicCache, GPTNeoForCausalLM, StaticCache
 
 from neoflix.data.packing import PackedCollator, TextLayout, group_by_length, lay_out_texts
-from neoflix.model.attention import ATTENTION_NAME, register_attention
+from neoflix.model.attention import ATTENTION_NAME
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 
@@ -19,7 +20,6 @@ TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 @pytest.fixture(scope="module")
 def pair():
     """(eager model, the same model with our attention)"""
-    register_attention()
     torch.manual_seed(1)
     config = tiny_config(max_position_embeddings=2048)
     eager = GPTNeoForCausalLM._from_config(config, attn_implementation="eager").eval()
@@ -191,6 +191,49 @@ def test_masks_with_a_cache(pair, dtype, is_static):
         pieces.append(ours(ids[:, at : at + length], attention_mask=mask, past_key_values=cache).logits)
         at += length
     torch.testing.assert_close(torch.cat(pieces, 1), eager(ids).logits, **TOLERANCE)
+
+
+POSITIONS = (PADDED.cumsum(1) - 1).clamp(min=0)
+BATCHES = {
+    "no mask": {},
+    "no cache": {"use_cache": False},
+    "padded on the left": {"attention_mask": PADDED, "position_ids": POSITIONS},
+    "padded on the right": {"attention_mask": PADDED.flip(1)},
+    "packed": {"position_ids": torch.cat([torch.arange(15), torch.arange(25)]).expand(2, T), "use_cache": False},
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_a_forward_pass_is_one_graph(pair, batch, backend):
+    _, ours = pair
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(ours, backend=backend, fullgraph=True)(random_ids(2, T), **batch).logits
+        plain = ours(random_ids(2, T), **batch).logits
+    is_real = batch.get("attention_mask", torch.ones(2, T)).bool()
+    torch.testing.assert_close(compiled[is_real], plain[is_real], **TOLERANCE)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_decoding_from_a_flat_mask_is_one_graph(pair, is_padded):
+    """transformers makes the mask of a step, as in `generate` with a static cache."""
+    _, ours = pair
+    ids, cache = random_ids(2, T), StaticCache(config=ours.config, max_cache_len=64)
+    position_ids = POSITIONS if is_padded else torch.arange(T).expand(2, T)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, logits = torch.compile(ours, backend="eager", fullgraph=True), []
+    with torch.no_grad():
+        prompt = {"attention_mask": PADDED[:, :20] if is_padded else None, "position_ids": position_ids[:, :20]}
+        ours(ids[:, :20], past_key_values=cache, **prompt)
+        for place in range(20, T):
+            mask = pad(PADDED[:, : place + 1], (0, 63 - place)) if is_padded else None
+            step = {"attention_mask": mask, "position_ids": position_ids[:, place : place + 1]}
+            logits.append(compiled(ids[:, place : place + 1], past_key_values=cache, **step).logits)
+        whole = ours(ids, attention_mask=PADDED if is_padded else None, position_ids=position_ids).logits
+    torch.testing.assert_close(torch.cat(logits, 1), whole[:, 20:], **TOLERANCE)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_decoding_with_a_static_cache_is_one_graph(pair):

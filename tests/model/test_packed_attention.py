@@ -7,7 +7,7 @@ from varlen import reference_varlen_attn
 
 from neoflix.data.packing import PackedCollator
 from neoflix.model import packed_attention
-from neoflix.model.attention import ATTENTION_NAME, register_attention
+from neoflix.model.attention import ATTENTION_NAME
 from neoflix.model.loss import causal_lm_loss
 from neoflix.model.shape import PACKED
 
@@ -43,7 +43,6 @@ OTHER_NAMES = {
 
 def make_models(kind: str):
     """(eager, ours), with the same weights, in fp32."""
-    register_attention()
     options = dict(SIZES) if kind not in ("gpt2", "gpt_neo") else {"vocab_size": 128, "hidden_size": 32}
     config = AutoConfig.for_model(kind, **options | OTHER_NAMES.get(kind, {}))
     torch.manual_seed(0)
