@@ -7,13 +7,14 @@ nearly as likely.
 import json
 import math
 import random
+import re
 import shutil
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import OTHERS, tiny_config
+from conftest import OTHERS, ROOT, tiny_config
 from gguf import GGUFReader
 from transformers import (
     AutoModelForCausalLM,
@@ -191,6 +192,20 @@ def test_it_samples_as_the_run_says(trained_run, engine):
     assert len(theirs) == len(kept) > 5
     expected = (kept / kept.sum()).tolist()
     assert sorted(theirs.values(), reverse=True) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.process
+def test_the_documents_example(trained_run, engine, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "export.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "xllamacpp" in block]
+    shutil.copy(exported(trained_run), tmp_path / "my-model.gguf")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    # Threads that wait for each other on a busy machine take minutes.
+    exec(code.replace("server =", "params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1\nserver =", 1), {})
+    lines = capsys.readouterr().out
+    assert lines.count("A young") == 3
+    assert len(lines) > 100
 
 
 def test_control_tokens_are_never_sampled(model_dir, engine, tmp_path):
