@@ -31,12 +31,12 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, named
     writer.add_token_types([find_type(tokenizer, token) for token in range(len(tokenizer))])
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in saved["model"]["merges"]]
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    if tokenizer.unk_token_id is not None:
-        writer.add_unk_token_id(tokenizer.unk_token_id)
-    writer.add_add_bos_token(True)
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    ids |= {"padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id}
+    for name, token in ids.items():
+        if token is not None:
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None)
     writer.add_add_space_prefix(False)
     writer.add_array("tokenizer.ggml.suppress_tokens", list_never_sampled(tokenizer))
 

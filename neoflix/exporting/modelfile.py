@@ -22,7 +22,7 @@ def write_modelfile(
     Args:
         settings: the sampling settings, by generate.py's names.
     """
-    stops = tokenizer.convert_ids_to_tokens([tokenizer.eos_token_id, *list_never_sampled(tokenizer)])
+    stops = [tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(list_never_sampled(tokenizer))]
     parameters = {
         "temperature": settings["temperature"],
         "top_k": settings["top_k"],
@@ -34,7 +34,7 @@ def write_modelfile(
         "num_ctx": min(context_length, MOST_CONTEXT),
     }
     lines = [f"# ollama create {path.stem} -f {path.name}", *describe_prompt(tokenizer), f"FROM ./{gguf}"]
-    lines += ['TEMPLATE "{{ .Prompt }}"', *(f'PARAMETER stop "{stop}"' for stop in stops)]
+    lines += ['TEMPLATE "{{ .Prompt }}"', *(f'PARAMETER stop "{stop}"' for stop in stops if stop)]
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

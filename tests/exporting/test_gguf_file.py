@@ -312,6 +312,23 @@ def test_facts_of_a_file(model_dir, tmp_path):
     assert "output.weight" not in kinds, "tied"
 
 
+def test_an_untied_head_is_written_too(model_dir, tmp_path):
+    torch.manual_seed(0)
+    run = write_run(tmp_path, model_dir, GPTNeoForCausalLM(tiny_config(tie_word_embeddings=False)))
+    (head,) = [tensor.data for tensor in GGUFReader(exported(run)).tensors if tensor.name == "output.weight"]
+    weights = load_pretrained(str(run), torch.float32).lm_head.weight
+    torch.testing.assert_close(torch.tensor(head), weights[:502].detach(), atol=0, rtol=0)
+
+
+def test_a_model_from_elsewhere(model_dir, tmp_path):
+    """GPT-Neo's tokenizer as the hub has it: one control token for beginning and end, none for padding."""
+    fields = fields_of(exported(Path(shutil.copytree(model_dir, tmp_path / "base"))))
+    assert fields["tokenizer.ggml.bos_token_id"] == fields["tokenizer.ggml.eos_token_id"] == 0
+    assert not {"tokenizer.ggml.padding_token_id", "tokenizer.ggml.suppress_tokens"} & fields.keys()
+    lines = next((tmp_path / "base").glob("*.Modelfile")).read_text().splitlines()
+    assert [line for line in lines if " stop " in line] == ['PARAMETER stop "<|endoftext|>"']
+
+
 def test_transformers_reads_the_same_model(model_dir, tmp_path):
     """Another program than llama.cpp, and one that is always here."""
     run = write_llama(tmp_path, model_dir)
