@@ -8,7 +8,8 @@ The run's held-out texts go through this project's model in fp32 and, token by t
 llama.cpp's defaults (fp16 and flash attention). "same" is the share of places where the same token is likeliest; "gap"
 is by how much ours is likelier than llama.cpp's where it is not, at most (nats). "same_greedy" counts greedy texts of
 24 tokens, after the first words of training texts. "control" is the probability of the beginning and padding tokens,
-which are never drawn, at all places. The last line is JSON; --output also appends it to a file.
+which are never drawn, at all places. Not for runs with a template. The last line is JSON; --output also appends it to
+a file.
 """
 
 import argparse
@@ -49,9 +50,11 @@ def main() -> None:
     texts = [encode(text, tokenizer)[: context_length_of(model)] for text in texts]
     ours = [log_probabilities(model, ids, len(tokenizer)) for ids in texts]
     own = torch.cat([scores[range(len(ids) - 1), ids[1:]] for ids, scores in zip(texts, ours, strict=True)])
+    samples = Sampler.load(args.run, device="cpu").sample(prompts, top_k=1, max_new_tokens=NEW_TOKENS)
+    greedy = {prompt: sample.text for prompt, sample in zip(prompts, samples, strict=True)}
     control = torch.cat(ours)[:, list_never_sampled(tokenizer)].exp()
     figures = {"run": Path(args.run).name, "model_type": model.config.model_type, "places": len(own)}
-    figures |= {"xllamacpp": version("xllamacpp"), "perplexity": math.exp(-own.mean())}
+    figures |= {"prompts": len(greedy), "xllamacpp": version("xllamacpp"), "perplexity": math.exp(-own.mean())}
     figures |= {"control_mean": control.mean().item(), "control_max": control.max().item(), "files": {}}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in FILE_TYPES:
@@ -61,7 +64,7 @@ def main() -> None:
                 engine = LlamaEngine(file, is_exact=way == "exact", threads=args.threads)
                 row = {"bytes": file.stat().st_size, **compare(engine, texts, ours, tokenizer)}
                 if way == "exact":
-                    row["same_greedy"] = count_same_texts(engine, args.run, prompts)
+                    row["same_greedy"] = count_same_texts(engine, greedy)
                 engine.close()
                 figures["files"][f"{dtype} {way}"] = row
                 print(dtype, way, row, flush=True)
@@ -112,10 +115,8 @@ def compare(engine: LlamaEngine, texts: list[list[int]], ours: list[torch.Tensor
     }
 
 
-def count_same_texts(engine: LlamaEngine, run: str, prompts: list[str]) -> int:
-    samples = Sampler.load(run, device="cpu").sample(prompts, top_k=1, max_new_tokens=NEW_TOKENS)
-    theirs = [(prompt + engine.write(prompt, NEW_TOKENS)).strip() for prompt in prompts]
-    return sum(sample.text == text for sample, text in zip(samples, theirs, strict=True))
+def count_same_texts(engine: LlamaEngine, greedy: dict[str, str]) -> int:
+    return sum((prompt + engine.write(prompt, NEW_TOKENS)).strip() == text for prompt, text in greedy.items())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Used by `gguf_files.py` and by the tests.
 
 import http.client
 import json
+from contextlib import closing
 from pathlib import Path
 
 import xllamacpp
@@ -32,16 +33,17 @@ class LlamaEngine:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(params)
-        self._connection = http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))
+        self._address = self._server.listening_address.removeprefix("http://")
 
     def close(self) -> None:
-        self._connection.close()
         self._server = None  # which ends it
 
     def ask(self, path: str, **request) -> dict:
         """The server's answer to a request; errors are answers too."""
-        self._connection.request("POST" if request else "GET", path, json.dumps(request) if request else None)
-        return json.loads(self._connection.getresponse().read())
+        # A new connection each time: the server closes one that is idle for seconds.
+        with closing(http.client.HTTPConnection(self._address)) as connection:
+            connection.request("POST" if request else "GET", path, json.dumps(request) if request else None)
+            return json.loads(connection.getresponse().read())
 
     def tokenize(self, text: str) -> list[int]:
         """The tokens of a prompt, with the beginning token."""

@@ -161,7 +161,7 @@ def write_weights(
             writer.write_tensor_data(encode(name, weight, kinds[name]))
     finally:
         writer.close()
-    return sum(kind == GGMLQuantizationType.F16 != asked for kind in kinds.values())
+    return sum(kind == GGMLQuantizationType.F16 and asked != kind for kind in kinds.values())
 
 
 def remarks_on(model: PreTrainedModel, dtype: str, num_fp16: int) -> list[str]:
