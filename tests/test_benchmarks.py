@@ -63,6 +63,18 @@ def test_benchmarks_of_one_process(script, words, found, tmp_path, monkeypatch):
     assert line["command"].startswith(f"python benchmarks/{script} {words[0]}")
 
 
+def test_exports_in_llama_cpp(recorded_run, tmp_path, monkeypatch):
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    words = [str(recorded_run), "--texts", "2", "--prompts", "2", "--threads", "1"]
+    monkeypatch.setattr("sys.argv", ["gguf_files.py", *words, "--output", str(tmp_path / "figures.jsonl")])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    runpy.run_path(str(ROOT / "benchmarks" / "gguf_files.py"), run_name="__main__")
+    (line,) = lines(tmp_path / "figures.jsonl")
+    assert line["files"]["float32 exact"]["perplexity"] == pytest.approx(line["perplexity"], rel=1e-3)
+    sizes = [line["files"][f"{dtype} exact"]["bytes"] for dtype in ("q8_0", "bfloat16", "float32")]
+    assert sizes == sorted(sizes)
+
+
 def test_judging_finds_what_was_planted(tmp_path, monkeypatch):
     words = ["--samples", "200", "--texts", "300", "--output", str(tmp_path / "judge.jsonl")]
     monkeypatch.setattr("sys.argv", ["judge.py", *words])

@@ -14,7 +14,7 @@ ENTRY_POINTS = [ROOT / "train.py", ROOT / "generate.py"]
 # A package imports only from those listed before it. The front doors (doctor, export, report, upload) come last.
 PACKAGES = (
     *("runtime", "data", "model", "checkpoints", "arguments", "planning", "sampling", "judging", "web", "reporting"),
-    *("training", "tuning"),
+    *("exporting", "training", "tuning"),
 )
 # Imported before torch is needed: `train.py --plan` answers in less time than torch takes to load.
 WITHOUT_TORCH = (

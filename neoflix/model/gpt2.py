@@ -59,6 +59,32 @@ def gpt2_config(config: GPTNeoConfig, vocab_size: int, dtype: torch.dtype) -> GP
     )
 
 
+def limit_of(config: GPTNeoConfig) -> str:
+    """A sentence on the positions that were left out; empty if there are none."""
+    limit = context_limit(config)
+    if limit == config.max_position_embeddings:
+        return ""
+    return (
+        f"Longer texts would be wrong: GPT-Neo's local layers attend to the last {config.window_size} tokens, GPT-2's "
+        f"to all. The other {config.max_position_embeddings - limit:,} positions are left out, so no engine uses them."
+    )
+
+
+def rounding_of(config: GPTNeoConfig, dtype: torch.dtype) -> str:
+    """A sentence on the rounding of the scaled queries; empty if it is exact (a power of two), or in float32."""
+    scale = math.sqrt(config.hidden_size // config.num_heads)
+    if dtype == torch.float32 or math.log2(scale).is_integer():
+        return ""
+    return (
+        f"The queries' weights, scaled by {scale:.4g}, were rounded to {name_of(dtype)}; --dtype float32 avoids that."
+    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype's name as `--dtype` has it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def rewrite(weights: dict[str, torch.Tensor], config: GPTNeoConfig, gpt2: GPT2Config) -> Iterator:
     """Yields (name, tensor) of the GPT-2's weights, made from the GPT-Neo's.
 
