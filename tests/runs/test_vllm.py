@@ -11,7 +11,7 @@ from neoflix.export import main
 from neoflix.sampling.sampler import Sampler
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
-SMALL_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 pytestmark = pytest.mark.skipif(not VLLM_PYTHON, reason="VLLM_PYTHON names no Python with vLLM")
 
@@ -39,7 +39,7 @@ def run_example(run):
             program = program.replace(old, new)
         script = run.parent / "example.py"
         script.write_text(program)
-        output = run_program(VLLM_PYTHON, script, env=SMALL_CACHE)
+        output = run_program(VLLM_PYTHON, script, env=SMALL)
         return [line.removeprefix("TEXT ") for line in output.splitlines() if line.startswith("TEXT ")]
 
     return run_example
