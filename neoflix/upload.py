@@ -28,7 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from huggingface_hub.utils import disable_progress_bars
 
 from neoflix.arguments.command_line import SWITCH, Parser
-from neoflix.arguments.hub import check_base_is_public, check_repository_name, repository_name
+from neoflix.arguments.hub_flags import check_base_is_public, check_repository_name, repository_name
 from neoflix.checkpoints.names import RESULTS_FILE
 from neoflix.checkpoints.ownership import adopt, read_list
 from neoflix.checkpoints.runs import read_run

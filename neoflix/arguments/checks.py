@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from neoflix.arguments.deepspeed_file import read_ds_config
-from neoflix.arguments.hub import check_push
+from neoflix.arguments.hub_flags import check_push
 from neoflix.arguments.refusals import check_flags
 from neoflix.arguments.train_flags import TrainFlags
 from neoflix.arguments.values import check_numbers

@@ -41,10 +41,10 @@ PROBE_STEPS = 3
 
 # Largest difference of logits (root mean square, in standard deviations of a token's logits) that counts as rounding.
 # For 50 architectures of two layers it was at most 2e-6 in fp32, 0.003 in fp16 and 0.018 in bf16, and at least 0.5 if
-# positions, masks or states were wrong.
+# positions, masks or states were wrong. For SmolLM2-135M's 30 pretrained layers it is 0.089 in bf16.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 
-HALF_TOLERANCE = 0.08
+HALF_TOLERANCE = 0.2
 
 
 class DrawProcessor(LogitsProcessor):

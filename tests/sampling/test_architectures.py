@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import generate
@@ -331,3 +331,11 @@ def test_training_refuses_before_it_begins(model_dir, train_words, tmp_path, cap
     assert exit_code_of(lambda: train.main(words)) == 2
     assert "a roberta model has other logits token by token" in capsys.readouterr().err
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_the_rounding_of_a_deep_model_is_no_fault():
+    torch.manual_seed(0)
+    size = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    model = LlamaForCausalLM(LlamaConfig(**size, **heads, max_position_embeddings=128)).bfloat16()
+    assert find_decoder(model) is Decoder
