@@ -8,6 +8,7 @@ from pathlib import Path
 
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
+from neoflix.runtime.watchdog import end_process
 from neoflix.sampling.sampler import Sampler
 from neoflix.web.twins import Twins
 from neoflix.web.writer import Writer
@@ -55,7 +56,10 @@ def serve(args, model_dir: Path, sampler: Sampler, prompt: str | dict) -> None:
     say(f"The page is at {page.local_url} (on this machine only; Ctrl-C ends it)")
     if has_display():
         webbrowser.open(page.local_url)
-    threading.Event().wait()
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        end_process(130)  # without waiting for texts that nobody will read
 
 
 def _busy(port: int | None) -> str:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -279,6 +280,16 @@ def test_a_closed_page_lets_the_next_one_write(page, visit):
     tab.close()
     events = call(page, "write", "A young", 0.8, 0.95, 1, "7")
     assert "1 text, seed 7" in events[-1][1][0]
+
+
+def test_ctrl_c_does_not_wait_for_texts(run_dir):
+    with serving("--model_dir", str(run_dir), *SETTINGS, "--batch_size", "1") as address:
+        data = {"data": ["A young", 0.8, 0.95, 100, "7"]}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{address}/gradio_api/call/write", json.dumps(data).encode(), headers)
+        with NO_PROXY.open(request, timeout=60) as response:
+            assert json.load(response)["event_id"]
+        time.sleep(1)  # it writes by then, as a text takes a second
 
 
 def test_boxes_for_fields(page_of_fields, visit):
