@@ -1,4 +1,4 @@
-"""How many texts are written at once, if nobody says: as many as make the device faster, and no more.
+"""How many texts are written at once by default: as many as make the device faster, and no more.
 
 A step reads every weight once, however many texts share it, so more texts cost almost nothing until the products take
 longer than reading the weights (the ridge of the roofline: Williams et al., "Roofline: An Insightful Visual Performance
@@ -59,7 +59,7 @@ def measure_best(make_decoder: Callable, model: PreTrainedModel, settings: Decod
     while 2 * best <= most:
         rate = rate or measure_rate(make_decoder, model, settings, best)
         doubled = measure_rate(make_decoder, model, settings, 2 * best)
-        if doubled < WORTHWHILE * rate:
+        if doubled <= WORTHWHILE * rate:  # both are 0 without slots
             break
         best, rate = 2 * best, doubled
     return best
@@ -67,7 +67,7 @@ def measure_best(make_decoder: Callable, model: PreTrainedModel, settings: Decod
 
 @torch.inference_mode()
 def measure_rate(make_decoder: Callable, model: PreTrainedModel, settings: DecoderSettings, num_slots: int) -> float:
-    """Tokens per second of the faster of two steps with so many slots."""
+    """Tokens per second of the faster of two steps with so many slots; 0 if the decoder has none."""
     decoder = make_decoder(model, replace(settings, num_slots=num_slots, num_places=PLACES))
     if not isinstance(decoder, Decoder):
         return 0.0

@@ -1,4 +1,4 @@
-"""The number of texts that grow at once, where nobody names it."""
+"""The number of texts that grow at once by default."""
 
 from types import SimpleNamespace
 
@@ -53,6 +53,12 @@ def test_few_texts_are_not_measured(measured, settings):
     asked = measured({})
     assert [choose(number, settings) for number in (1, 7, 20, 21)] == [1, 7, 20, 20]
     assert not asked
+
+
+def test_a_model_without_slots_keeps_small_batches(measured, settings):
+    """transformers' `generate` has no step to time: its rate is 0."""
+    measured(dict.fromkeys((20, 40, 80, 160, 320, 640), 0.0))
+    assert choose(2000, settings) == 20
 
 
 def test_no_more_than_fit(measured, settings):
