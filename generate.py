@@ -67,7 +67,7 @@ def sample(args, model_dir: Path, prompts: list) -> None:
 
 def load_sampler(args, model_dir: Path, prompts: list) -> Sampler:
     batch_size = min(filter(None, (args.batch_size, len(prompts) * args.num_samples)))
-    return Sampler.load(model_dir, allow_pickle=args.allow_pickle, batch_size=batch_size)
+    return Sampler.load(model_dir, allow_pickle=args.allow_pickle, batch_size=batch_size, int8=args.int8)
 
 
 def write(args, samples, output, judge: Judge | None) -> None:

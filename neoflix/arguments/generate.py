@@ -75,6 +75,8 @@ def make_parser() -> Parser:
     add("--fields_file", metavar="FILE", help="a table with a prompt in each row (CSV, TSV, JSONL or Parquet)")
     slots_help = "texts that are sampled at the same time; auto (the default): as many as make the device faster"
     add("--batch_size", type=_number_or_auto, metavar="N|auto", help=slots_help)
+    int8_help = "compute with 8-bit integers on a CPU, which is faster and rounds (false)"
+    add("--int8", **SWITCH, default=False, metavar="true|false", help=int8_help)
     add("--stream", **SWITCH, default=False, metavar="true|false", help="print each text while it is written")
     add("--web_port", type=int, metavar="N", help="port of the page, on this machine only (7860 or the next free one)")
     pickle_help = "load weights from a pickle (pytorch_model.bin) if there is no safetensors file"

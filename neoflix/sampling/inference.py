@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+from neoflix.sampling.int8 import Int8Linear
 
 
 @contextmanager
@@ -28,20 +31,23 @@ class PackedLinear(nn.Module):
     12, and no faster with one. It is the operator that torch.compile uses for linear layers.
     """
 
-    def __init__(self, linear: nn.Linear, num_rows: int):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, num_rows: int):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), num_rows)
-        self.bias = linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), num_rows)
+        self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def optimize_for_inference(model: PreTrainedModel, num_rows: int) -> PreTrainedModel:
+def optimize_for_inference(model: PreTrainedModel, num_rows: int, int8: bool = False) -> PreTrainedModel:
     """Replaces modules of a model by faster ones with the same function. The model cannot be trained or saved then.
 
     GELU becomes one kernel instead of eight. In fp32 on a CPU, linear layers are packed, unless `num_rows`, the number
     of texts written at once, is 1.
+
+    Args:
+        int8: linear layers compute with 8-bit integers instead, which rounds. For a model on a CPU.
     """
     packs = model.device.type == "cpu" and model.dtype == torch.float32 and num_rows > 1
     packs = packs and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -49,6 +55,8 @@ def optimize_for_inference(model: PreTrainedModel, num_rows: int) -> PreTrainedM
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-            elif packs and type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child, num_rows))
+            elif (packs or int8) and type(child) in (nn.Linear, Conv1D):
+                weight = child.weight if type(child) is nn.Linear else child.weight.t()  # GPT-2's is transposed
+                linear = Int8Linear(weight, child.bias) if int8 else PackedLinear(weight, child.bias, num_rows)
+                setattr(module, name, linear)
     return model

@@ -33,7 +33,7 @@ def open_output(args, model_dir: Path, prompts: list[str] | list[dict]) -> "Samp
     if not args.output:
         return Screen(is_streamed=args.stream)
     settings = {name: value for name, value in args.sampling.items() if name != "batch_size"}
-    job = describe_job(model_dir, prompts, num_samples=args.num_samples, novel=args.novel, **settings)
+    job = describe_job(model_dir, prompts, num_samples=args.num_samples, novel=args.novel, int8=args.int8, **settings)
     return SampleFile(args.output, job, len(prompts) * args.num_samples, quiet=args.stream)
 
 
@@ -147,4 +147,6 @@ def _read_note(note: Path) -> dict | None:
         job = json.loads(note.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    return job if isinstance(job, dict) and {"model", "prompts"} <= job.keys() else None
+    if not isinstance(job, dict) or not {"model", "prompts"} <= job.keys():
+        return None
+    return {"int8": False} | job  # files of earlier releases do not name it

@@ -24,11 +24,13 @@ from neoflix.model.load import load_for_reading
 from neoflix.model.vocabulary import get_window
 from neoflix.runtime.console import printable, say
 from neoflix.runtime.errors import UserError
+from neoflix.runtime.hardware import has_gpu
 from neoflix.sampling.architectures import GenerateDecoder, find_decoder, makes_slots
 from neoflix.sampling.decoder import Decoder, DecoderSettings, Text
 from neoflix.sampling.draw import Draw
 from neoflix.sampling.growth import finish_in_order, look_in
 from neoflix.sampling.inference import eval_mode, optimize_for_inference
+from neoflix.sampling.int8 import check_int8
 from neoflix.sampling.slot_cache import num_rows
 from neoflix.sampling.slots import FEWEST, choose_num_slots
 from neoflix.sampling.training_fields import read_field_pool
@@ -99,7 +101,12 @@ class Sampler:
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: str | None = None, allow_pickle: bool = False, batch_size: int = 20
+        cls,
+        folder: str | Path,
+        device: str | None = None,
+        allow_pickle: bool = False,
+        batch_size: int = 20,
+        int8: bool = False,
     ) -> "Sampler":
         """Loads a run's folder or a checkpoint and optimizes the model for inference.
 
@@ -107,13 +114,24 @@ class Sampler:
             device: by default CUDA, in bf16 (fp16 before Ampere), if there is a GPU; otherwise the CPU, in fp32.
             allow_pickle: load weights from pytorch_model.bin if there is no safetensors file (docs/loading.md).
             batch_size: most texts that will be written at once; any other is possible too, but slower.
+            int8: compute with 8-bit integers on a CPU, which is faster and rounds (docs/sampling.md).
+
+        Raises:
+            UserError: as `load_for_reading`; with int8 also if there is a GPU, or if transformers samples the model.
         """
+        device = device or ("cuda" if has_gpu() else "cpu")
+        if int8:
+            check_int8(device)
         model = load_for_reading(str(folder), device, allow_pickle)
         sampler = cls(model, read_tokenizer(folder, f"--model_dir {folder}"), model_dir=Path(folder))
+        kind = model.config.model_type
         if makes_slots(sampler._make_decoder):
-            optimize_for_inference(model, min(batch_size, FEWEST))
+            optimize_for_inference(model, min(batch_size, FEWEST), int8)
+        elif int8:
+            raise UserError(
+                f"--int8: is not possible for {kind} models, which transformers' generate samples; leave it out"
+            )
         else:
-            kind = model.config.model_type
             say(f"note: transformers' generate samples {kind} models, which is slower than this project's decoder")
         return sampler
 

@@ -194,6 +194,8 @@ def test_listed_ones_are_sampled_as_transformers_does(name, trained):
     alone = write(sampler, num_samples=2, batch_size=1, temperature=1.0)
     assert write(sampler, num_samples=2, batch_size=5, temperature=1.0) == alone
     assert len(set(alone)) > 5
+    in_int8 = Sampler.load(folder, device="cpu", int8=True)
+    assert write(in_int8, batch_size=1) == write(in_int8, batch_size=5)
 
 
 @pytest.mark.parametrize("name", BY_GENERATE)
@@ -206,6 +208,8 @@ def test_others_are_sampled_by_generate(name, trained, capsys):
         assert write(sampler, top_k=1, batch_size=batch_size) == expected
     assert not makes_slots(find_decoder(sampler.model))
     assert capsys.readouterr().out.count("note: transformers' generate samples") == 1
+    with pytest.raises(UserError, match=r"--int8: transformers' generate samples .* leave it out"):
+        Sampler.load(folder, device="cpu", int8=True)
     prompts = ["", "", "A", "", "A"]
     alone = write(sampler, prompts, batch_size=1, temperature=1.0)
     assert write(sampler, prompts, batch_size=4, temperature=1.0) == alone
