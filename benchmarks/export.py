@@ -4,10 +4,10 @@
     python benchmarks/export.py --architecture small
 
 CTranslate2 (`pip install -r requirements-dev.txt`) runs the export in fp32 and int8; this project runs the GPT-Neo
-that was exported. The sides take turns, so that other work on the machine affects both; on a busy machine only the
-ratios count. A turn goes from the prompt (a start token) to decoded texts, greedy (top_k 1) or sampled (temperature
-0.8, top_p 0.95, as `python generate.py`). No text ends early, and every turn's tokens are counted. The last line is
-JSON; --output also appends it to a file.
+that was exported, in fp32 and with `--int8`. The sides take turns, so that other work on the machine affects all; on a
+busy machine only the ratios count. A turn goes from the prompt (a start token) to decoded texts, greedy (top_k 1) or
+sampled (temperature 0.8, top_p 0.95, as `python generate.py`). No text ends early, and every turn's tokens are counted.
+The last line is JSON; --output also appends it to a file.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -99,16 +100,16 @@ def write_run(architecture: str, folder: Path) -> None:
 
 def build_sides(folder: Path, args: argparse.Namespace) -> dict[str, Callable]:
     """Functions that sample so many texts at once, greedily or not, and return the number of tokens."""
-    sampler = Sampler.load(folder / "run", device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder / "gpt2")
-    sides = {"ours": lambda *asked: sample_with_ours(sampler, args.max_new_tokens, *asked)}
+    sides = {}
+    for name, int8 in (("ours", False), ("ours int8", True)):
+        sampler = Sampler.load(folder / "run", device="cpu", int8=int8)
+        sides[name] = partial(sample_with_ours, sampler, args.max_new_tokens)
     for compute_type in ("float32", "int8"):
         engine = ctranslate2.Generator(
             str(folder / "ctranslate2"), "cpu", compute_type=compute_type, inter_threads=1, intra_threads=args.threads
         )
-        sides[f"ctranslate2 {compute_type}"] = lambda *asked, engine=engine: sample_with_ctranslate2(
-            engine, tokenizer, args.max_new_tokens, *asked
-        )
+        sides[f"ctranslate2 {compute_type}"] = partial(sample_with_ctranslate2, engine, tokenizer, args.max_new_tokens)
     return sides
 
 

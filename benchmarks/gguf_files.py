@@ -46,7 +46,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = load_pretrained(args.run, torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.run)
-    prompts, texts = read_texts(args)
+    prompts, texts = read_texts(args.run, args.prompts, args.texts)
     texts = [encode(text, tokenizer)[: context_length_of(model)] for text in texts]
     ours = [log_probabilities(model, ids, len(tokenizer)) for ids in texts]
     own = torch.cat([scores[range(len(ids) - 1), ids[1:]] for ids, scores in zip(texts, ours, strict=True)])
@@ -82,13 +82,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """(first words of training texts, held-out texts)"""
-    recorded = find_run(args.run)["texts"]
+def read_texts(run: str, num_prompts: int, num_texts: int | None) -> tuple[list[str], list[str]]:
+    """(first words of so many training texts, so many held-out texts; None: all)"""
+    recorded = find_run(run)["texts"]
     path = find_local_dataset(recorded["dataset"], default_cache_dir())
     split = split_texts(read_examples(path), recorded["validation_fraction"])
-    prompts = [example.completion.split()[: 1 + i % 4] for i, example in enumerate(split.train[: args.prompts])]
-    return [" ".join(words) for words in prompts], [example.completion for example in split.validation[: args.texts]]
+    prompts = [example.completion.split()[: 1 + i % 4] for i, example in enumerate(split.train[:num_prompts])]
+    return [" ".join(words) for words in prompts], [example.completion for example in split.validation[:num_texts]]
 
 
 def encode(text: str, tokenizer) -> list[int]:

@@ -63,6 +63,17 @@ def test_benchmarks_of_one_process(script, words, found, tmp_path, monkeypatch):
     assert line["command"].startswith(f"python benchmarks/{script} {words[0]}")
 
 
+def test_sampling_in_int8(recorded_run, tmp_path, monkeypatch):
+    words = [str(recorded_run), "--texts", "2", "--output", str(tmp_path / "figures.jsonl")]
+    monkeypatch.setattr("sys.argv", ["int8.py", *words])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    runpy.run_path(str(ROOT / "benchmarks" / "int8.py"), run_name="__main__")
+    (line,) = lines(tmp_path / "figures.jsonl")
+    for side in ("int8", "ctranslate2 int8"):
+        assert line[side]["perplexity"] == pytest.approx(line["fp32"]["perplexity"], rel=0.02)
+        assert line[side]["perplexity"] != line["fp32"]["perplexity"]
+
+
 def test_exports_in_llama_cpp(recorded_run, tmp_path, monkeypatch):
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     words = [str(recorded_run), "--texts", "2", "--prompts", "2", "--threads", "1"]
