@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import torch
 from transformers import AutoTokenizer
 
@@ -63,7 +64,7 @@ def load_ctranslate2(run: str, folder: Path, tokenizer) -> Callable:
 
     def score(ids: list[int]) -> torch.Tensor:
         output = engine.forward_batch([tokenizer.convert_ids_to_tokens(ids)], return_log_probs=True)
-        return torch.from_numpy(output.to(ctranslate2.DataType.float32).__array__())[0, :-1]
+        return torch.from_numpy(numpy.array(output))[0, :-1]
 
     return score
 
