@@ -1,12 +1,18 @@
-"""Sampling with transformers' eager `generate` and with this project, in turn: same weights, same device.
+"""Sampling with transformers' eager `generate`, with this project and with others, in turn: same weights, same device.
 
     python benchmarks/generate.py                        # a small GPT-Neo with the real vocabulary's size
     python benchmarks/generate.py --architecture 2.7B    # random weights
+    python benchmarks/generate.py --sides transformers ours generate_batch
+    VLLM_PYTHON=vllm/bin/python python benchmarks/generate.py --sides ours vllm
+    python benchmarks/generate.py --sides ours --batch_sizes 1 8 20 32 64 128
     python benchmarks/generate.py --mixed_texts 1000     # also: refilled slots against batches that wait
 
-The two take turns, so that other work on the machine affects both. A turn goes from the prompt (a start token) to
-decoded texts, with the sampling settings of `python generate.py`. No text ends early, and every turn's tokens are
-counted. The last line is JSON; --output also appends it to a file.
+`generate_batch` is transformers' continuous batching with this project's attention. `vllm` is vLLM on the GPT-2 export,
+in a Python of its own (docs/export.md). On a GPU every side computes in bf16, on a CPU in fp32.
+
+The sides take turns, so that other work on the machine affects all of them. A turn goes from the prompt (a start token)
+to decoded texts, with the sampling settings of `python generate.py`. No text ends early, and every turn's tokens are
+counted. A side's ratio is how many times as fast ours is. The last line is JSON; --output also appends it to a file.
 
 A step for one token must read every weight and the keys and values so far. The time this takes at the bandwidth of a
 plain copy, divided by the step's time, is the share of the memory limit. A cache that holds the model (a server CPU's
@@ -14,23 +20,23 @@ may hold the small one) can raise it above 100%.
 """
 
 import argparse
+import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import GenerationConfig, GPTNeoForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import GPTNeoForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from architectures import ARCHITECTURES, build_model, spread_logits
+from generate_sides import SIDES, build_sides, build_tokenizer, check_vllm_python
 from machine import cap_device_memory, copy_bytes_per_second, write_line
 
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
@@ -38,39 +44,35 @@ from neoflix.runtime.environment import tune_malloc
 from neoflix.sampling.decoder import Text
 from neoflix.sampling.inference import optimize_for_inference
 from neoflix.sampling.sampler import Sampler
-
-TOKENIZER_SIZE = 50_259  # GPT-Neo's tokens and two more special ones; the 45 rows beyond are padding
+from neoflix.sampling.slots import FEWEST
 
 
 def main() -> None:
     args = parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cap_device_memory(args.device_memory_gib)
-    tune_malloc()  # as generate.py does; it is good for both sides
+    tune_malloc()  # as generate.py does; it is good for all sides
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     bandwidth = copy_bytes_per_second(device)
     torch.manual_seed(0)
     model = build_model(args.architecture, dtype, device, "ours")
     spread_logits(model)
     sampler = Sampler(model, build_tokenizer(model.config.vocab_size))
-    sides = build_sides(sampler, args)
-    optimize_for_inference(model, max(args.batch_sizes))  # as Sampler.load does
-
-    batches = {}
-    print_header()
-    for batch_size in args.batch_sizes:
-        seconds = take_turns(sides, batch_size, args.max_new_tokens, args.turns)
-        limit = step_bytes(model, batch_size, args.max_new_tokens) / bandwidth
-        batches[batch_size] = summarise(seconds, batch_size, args.max_new_tokens, limit)
-        print_rows(batch_size, batches[batch_size])
+    num_parameters, read_bytes = model.num_parameters(), weight_bytes(model)
+    with ExitStack() as stack:
+        sides = build_sides(sampler, args, stack)
+        optimize_for_inference(model, min(max(args.batch_sizes), FEWEST))  # as Sampler.load does
+        batches = measure(sides, args, lambda *step: (read_bytes + cache_bytes(model, *step)) / bandwidth)
     mixed = compare_refilling(sampler, args) if args.mixed_texts else {}
     figures = {
         "architecture": args.architecture,
-        "parameters": model.num_parameters(),
+        "parameters": num_parameters,
         "dtype": str(dtype).removeprefix("torch."),
         "cpu_threads": torch.get_num_threads(),
         "max_new_tokens": args.max_new_tokens,
         "turns": args.turns,
+        "sides": args.sides,
+        **({"vllm": sides["vllm"].version} if "vllm" in sides else {}),
         "copy_gb_per_second": bandwidth / 1e9,
         "batch_sizes": batches,
         **mixed,
@@ -79,64 +81,37 @@ def main() -> None:
     write_line(figures, args.output)
 
 
+def measure(sides: dict[str, Callable], args: argparse.Namespace, find_limit: Callable) -> dict[int, dict]:
+    """{texts at a time: figures}, printed as they come.
+
+    Args:
+        find_limit: (texts at a time, tokens of a text) -> the minimum number of seconds of a step for one token.
+    """
+    batches = {}
+    print(f"{'texts at a time':<18}{'side':<16}{'tokens/s':>10}{'ms a step':>12}{'of the limit':>14}{'ours/it':>9}")
+    for batch_size in args.batch_sizes:
+        seconds = take_turns(sides, batch_size, args.max_new_tokens, args.turns)
+        limit = find_limit(batch_size, args.max_new_tokens)
+        batches[batch_size] = summarise(seconds, batch_size, args.max_new_tokens, limit)
+        print_rows(batch_size, args.sides, batches[batch_size])
+    return batches
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="small")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 20], help="texts written at a time")
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=["transformers", "ours"])
+    parser.add_argument("--vllm_python", default=os.environ.get("VLLM_PYTHON"), help="by default VLLM_PYTHON")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="each text's length")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--mixed_texts", type=int, default=0, help="how many texts of 8 to 96 tokens; 0: none")
     parser.add_argument("--device_memory_gib", type=float, help="a share of the GPU's memory")
     parser.add_argument("--output", help="JSON lines file to append to")
-    return parser.parse_args()
-
-
-def build_sides(sampler: Sampler, args: argparse.Namespace) -> dict[str, Callable]:
-    """Functions that sample so many texts at once and return the number of tokens."""
-    model = sampler.model
-    eager = build_model(args.architecture, model.dtype, model.device, "eager").eval()
-    eager.load_state_dict(model.state_dict(), assign=True)  # the very same weights, in memory once
-    settings = SAMPLING_DEFAULTS | {"max_new_tokens": args.max_new_tokens}
-    return {
-        "transformers": partial(sample_with_transformers, eager, sampler.tokenizer, settings),
-        "ours": partial(sample_with_ours, sampler, settings),
-    }
-
-
-def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
-    """A tokenizer as large as the real one. The model has no row for the end token, so neither side can draw it, at no
-    extra cost."""
-    num_words = min(vocab_size, TOKENIZER_SIZE) - 3
-    ids = {f"word{i}": i for i in range(num_words)} | {"bos": num_words, "pad": num_words + 1, "eos": vocab_size}
-    words = Tokenizer(WordLevel(ids, unk_token="word0"))
-    special = {"bos_token": "bos", "pad_token": "pad", "eos_token": "eos"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
-
-
-def sample_with_transformers(
-    model: GPTNeoForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: dict, num_texts: int
-) -> int:
-    """Samples with plain transformers: eager attention, a cache that grows."""
-    prompt = torch.tensor([[tokenizer.bos_token_id]], device=model.device)
-    output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        generation_config=GenerationConfig(
-            do_sample=True,
-            num_return_sequences=num_texts,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **settings,
-        ),
-    )
-    tokenizer.batch_decode(output)
-    return output[:, 1:].numel()
-
-
-def sample_with_ours(sampler: Sampler, settings: dict, num_texts: int) -> int:
-    """Samples as `python generate.py` does."""
-    samples = sampler.sample(num_samples=num_texts, batch_size=num_texts, **settings)
-    return sum(sample.num_tokens for sample in samples)
+    args = parser.parse_args()
+    if "vllm" in args.sides:
+        check_vllm_python(args.vllm_python)
+    return args
 
 
 def take_turns(sides: dict[str, Callable], batch_size: int, num_tokens: int, turns: int) -> dict[str, list[float]]:
@@ -179,22 +154,27 @@ def grow(sampler: Sampler, limits: list[int]) -> None:
         sys.exit("error: a text has not the length that it was to have")
 
 
-def step_bytes(model: GPTNeoForCausalLM, batch_size: int, num_tokens: int) -> float:
-    """Bytes that a step for one token must read, on average over a text: weights and cache.
+def weight_bytes(model: GPTNeoForCausalLM) -> int:
+    """Bytes of the weights that a step for one token must read, before the model is optimized: then some are packed.
 
     Token embeddings are also the head, and so are read whole; of the position embeddings a step reads one row.
     """
     unread = model.transformer.wpe.weight.nbytes
-    weights = sum(weight.nbytes for weight in model.parameters()) - unread
+    return sum(weight.nbytes for weight in model.parameters()) - unread
+
+
+def cache_bytes(model: GPTNeoForCausalLM, batch_size: int, num_tokens: int) -> float:
+    """Bytes of keys and values that a step for one token must read, on average over a text."""
     config = model.config
-    token_cache = 2 * config.num_layers * config.hidden_size * model.dtype.itemsize
-    return weights + batch_size * token_cache * (1 + num_tokens) / 2
+    return batch_size * 2 * config.num_layers * config.hidden_size * model.dtype.itemsize * (1 + num_tokens) / 2
 
 
 def summarise(seconds: dict[str, list[float]], batch_size: int, num_tokens: int, limit: float) -> dict:
-    """Medians over the turns; `limit` is the minimum number of seconds of a step for one token."""
-    ratios = [theirs / ours for theirs, ours in zip(seconds["transformers"], seconds["ours"], strict=True)]
-    figures = {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+    """Medians over the turns; `limit` is the minimum number of seconds of a step for one token.
+
+    The ratio to transformers is also the first of the figures.
+    """
+    figures = {}
     for name, timed in seconds.items():
         step = statistics.median(timed) / num_tokens
         figures[name] = {
@@ -202,20 +182,25 @@ def summarise(seconds: dict[str, list[float]], batch_size: int, num_tokens: int,
             "milliseconds_per_step": step * 1e3,
             "share_of_bandwidth_limit": limit / step,
         }
-    return figures
+    ratios = {name: compare(timed, seconds["ours"]) for name, timed in seconds.items() if "ours" in seconds}
+    for name in ratios.keys() - {"ours"}:
+        figures[name] |= ratios[name]
+    return ratios.get("transformers", {}) | figures
 
 
-def print_header() -> None:
-    print(f"{'texts at a time':<18}{'side':<14}{'tokens/s':>10}{'ms a step':>12}{'of the limit':>14}{'ratio':>8}")
+def compare(theirs: list[float], ours: list[float]) -> dict[str, float]:
+    """How many times as fast ours is, turn by turn."""
+    ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
+    return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
 
 
-def print_rows(batch_size: int, figures: dict) -> None:
-    for name in ("transformers", "ours"):
+def print_rows(batch_size: int, names: list[str], figures: dict) -> None:
+    for name in names:
         side = figures[name]
-        row = f"{batch_size:<18}{name:<14}{side['tokens_per_second']:>10,.1f}{side['milliseconds_per_step']:>12.2f}"
+        row = f"{batch_size:<18}{name:<16}{side['tokens_per_second']:>10,.1f}{side['milliseconds_per_step']:>12.2f}"
         row += f"{side['share_of_bandwidth_limit']:>14.1%}"
-        if name == "ours":
-            row += f"{figures['ratio']:>8.2f}  ({figures['ratio_min']:.2f}-{figures['ratio_max']:.2f})"
+        if "ratio" in side:
+            row += f"{side['ratio']:>9.2f}  ({side['ratio_min']:.2f}-{side['ratio_max']:.2f})"
         print(row, flush=True)
 
 

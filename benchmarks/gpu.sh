@@ -7,6 +7,7 @@
 #   benchmarks/gpu.sh
 #   PYTHON=python3 benchmarks/gpu.sh    # another Python than .venv's
 #   OUTPUT=figures.jsonl MINUTES=10 benchmarks/gpu.sh
+#   VLLM_PYTHON=/path/to/vllm/bin/python benchmarks/gpu.sh   # sampling against vLLM too (docs/export.md)
 #   LARGE=1.3B MIDDLE=125M benchmarks/gpu.sh           # smaller models
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,11 +34,16 @@ part() {  # runs a command within the time that is left; goes on with the next o
     echo "SKIPPED: no time left"
     return
   fi
-  timeout --kill-after=10 $((left < 400 ? left : 400)) "$@" || echo "FAILED: $*"
+  timeout --kill-after=10 $((left < 400 ? left : 400)) "$@" || { echo "FAILED: $*" && has_failed=yes; }
   echo "== $((SECONDS - began)) s"
 }
 
 train() { part "$python" benchmarks/train.py --turns 1 --steps $steps --output "$output" "$@"; }
+
+sample() {
+  part "$python" benchmarks/generate.py --architecture $large --batch_sizes 20 128 --turns 1 \
+    --max_new_tokens $new_tokens --output "$output" "$@"
+}
 
 # As on a 24 GB card, against the article's batch of 15 on the whole GPU; and with LoRA without offload.
 train --architecture $large --device_memory_gib 24 --article_texts_per_step 15 --texts_per_step "${step_texts[0]}" \
@@ -45,7 +51,11 @@ train --architecture $large --device_memory_gib 24 --article_texts_per_step 15 -
 train --architecture $large --device_memory_gib 24 --sides lora --texts_per_step "${step_texts[0]}" \
   --deepspeed ds_configs/no_offload.json
 part "$python" -m pytest -q -m gpu
-part "$python" benchmarks/generate.py --architecture $large --turns 1 --max_new_tokens $new_tokens --output "$output"
+has_failed=
+sample --sides transformers ours generate_batch ${VLLM_PYTHON:+vllm}
+if [[ $has_failed ]]; then
+  sample  # without the sides that have not been run on a GPU yet
+fi
 # Forecast and measured peak, of device and host.
 part "$python" benchmarks/plan.py --only $plan_runs --output "$output"
 # The whole GPU, no offload.

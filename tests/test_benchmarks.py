@@ -1,6 +1,8 @@
 """The benchmarks run: small, for a look at what they write; whether they are fast is not a test's business."""
 
 import json
+import os
+import re
 import runpy
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ def test_everything_for_a_gpu_runs_dry():
     assert "FAILED" not in output, output
     for heading in ("real_tokens_per_second", "texts by length", "of the limit"):
         assert heading in output
+    assert re.search(r"^128 +generate_batch ", output, re.MULTILINE), output
 
 
 @pytest.mark.parametrize(("gib", "fraction"), [(12, 0.5065), (24, 1.0)])
@@ -72,6 +75,54 @@ def test_sampling_in_int8(recorded_run, tmp_path, monkeypatch):
     for side in ("int8", "ctranslate2 int8"):
         assert line[side]["perplexity"] == pytest.approx(line["fp32"]["perplexity"], rel=0.02)
         assert line[side]["perplexity"] != line["fp32"]["perplexity"]
+
+
+@pytest.fixture
+def write_in_turn(tmp_path, monkeypatch):
+    """write_in_turn(side, ...) -> the figures of generate.py with these sides, for 1 text and for 5 at a time."""
+
+    def write_in_turn(*sides: str) -> dict:
+        sizes = ["--turns", "1", "--max_new_tokens", "3", "--batch_sizes", "1", "5"]
+        output = ["--output", str(tmp_path / "figures.jsonl")]
+        monkeypatch.setattr("sys.argv", ["generate.py", "--architecture", "demo", *sizes, "--sides", *sides, *output])
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        runpy.run_path(str(ROOT / "benchmarks" / "generate.py"), run_name="__main__")
+        (line,) = lines(tmp_path / "figures.jsonl")
+        assert list(line["batch_sizes"]) == ["1", "5"]
+        return line
+
+    return write_in_turn
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("other", ["ours_int8", "generate_batch", "vllm"])
+def test_ours_beside_other_programs(other, write_in_turn):
+    """generate.py counts the tokens of each side, and ends if they are not as many as asked for."""
+    if other == "vllm" and not os.environ.get("VLLM_PYTHON"):
+        pytest.skip("VLLM_PYTHON names no Python with vLLM")
+    line = write_in_turn("transformers", "ours", other)
+    for side in line["batch_sizes"].values():
+        for name in ("transformers", other):
+            speeds = side["ours"]["tokens_per_second"] / side[name]["tokens_per_second"]
+            assert side[name]["ratio"] == pytest.approx(speeds)
+        assert "ratio" not in side["ours"]
+        assert side["ratio"] == side["transformers"]["ratio"]
+    assert line["parameters"] == 4_729_344, "all of them, those that are packed too"
+
+
+@pytest.mark.process
+def test_one_side_alone(write_in_turn):
+    for side in write_in_turn("ours")["batch_sizes"].values():
+        assert list(side) == ["ours"]
+        assert side["ours"]["tokens_per_second"] > 0
+
+
+def test_vllm_needs_a_python_of_its_own(write_in_turn, monkeypatch, capsys):
+    monkeypatch.delenv("VLLM_PYTHON", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        write_in_turn("ours", "vllm")
+    assert ended.value.code == 2
+    assert "VLLM_PYTHON" in capsys.readouterr().err
 
 
 def test_exports_in_llama_cpp(recorded_run, tmp_path, monkeypatch):
