@@ -16,24 +16,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoTokenizer, GPT2TokenizerFast
+from transformers import GPT2TokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ctranslate2
 from architectures import ARCHITECTURES, build_model, spread_logits
+from ctranslate2_engine import CTranslate2Engine
 from machine import write_line
 
 from neoflix.arguments.sampling import SAMPLING_DEFAULTS
 from neoflix.export import export_gpt2
 from neoflix.model.vocabulary import set_token_ids
+from neoflix.runtime.environment import tune_malloc
 from neoflix.sampling.sampler import Sampler
 
 WAYS = {"greedy": {"top_k": 1}, "sampled": {"temperature": 0.8, "top_k": 0, "top_p": 0.95}}
@@ -43,13 +46,14 @@ END = 0  # `<|endoftext|>`
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
+    tune_malloc()  # as generate.py does
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write_run(args.architecture, Path(folder, "run"))
         export_gpt2(str(Path(folder, "run")), str(Path(folder, "gpt2")))
         ctranslate2.converters.TransformersConverter(str(Path(folder, "gpt2"))).convert(
             str(Path(folder, "ctranslate2"))
         )
-        sides = build_sides(Path(folder), args)
+        sides = build_sides(Path(folder), args, stack)
         batches = {}
         print(f"{'texts at a time':<18}{'way':<10}{'side':<20}{'tokens/s':>10}{'ratio':>8}", flush=True)
         for num_texts in args.batch_sizes:
@@ -98,18 +102,17 @@ def write_run(architecture: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_sides(folder: Path, args: argparse.Namespace) -> dict[str, Callable]:
-    """Functions that sample so many texts at once, greedily or not, and return the number of tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "gpt2")
+def build_sides(folder: Path, args: argparse.Namespace, stack: ExitStack) -> dict[str, Callable]:
+    """Functions (number of texts, settings) that sample so many at once and return the number of tokens. The stack ends
+    what they leave running."""
     sides = {}
     for name, int8 in (("ours", False), ("ours int8", True)):
         sampler = Sampler.load(folder / "run", device="cpu", int8=int8)
         sides[name] = partial(sample_with_ours, sampler, args.max_new_tokens)
     for compute_type in ("float32", "int8"):
-        engine = ctranslate2.Generator(
-            str(folder / "ctranslate2"), "cpu", compute_type=compute_type, inter_threads=1, intra_threads=args.threads
-        )
-        sides[f"ctranslate2 {compute_type}"] = partial(sample_with_ctranslate2, engine, tokenizer, args.max_new_tokens)
+        engine = CTranslate2Engine(folder / "gpt2", folder / "ctranslate2", compute_type, args.threads)
+        stack.callback(engine.close)
+        sides[f"ctranslate2 {compute_type}"] = partial(engine.write, args.max_new_tokens)
     return sides
 
 
@@ -118,22 +121,6 @@ def sample_with_ours(sampler: Sampler, num_tokens: int, num_texts: int, settings
     settings = settings | {"max_new_tokens": num_tokens}
     samples = sampler.sample([""], num_samples=num_texts, seed=42, batch_size=num_texts, **settings)
     return sum(sample.num_tokens for sample in samples)
-
-
-def sample_with_ctranslate2(engine, tokenizer, num_tokens: int, num_texts: int, settings: dict) -> int:
-    """Samples with CTranslate2 as docs/export.md shows."""
-    results = engine.generate_batch(
-        [[tokenizer.bos_token]] * num_texts,
-        max_length=num_tokens,
-        sampling_topk=settings["top_k"],
-        sampling_topp=settings.get("top_p", 1.0),
-        sampling_temperature=settings.get("temperature", 1.0),
-        suppress_sequences=[[tokenizer.bos_token], [tokenizer.pad_token]],
-        include_prompt_in_result=False,
-    )
-    ids = [result.sequences_ids[0] for result in results]
-    tokenizer.batch_decode(ids)
-    return sum(map(len, ids))
 
 
 def take_turns(sides: dict[str, Callable], num_texts: int, settings: dict, args: argparse.Namespace) -> dict:
