@@ -27,6 +27,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -128,27 +130,39 @@ def take_turns(sides: dict[str, Callable], batch_size: int, num_tokens: int, tur
 
 
 def compare_refilling(sampler: Sampler, args: argparse.Namespace) -> dict:
-    """Texts of 8 to 96 tokens (uniform): 20 slots that are refilled, against the same decoder with batches of 20 that
-    wait for their longest text."""
+    """Texts of 8 to 96 tokens (uniform): 20 slots that are refilled, and as many as `--batch_size auto` takes, against
+    the same decoder with fixed batches of 20, which compute all 20 until the longest ends."""
     rng = random.Random(0)
     limits = [rng.randint(8, 96) for _ in range(args.mixed_texts)]
-    seconds = {"refilled": [], "batches": []}
+    ways = {
+        "refilled": partial(grow, batch_size=20),
+        "auto": partial(grow, batch_size=None),
+        "batches": grow_in_batches,
+    }
+    seconds = {name: [] for name in ways}
     for _ in range(args.turns):
-        for name, size in (("refilled", len(limits)), ("batches", 20)):
+        for name, write in ways.items():
             start = time.perf_counter()
-            for first in range(0, len(limits), size):
-                grow(sampler, limits[first : first + size])
+            write(sampler, limits)
             seconds[name].append(time.perf_counter() - start)
-    ratios = [theirs / ours for theirs, ours in zip(seconds["batches"], seconds["refilled"], strict=True)]
-    figures = {name: sum(limits) / statistics.median(timed) for name, timed in seconds.items()}
-    print(f"\n{len(limits)} texts of 8 to 96 tokens, 20 slots: {figures['refilled']:,.1f} tokens/s refilled,", end=" ")
-    print(f"{figures['batches']:,.1f} in batches, ratio {statistics.median(ratios):.2f}", flush=True)
-    return {"mixed_texts": len(limits), "mixed_tokens_per_second": figures, "mixed_ratio": statistics.median(ratios)}
+    speeds = {name: sum(limits) / statistics.median(timed) for name, timed in seconds.items()}
+    ratios = {name: statistics.median(map(truediv, seconds["batches"], timed)) for name, timed in seconds.items()}
+    print(f"\n{len(limits)} texts of 8 to 96 tokens:", end=" ")
+    print(", ".join(f"{name} {speed:,.1f} tokens/s ({ratios[name]:.2f})" for name, speed in speeds.items()), flush=True)
+    return {"mixed_texts": len(limits), "mixed_tokens_per_second": speeds, "mixed_ratios": ratios}
 
 
-def grow(sampler: Sampler, limits: list[int]) -> None:
+def grow_in_batches(sampler: Sampler, limits: list[int]) -> None:
+    for first in range(0, len(limits), 20):
+        grow(sampler, limits[first : first + 20], batch_size=20, keeps_slots=True)
+
+
+def grow(sampler: Sampler, limits: list[int], batch_size: int | None, keeps_slots: bool = False) -> None:
     texts = [Text(i, [sampler.tokenizer.bos_token_id], limit) for i, limit in enumerate(limits)]
-    for _ in sampler._decoder(texts, seed=0, batch_size=20, settings=SAMPLING_DEFAULTS).grow(texts):
+    decoder = sampler._decoder(texts, seed=0, batch_size=batch_size, settings=SAMPLING_DEFAULTS)
+    if keeps_slots:  # those of texts that have ended
+        decoder._leave = lambda free: None
+    for _ in decoder.grow(texts):
         pass
     if [len(text.new_ids) for text in texts] != limits:
         sys.exit("error: a text has not the length that it was to have")
