@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from neoflix.runtime.console import say
+from neoflix.runtime.errors import UserError
 from neoflix.sampling.int8 import Int8Linear
 
 
@@ -60,3 +62,18 @@ def optimize_for_inference(model: PreTrainedModel, num_rows: int, int8: bool = F
                 linear = Int8Linear(weight, child.bias) if int8 else PackedLinear(weight, child.bias, num_rows)
                 setattr(module, name, linear)
     return model
+
+
+def prepare(model: PreTrainedModel, num_rows: int, int8: bool, has_slots: bool) -> None:
+    """Optimizes a model for this project's decoder. If it has no slots for the model, says so instead.
+
+    Raises:
+        UserError: if int8 is wanted for a model without slots.
+    """
+    kind = model.config.model_type
+    if has_slots:
+        optimize_for_inference(model, num_rows, int8)
+    elif int8:
+        raise UserError(f"--int8: transformers' generate samples {kind} models, without int8; leave it out")
+    else:
+        say(f"note: transformers' generate samples {kind} models, which is slower than this project's decoder")

@@ -8,6 +8,7 @@ from torch import nn
 
 from neoflix.runtime.console import say
 from neoflix.runtime.errors import UserError
+from neoflix.runtime.hardware import has_gpu
 
 LARGEST_BLOCK = 64
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
@@ -65,9 +66,10 @@ def hadamard(size: int) -> torch.Tensor:
     return matrix / size**0.5
 
 
-def check_int8(device: str) -> None:
-    """Raises UserError if the device is a GPU. Says so if this CPU lacks the instructions: int8 is slower then."""
-    if device != "cpu":
+def check_int8(device: str | None) -> None:
+    """Raises UserError if the device is a GPU; None is the GPU if there is one. Says so if this CPU lacks the
+    instructions: int8 is slower then."""
+    if device != "cpu" and (device or has_gpu()):
         raise UserError("--int8: is for sampling on a CPU; leave it out, or set CUDA_VISIBLE_DEVICES=")
     if not any(torch.cpu.get_capabilities().get(name) for name in INSTRUCTIONS):
         say("note: this CPU has no instructions for --int8 (AVX-512 VNNI, AVX-VNNI or AMX), so it is slower than fp32")

@@ -22,14 +22,13 @@ from neoflix.data.template import find_template
 from neoflix.data.tokenizer import read_tokenizer
 from neoflix.model.load import load_for_reading
 from neoflix.model.vocabulary import get_window
-from neoflix.runtime.console import printable, say
+from neoflix.runtime.console import printable
 from neoflix.runtime.errors import UserError
-from neoflix.runtime.hardware import has_gpu
 from neoflix.sampling.architectures import GenerateDecoder, find_decoder, makes_slots
 from neoflix.sampling.decoder import Decoder, DecoderSettings, Text
 from neoflix.sampling.draw import Draw
 from neoflix.sampling.growth import finish_in_order, look_in
-from neoflix.sampling.inference import eval_mode, optimize_for_inference
+from neoflix.sampling.inference import eval_mode, prepare
 from neoflix.sampling.int8 import check_int8
 from neoflix.sampling.slot_cache import num_rows
 from neoflix.sampling.slots import FEWEST, choose_num_slots
@@ -119,20 +118,11 @@ class Sampler:
         Raises:
             UserError: as `load_for_reading`; with int8 also if there is a GPU, or if transformers samples the model.
         """
-        device = device or ("cuda" if has_gpu() else "cpu")
         if int8:
             check_int8(device)
         model = load_for_reading(str(folder), device, allow_pickle)
         sampler = cls(model, read_tokenizer(folder, f"--model_dir {folder}"), model_dir=Path(folder))
-        kind = model.config.model_type
-        if makes_slots(sampler._make_decoder):
-            optimize_for_inference(model, min(batch_size, FEWEST), int8)
-        elif int8:
-            raise UserError(
-                f"--int8: is not possible for {kind} models, which transformers' generate samples; leave it out"
-            )
-        else:
-            say(f"note: transformers' generate samples {kind} models, which is slower than this project's decoder")
+        prepare(model, min(batch_size, FEWEST), int8, makes_slots(sampler._make_decoder))
         return sampler
 
     @cached_property
@@ -145,10 +135,8 @@ class Sampler:
         if unknown := overrides.keys() - SAMPLING_DEFAULTS:
             raise TypeError(f"{unknown.pop()!r} is not a sampling setting; use {', '.join(SAMPLING_DEFAULTS)}")
         saved = {name: getattr(self.saved, name, None) for name in SAMPLING_DEFAULTS}
-        chosen = SAMPLING_DEFAULTS.copy()
-        for source in (saved, overrides):
-            chosen |= {name: value for name, value in source.items() if value is not None}
-        return chosen
+        given = {name: value for source in (saved, overrides) for name, value in source.items() if value is not None}
+        return SAMPLING_DEFAULTS | given
 
     def sample(
         self,
@@ -223,10 +211,8 @@ class Sampler:
         """(the steps that grow a text for each prompt, these texts), without the first `skip` ones. Prompts are by the
         text's index."""
         encoded = {prompt: self._encode(prompt) for prompt in dict.fromkeys(prompts.values())}
-        texts = []
-        for index, prompt in prompts.items():
-            limit = min(settings["max_new_tokens"], self.window - len(encoded[prompt]))
-            texts.append(Text(index, encoded[prompt], limit))
+        limits = {prompt: min(settings["max_new_tokens"], self.window - len(ids)) for prompt, ids in encoded.items()}
+        texts = [Text(index, encoded[prompt], limits[prompt]) for index, prompt in prompts.items()]
         if not texts:
             return iter(()), texts
         decoder = self._decoder(texts, seed, batch_size, settings)
