@@ -16,7 +16,7 @@ counted. A side's ratio is how many times as fast ours is. The last line is JSON
 
 A step for one token must read every weight and the keys and values so far. The time this takes at the bandwidth of a
 plain copy, divided by the step's time, is the share of the memory limit. A cache that holds the model (a server CPU's
-may hold the small one) can raise it above 100%.
+may hold the small one) can raise it above 100%, and so can int8, as weights are counted in the model's dtype.
 """
 
 import argparse

@@ -137,9 +137,7 @@ class GenerateBatch:
     def room_for(self, num_texts: int) -> ContinuousBatchingConfig:
         """A cache for so many texts. By default it is most of the free memory, which other sides need."""
         pages = -(-(1 + self.settings["max_new_tokens"]) // PAGE)
-        return ContinuousBatchingConfig(
-            page_size=PAGE, num_blocks=num_texts * pages + 1, max_batch_tokens=max(num_texts, PAGE)
-        )
+        return ContinuousBatchingConfig(num_blocks=num_texts * pages + 1, max_batch_tokens=max(num_texts, PAGE))
 
 
 def check_vllm_python(name: str | None) -> None:

@@ -15,14 +15,15 @@ python=${PYTHON:-.venv/bin/python}
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   large=${LARGE:-2.7B} middle=${MIDDLE:-1.3B} output=${OUTPUT:-benchmarks/results/gpu.jsonl}
-  operator_texts=128 steps=3 step_texts=(64 256) whole_step_texts=128 new_tokens=64
+  operator_texts=128 steps=3 step_texts=(64 256) whole_step_texts=128 new_tokens=64 sampled_texts=(20 128)
   plan_runs="124M-offload 124M-zero2 124M-zero3-offload 124M-zero2-lora"
   memory=$("$python" -c 'import torch; print(torch.cuda.get_device_properties(0).total_memory >> 30)')
 else
   echo "No GPU: a dry run."
   large=demo middle=demo output=$(mktemp) memory=80
   trap 'rm -f "$output"' EXIT
-  operator_texts=4 steps=1 step_texts=(2 4) whole_step_texts=2 new_tokens=4 plan_runs=38M-cpu
+  operator_texts=4 steps=1 step_texts=(2 4) whole_step_texts=2 new_tokens=4 sampled_texts=(2 4)
+  plan_runs=38M-cpu
 fi
 
 deadline=$((${MINUTES:-25} * 60))
@@ -41,7 +42,7 @@ part() {  # runs a command within the time that is left; goes on with the next o
 train() { part "$python" benchmarks/train.py --turns 1 --steps $steps --output "$output" "$@"; }
 
 sample() {
-  part "$python" benchmarks/generate.py --architecture $large --batch_sizes 20 128 --turns 1 \
+  part "$python" benchmarks/generate.py --architecture $large --batch_sizes "${sampled_texts[@]}" --turns 1 \
     --max_new_tokens $new_tokens --output "$output" "$@"
 }
 
