@@ -25,7 +25,7 @@ def test_everything_for_a_gpu_runs_dry():
     assert "FAILED" not in output, output
     for heading in ("real_tokens_per_second", "texts by length", "of the limit"):
         assert heading in output
-    assert re.search(r"^128 +generate_batch ", output, re.MULTILINE), output
+    assert re.search(r"^4 +generate_batch ", output, re.MULTILINE), output
 
 
 @pytest.mark.parametrize(("gib", "fraction"), [(12, 0.5065), (24, 1.0)])
