@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ctranslate2
-from gguf_files import encode, log_probabilities, read_texts
+from held_out import encode, log_probabilities, read_texts
 from machine import write_line
 
 from neoflix.export import export_gpt2

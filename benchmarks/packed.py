@@ -20,6 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from held_out import encode
 from machine import write_line
 
 from neoflix.data.packing import PackedCollator, PaddedCollator
@@ -64,8 +65,7 @@ def parse_args() -> argparse.Namespace:
 def make_batches(tokenizer, args: argparse.Namespace, device: str) -> dict[str, dict]:
     """The same texts as one packed row, and padded to the longest."""
     texts = [example.whole for example in read_examples(Path(args.dataset))[: args.texts]]
-    ids = [[tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
-    rows = [{"input_ids": each, "prompt_length": 1} for each in ids]
+    rows = [{"input_ids": encode(text, tokenizer), "prompt_length": 1} for text in texts]
     batches = {"padded": PaddedCollator(tokenizer.pad_token_id)(rows), "packed": PackedCollator()(rows)}
     return {
         side: {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items()}

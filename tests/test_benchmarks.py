@@ -16,6 +16,20 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.fixture
+def run_script(tmp_path, monkeypatch):
+    """run_script(name, flag, ...) -> the line that a benchmark writes, run in this process."""
+
+    def run_script(name: str, *words: str) -> dict:
+        monkeypatch.setattr("sys.argv", [name, *words, "--output", str(tmp_path / "figures.jsonl")])
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as Python does for a script
+        runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
+        (line,) = lines(tmp_path / "figures.jsonl")
+        return line
+
+    return run_script
+
+
 @pytest.mark.slow
 def test_everything_for_a_gpu_runs_dry():
     """Every line of the GPU's command but the device's own. Slow: its parts are tests of their own below."""
@@ -55,39 +69,36 @@ def test_a_cap_above_the_card_is_no_limit(gib, fraction, monkeypatch):
         ("export.py", ["--architecture", "demo", "--turns", "1", "--max_new_tokens", "2"], ("1 greedy", "20 sampled")),
     ],
 )
-def test_benchmarks_of_one_process(script, words, found, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", [script, *words, "--output", str(tmp_path / "figures.jsonl")])
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as Python does for a script
-    runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
-    (line,) = lines(tmp_path / "figures.jsonl")
+def test_benchmarks_of_one_process(script, words, found, run_script):
+    line = run_script(script, *words)
     for key in found:
         figures = line.get("batch_sizes", line.get("batches", line))[key]
         assert any(name.startswith("ours") for name in figures), figures
     assert line["command"].startswith(f"python benchmarks/{script} {words[0]}")
 
 
-def test_sampling_in_int8(recorded_run, tmp_path, monkeypatch):
-    words = [str(recorded_run), "--texts", "2", "--output", str(tmp_path / "figures.jsonl")]
-    monkeypatch.setattr("sys.argv", ["int8.py", *words])
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    runpy.run_path(str(ROOT / "benchmarks" / "int8.py"), run_name="__main__")
-    (line,) = lines(tmp_path / "figures.jsonl")
+def test_sampling_in_int8(recorded_run, run_script):
+    line = run_script("int8.py", str(recorded_run), "--texts", "2")
     for side in ("int8", "ctranslate2 int8"):
         assert line[side]["perplexity"] == pytest.approx(line["fp32"]["perplexity"], rel=0.02)
         assert line[side]["perplexity"] != line["fp32"]["perplexity"]
 
 
+def test_packed_and_padded_steps(model_dir, run_script):
+    texts = ["--dataset", str(ROOT / "data" / "sample_titles.csv"), "--texts", "3", "--turns", "1"]
+    line = run_script("packed.py", "--model", str(model_dir), *texts)
+    for way in ("all weights", "LoRA"):
+        figures = line[way]
+        assert figures["ratio"] == pytest.approx(figures["padded_seconds"] / figures["packed_seconds"])
+
+
 @pytest.fixture
-def write_in_turn(tmp_path, monkeypatch):
+def write_in_turn(run_script):
     """write_in_turn(side, ...) -> the figures of generate.py with these sides, for 1 text and for 5 at a time."""
 
     def write_in_turn(*sides: str) -> dict:
         sizes = ["--turns", "1", "--max_new_tokens", "3", "--batch_sizes", "1", "5"]
-        output = ["--output", str(tmp_path / "figures.jsonl")]
-        monkeypatch.setattr("sys.argv", ["generate.py", "--architecture", "demo", *sizes, "--sides", *sides, *output])
-        monkeypatch.syspath_prepend(ROOT / "benchmarks")
-        runpy.run_path(str(ROOT / "benchmarks" / "generate.py"), run_name="__main__")
-        (line,) = lines(tmp_path / "figures.jsonl")
+        line = run_script("generate.py", "--architecture", "demo", *sizes, "--sides", *sides)
         assert list(line["batch_sizes"]) == ["1", "5"]
         return line
 
@@ -125,24 +136,16 @@ def test_vllm_needs_a_python_of_its_own(write_in_turn, monkeypatch, capsys):
     assert "VLLM_PYTHON" in capsys.readouterr().err
 
 
-def test_exports_in_llama_cpp(recorded_run, tmp_path, monkeypatch):
+def test_exports_in_llama_cpp(recorded_run, run_script):
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
-    words = [str(recorded_run), "--texts", "2", "--prompts", "2", "--threads", "1"]
-    monkeypatch.setattr("sys.argv", ["gguf_files.py", *words, "--output", str(tmp_path / "figures.jsonl")])
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    runpy.run_path(str(ROOT / "benchmarks" / "gguf_files.py"), run_name="__main__")
-    (line,) = lines(tmp_path / "figures.jsonl")
+    line = run_script("gguf_files.py", str(recorded_run), "--texts", "2", "--prompts", "2", "--threads", "1")
     assert line["files"]["float32 exact"]["perplexity"] == pytest.approx(line["perplexity"], rel=1e-3)
     sizes = [line["files"][f"{dtype} exact"]["bytes"] for dtype in ("q8_0", "bfloat16", "float32")]
     assert sizes == sorted(sizes)
 
 
-def test_judging_finds_what_was_planted(tmp_path, monkeypatch):
-    words = ["--samples", "200", "--texts", "300", "--output", str(tmp_path / "judge.jsonl")]
-    monkeypatch.setattr("sys.argv", ["judge.py", *words])
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    runpy.run_path(str(ROOT / "benchmarks" / "judge.py"), run_name="__main__")
-    (line,) = lines(tmp_path / "judge.jsonl")
+def test_judging_finds_what_was_planted(run_script):
+    line = run_script("judge.py", "--samples", "200", "--texts", "300")
     assert line["found"]["copies"] >= 0.05
     assert line["found"]["near_twins"] >= 0.1
     assert line["cpu_seconds"] == pytest.approx(line["cpu_seconds_index"] + line["cpu_seconds_judge"])
